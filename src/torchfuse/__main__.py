@@ -1,0 +1,5 @@
+"""`python -m torchfuse` is the command `torchfuse`."""
+
+from torchfuse.cli import main
+
+main()

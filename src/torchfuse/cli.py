@@ -1,0 +1,37 @@
+"""The command `torchfuse`: one subcommand per file in `commands`, errors as one line."""
+
+import sys
+from importlib import import_module
+
+import click
+
+from torchfuse.errors import TorchfuseError
+
+_COMMANDS = ("recipe", "plan", "bench")  # in the order of the work, which is the order of --help
+
+
+class _Lazy(click.Group):
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command = import_module(f"torchfuse.commands.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="torchfuse")
+def cli() -> None:
+    """Find, prove and measure fusions in PyTorch models."""
+
+
+def main() -> None:
+    """Run the command line; a TorchfuseError ends it with one line on stderr and status 1."""
+    try:
+        cli.main(standalone_mode=True)
+    except TorchfuseError as error:
+        click.echo(f"torchfuse: error: {error}", err=True)
+        sys.exit(1)

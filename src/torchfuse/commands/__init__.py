@@ -1,0 +1,1 @@
+"""The command line's subcommands, one file each; none imports torch before it runs."""

@@ -1,0 +1,39 @@
+"""The errors a user can cause, each one clear sentence: expected, got, what to do."""
+
+__all__ = [
+    "ArtifactError",
+    "CalibrationError",
+    "CaptureError",
+    "FusionError",
+    "InputError",
+    "TorchfuseError",
+    "UnsupportedError",
+]
+
+
+class TorchfuseError(Exception):
+    """Base of every error that torchfuse raises on purpose; the command line prints its text."""
+
+
+class InputError(TorchfuseError):
+    """The given model, inputs, option or file name is not what the verb takes."""
+
+
+class FusionError(TorchfuseError):
+    """A fusion that was asked for is not possible, or would change what the model computes."""
+
+
+class CaptureError(TorchfuseError):
+    """The model could not be run and recorded on its example inputs."""
+
+
+class CalibrationError(TorchfuseError):
+    """Calibration data is missing, empty, constant, or holds NaN or Inf."""
+
+
+class ArtifactError(TorchfuseError):
+    """A file could not be written, or is not a whole and undamaged model artifact."""
+
+
+class UnsupportedError(TorchfuseError):
+    """The installed torch, ExecuTorch or runtime cannot do what was asked."""

@@ -1,0 +1,1 @@
+"""Results as text, JSON or HTML; nothing here computes a result."""
