@@ -1,0 +1,1 @@
+"""The models of the recipe and the benchmarks, one file each."""
