@@ -1,0 +1,53 @@
+"""The first load and run of a model file that torchfuse did not write, in a process of its own.
+
+Runtimes abort on some damaged files; here that ends a child, which `artifacts.check` reports.
+"""
+
+import contextlib
+import sys
+
+import torch
+
+# ScalarType's numbers (c10/core/ScalarType.h), which is how the runtime describes an input.
+_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
+
+
+def _load_pte(path: str) -> None:
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    for name in sorted(program.method_names):
+        method = program.load_method(name)
+        # A run that raises only says that ones are no good input for this model; one that ends
+        # the process is what this is about.
+        with contextlib.suppress(RuntimeError, KeyError):
+            described = method.metadata
+            tensors = [described.input_tensor_meta(i) for i in range(described.num_inputs())]
+            method.execute([torch.ones(t.sizes(), dtype=_DTYPES[t.dtype()]) for t in tensors])
+
+
+def main(form: str, path: str) -> None:
+    """Load `path`; what is wrong ends up as the last line of stderr, or as the exit by a signal."""
+    if form == "pte":
+        _load_pte(path)
+    elif form == "pt":
+        torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    else:
+        from torch.jit.mobile import _load_for_lite_interpreter
+
+        _load_for_lite_interpreter(path)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
