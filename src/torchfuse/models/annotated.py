@@ -1,7 +1,5 @@
 """The example model of PyTorch's "Fuse Modules" recipe."""
 
-from typing import cast
-
 import torch
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
@@ -30,4 +28,5 @@ class AnnotatedConvBnReLUModel(nn.Module):
         x = self.conv(x)
         x = self.bn(x)
         x = self.relu(x)
-        return cast("torch.Tensor", self.dequant(x))
+        x = self.dequant(x)
+        return x

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import numpy
 import torch
@@ -63,7 +62,8 @@ class DigitsNet(nn.Module):
         x = self.pool1(self.block2(self.block1(x)))
         x = self.pool2(self.block3(x))
         x = self.relu(self.hidden(x.flatten(1)))
-        return cast("torch.Tensor", self.dequant(self.logits(x)))
+        x = self.dequant(self.logits(x))
+        return x
 
 
 # What `fuse_modules` wants to be told; `torchfuse.plan` finds the batch norms by itself.

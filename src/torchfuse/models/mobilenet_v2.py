@@ -1,7 +1,5 @@
 """MobileNetV2 (Sandler et al., 2018), with torchvision's parameter names."""
 
-from typing import cast
-
 import torch
 from torch import nn
 
@@ -56,7 +54,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output, `[N, outputs, H / stride, W / stride]`."""
-        y = cast("torch.Tensor", self.conv(x))
+        y: torch.Tensor = self.conv(x)
         return x + y if self.adds_input else y
 
 
@@ -85,7 +83,8 @@ class MobileNetV2(nn.Module):
         """Return logits, `[N, classes]`."""
         x = self.features(x)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1)
-        return cast("torch.Tensor", self.classifier(x))
+        x = self.classifier(x)
+        return x
 
 
 def settle_batch_norms(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
