@@ -1,0 +1,217 @@
+"""The legacy mobile target: TorchScript for the full (`.pt`) and the lite interpreter (`.ptl`).
+
+TorchScript and torch.ao's eager quantization are deprecated; whatever needs them is in this file.
+"""
+
+import contextlib
+import copy
+import inspect
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.backends.xnnpack
+from torch import nn
+from torch.ao import quantization as ao
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import quantized as nniq
+from torch.jit.mobile import _load_for_lite_interpreter
+
+from torchfuse.errors import ArtifactError, UnsupportedError
+from torchfuse.inputs import Case
+
+__all__ = [
+    "Scripted",
+    "deserialize",
+    "op_counts",
+    "optimize_for_mobile",
+    "quantize",
+    "script",
+    "serialize",
+]
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A TorchScript module, and how it was made."""
+
+    module: torch.jit.ScriptModule
+    traced_because: str | None  # why scripting was no option; None: it was scripted
+
+
+def quantize(model: nn.Module, calibration: list[Case], *, engine: str = "qnnpack") -> nn.Module:
+    """Return `model` in static int8, by torch.ao: prepare, calibrate, convert.
+
+    `model` is in eval mode, fused as wanted, with QuantStub and DeQuantStub where it enters and
+    leaves int8. The engine decides the qconfig: uint8 activations from histograms, int8 weights.
+
+    Raises:
+        UnsupportedError: this build has no such engine, or the converted model cannot run.
+    """
+    with _engine(engine), quiet():
+        prepared = copy.deepcopy(model)
+        prepared.qconfig = ao.get_default_qconfig(engine)
+        ao.prepare(prepared, inplace=True)
+        with torch.no_grad():
+            for case in calibration:
+                prepared(*case.args, **case.kwargs)
+            converted: nn.Module = ao.convert(prepared, inplace=True)
+            _make_scales_scalar(converted)
+            try:
+                converted(*calibration[0].args, **calibration[0].kwargs)
+            except (NotImplementedError, RuntimeError) as error:
+                raise UnsupportedError(
+                    f"the int8 model cannot run ({_first_line(error)}): every part that runs in "
+                    "int8 must lie between a QuantStub and a DeQuantStub, and additions and "
+                    "concatenations in between must be FloatFunctionals"
+                ) from error
+    return converted
+
+
+def script(model: nn.Module, case: Case) -> Scripted:
+    """Return `model` scripted; traced only where scripting fails or the scripted model cannot run.
+
+    Raises:
+        UnsupportedError: it can be neither scripted nor traced.
+    """
+    model = copy.deepcopy(model)
+    _make_scales_scalar(model)
+    with quiet(), torch.no_grad():
+        try:
+            scripted = torch.jit.script(model)
+            scripted(*case.args, **case.kwargs)
+        except Exception as error:  # noqa: BLE001  # the compiler raises whatever it likes
+            reason = _first_line(error)
+        else:
+            return Scripted(scripted, None)
+        try:
+            call = inspect.signature(model.forward).bind(*case.args, **case.kwargs)
+            if call.kwargs:
+                raise TypeError(f"tracing takes no keyword-only arguments, {list(call.kwargs)}")
+            traced = torch.jit.trace(model, call.args)
+        except Exception as error:
+            raise UnsupportedError(
+                f"{type(model).__name__} can be neither scripted ({reason}) nor traced "
+                f"({_first_line(error)}); use a '.pte' instead"
+            ) from error
+    return Scripted(traced, reason)
+
+
+def optimize_for_mobile(
+    module: torch.jit.ScriptModule, *, fold: bool = True
+) -> torch.jit.ScriptModule:
+    """Return `module` frozen, without dropout, and (with `fold`) with what can be folded folded.
+
+    The passes of torch.utils.mobile_optimizer.optimize_for_mobile, which raises in a build without
+    XNNPACK, as far as this build has them: batch norms and constant additions and factors are
+    folded into convs and linears, add followed by ReLU becomes one operator, and freezing hoists
+    packed parameters into the graph as constants. Only the rewriting into XNNPACK's prepacked
+    operators is left to torch's own, which is used where the build has XNNPACK.
+
+    With `fold=False` nothing is fused: the module is frozen without any change of numerics.
+    """
+    if fold and torch.backends.xnnpack.enabled:  # type: ignore[attr-defined]  # set when imported
+        from torch.utils.mobile_optimizer import optimize_for_mobile as torchs_own
+
+        optimized: torch.jit.ScriptModule = torchs_own(module)
+        return optimized
+    with quiet():
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), optimize_numerics=fold)
+    if fold:
+        torch._C._jit_pass_remove_dropout(frozen._c)
+        torch._C._jit_pass_fuse_add_relu(frozen.graph)  # type: ignore[attr-defined]  # not in its stub
+    return frozen
+
+
+def op_counts(module: torch.jit.ScriptModule) -> Counter[str]:
+    """Return how often each operator stands in the graph of `forward`, nested blocks included."""
+    counts: Counter[str] = Counter()
+
+    def count(block: Any) -> None:
+        for node in block.nodes():
+            counts[node.kind()] += 1
+            for inner in node.blocks():
+                count(inner)
+
+    count(module.inlined_graph)
+    return counts
+
+
+def serialize(module: torch.jit.ScriptModule, form: str) -> bytes:
+    """Return the bytes of a `.pt` or a `.ptl` file.
+
+    To memory, not to a path: torch's own writer aborts the process when the disk is full.
+    """
+    with quiet():
+        if form == "ptl":
+            return bytes(module._save_to_buffer_for_lite_interpreter())
+        buffer = io.BytesIO()
+        torch.jit.save(module, buffer)
+        return buffer.getvalue()
+
+
+def deserialize(data: bytes, form: str, *, engine: str = "qnnpack") -> Callable[..., Any]:
+    """Return the model in the bytes of a `.pt` or `.ptl` file, ready to be called.
+
+    `engine` is the one quantized weights are packed for; it must be the one they were made with.
+    """
+    load: Callable[..., Any] = _load_for_lite_interpreter if form == "ptl" else torch.jit.load
+    try:
+        with quiet(), _engine(engine):
+            module: Callable[..., Any] = load(io.BytesIO(data))
+    except RuntimeError as error:
+        raise ArtifactError(f"torch cannot load it as '.{form}': {_first_line(error)}") from error
+    return module
+
+
+def _make_scales_scalar(model: nn.Module) -> None:
+    """Give quantized batch norms 0-d scales.
+
+    torch registers them with one dimension, which eager takes and a scripted call refuses when it
+    is run: "Cannot input a tensor of dimension other than 0 as a scalar argument".
+    """
+    for module in model.modules():
+        if isinstance(module, nnq.BatchNorm2d | nnq.BatchNorm3d | nniq.BNReLU2d | nniq.BNReLU3d):
+            for name in ("scale", "zero_point"):
+                module.register_buffer(name, module.get_buffer(name).reshape(()))
+
+
+@contextlib.contextmanager
+def _engine(name: str) -> Iterator[None]:
+    """Make `name` the engine that quantized weights are packed for."""
+    supported = [
+        engine for engine in torch.backends.quantized.supported_engines if engine != "none"
+    ]
+    if name not in supported:
+        raise UnsupportedError(
+            f"this build of torch has no quantized engine '{name}'; it has {', '.join(supported)}"
+        )
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch says on every use of what this file is about, and nothing else."""
+    with warnings.catch_warnings():
+        for category, message in (
+            (DeprecationWarning, "torch.ao.quantization is deprecated"),
+            (DeprecationWarning, "Lite Interpreter is deprecated"),
+            (DeprecationWarning, r"`torch\.jit\.\w+` is (deprecated|not supported)"),
+            (UserWarning, r"torch\.quantize_per_tensor, .* are deprecated"),
+            (UserWarning, "Please use quant_min and quant_max"),
+        ):
+            warnings.filterwarnings("ignore", message, category)
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

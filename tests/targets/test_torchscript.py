@@ -1,0 +1,201 @@
+"""The legacy target: fused is fused, non-fused is not, both run after loading and are right."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.ao import quantization as ao
+
+import torchfuse
+from torchfuse.errors import ArtifactError, UnsupportedError
+from torchfuse.inputs import Case
+from torchfuse.models.annotated import AnnotatedConvBnReLUModel
+from torchfuse.models.mobilenet_v2 import settle_batch_norms
+from torchfuse.targets import torchscript
+
+INPUT = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+CASE = Case((INPUT,))
+FUSIONS = {
+    "not fused": [],
+    "the recipe's list": [["bn", "relu"]],
+    "what the recipe should have fused": [["conv", "bn", "relu"]],
+}
+
+
+class Branching(nn.Module):
+    """Everything that optimize_for_mobile looks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout()
+        self.shortcut = nn.Conv2d(3, 8, 1)
+        self.linear = nn.Linear(8, 4)
+        self.linear_bn = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        y = torch.relu(self.shortcut(x) + self.dropout(self.bn(self.conv(x))))
+        return self.linear_bn(self.linear(y.mean((2, 3))))
+
+
+class Untypable(nn.Module):
+    """Runs, and cannot be scripted."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, *args):
+        return self.conv(x, *args)
+
+
+def settled(model):
+    torch.manual_seed(0)
+    for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.uniform_(norm.bias, -1.0, 1.0)
+    return settle_batch_norms(model, INPUT)
+
+
+def quantized(model, fusions):
+    model = settled(model)
+    if fusions:
+        model = torchfuse.fuse_modules(model, fusions)
+    return torchscript.quantize(model, [CASE])
+
+
+def reload(module, form):
+    return torchscript.deserialize(torchscript.serialize(module, form), form)
+
+
+@pytest.mark.parametrize("form", ["pt", "ptl"])
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "not folded"])
+def test_what_is_loaded_back_computes_what_eager_computes(fold, form):
+    model = settled(Branching())
+    scripted = torchscript.script(model, CASE)
+    assert scripted.traced_because is None
+    loaded = reload(torchscript.optimize_for_mobile(scripted.module, fold=fold), form)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(INPUT), model(INPUT), rtol=1e-5, atol=1e-6)
+
+
+def test_optimize_for_mobile_folds_batch_norms_and_fuses_add_with_relu_and_drops_dropout():
+    module = torchscript.script(settled(Branching()), CASE).module
+    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module))
+    assert counts["aten::conv2d"] + counts["aten::linear"] == 3
+    assert counts["aten::_add_relu"] == 1
+    for gone in ("aten::batch_norm", "aten::dropout", "aten::add", "aten::relu"):
+        assert counts[gone] == 0
+
+
+def test_the_non_fused_artifact_is_really_not_fused():
+    module = torchscript.script(settled(Branching()), CASE).module
+    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module, fold=False))
+    assert counts["aten::batch_norm"] == 2
+    assert counts["aten::add"] == 1
+    assert counts["aten::relu"] == 1
+    assert counts["aten::_add_relu"] == 0
+
+
+@pytest.mark.parametrize("form", ["pt", "ptl"])
+@pytest.mark.parametrize("fusions", FUSIONS.values(), ids=FUSIONS)
+def test_an_int8_model_runs_after_scripting_saving_and_loading(fusions, form):
+    model = quantized(AnnotatedConvBnReLUModel(), fusions)
+    scripted = torchscript.script(model, CASE)
+    assert scripted.traced_because is None
+    loaded = reload(torchscript.optimize_for_mobile(scripted.module), form)
+    assert torch.equal(loaded(INPUT), model(INPUT))
+
+
+@pytest.mark.parametrize(
+    ("fusions", "expected"),
+    [
+        ([], ["quantized::conv2d", "quantized::batch_norm2d", "aten::relu_"]),
+        ([["bn", "relu"]], ["quantized::conv2d", "quantized::batch_norm2d_relu"]),
+        ([["conv", "bn", "relu"]], ["quantized::conv2d_relu"]),
+    ],
+    ids=FUSIONS,
+)
+def test_the_int8_operators_are_those_that_were_fused(fusions, expected):
+    module = torchscript.script(quantized(AnnotatedConvBnReLUModel(), fusions), CASE).module
+    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module))
+    work = [op for op in counts if op.startswith("quantized::") or "relu" in op or "norm" in op]
+    assert work == expected
+
+
+def test_packed_parameters_are_constants_of_the_graph():
+    model = quantized(AnnotatedConvBnReLUModel(), [["conv", "bn", "relu"]])
+    optimized = torchscript.optimize_for_mobile(torchscript.script(model, CASE).module)
+    assert torchscript.op_counts(optimized)["prim::GetAttr"] == 0
+
+
+def test_int8_is_close_to_float_and_not_equal_to_it():
+    model = settled(AnnotatedConvBnReLUModel())
+    with torch.no_grad():
+        expected = model(INPUT)
+    fused = torchfuse.fuse_modules(model, [["conv", "bn", "relu"]])
+    difference = (torchscript.quantize(fused, [CASE])(INPUT) - expected).abs().max()
+    assert 0 < difference / expected.abs().max() < 0.02
+
+
+def test_quantizing_leaves_the_model_as_it_was():
+    model = settled(AnnotatedConvBnReLUModel())
+    before = copy.deepcopy(model.state_dict())
+    torchscript.quantize(model, [CASE])
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
+    assert not hasattr(model, "qconfig")
+    assert [type(module) for module in model.children()][:2] == [nn.Conv2d, nn.BatchNorm2d]
+
+
+def test_scripting_leaves_a_converted_model_as_it_was():
+    model = settled(AnnotatedConvBnReLUModel())
+    model.qconfig = ao.get_default_qconfig("qnnpack")
+    with torchscript.quiet():
+        prepared = ao.prepare(model)
+        prepared(INPUT)
+        converted = ao.convert(prepared)
+        torchscript.script(converted, CASE)
+    assert converted.bn.scale.shape == (1,)
+
+
+def test_a_model_that_cannot_be_scripted_is_traced_and_says_so():
+    model = Untypable().eval()
+    scripted = torchscript.script(model, CASE)
+    assert "variable number of arguments" in scripted.traced_because
+    torch.testing.assert_close(scripted.module(INPUT), model(INPUT))
+
+
+def test_keyword_inputs_are_traced_by_position():
+    class TwoInputs(Untypable):
+        def forward(self, x, scale, *args):
+            return self.conv(x, *args) * scale
+
+    model = TwoInputs().eval()
+    case = Case((INPUT,), {"scale": torch.tensor(2.0)})
+    module = torchscript.script(model, case).module
+    torch.testing.assert_close(module(INPUT, case.kwargs["scale"]), model(INPUT, 2.0))
+
+
+def test_an_int8_model_without_stubs_is_an_error_that_says_what_is_missing():
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(UnsupportedError, match="must lie between a QuantStub and a DeQuantStub"):
+        torchscript.quantize(model, [CASE])
+
+
+def test_an_engine_that_this_build_does_not_have_is_an_error_that_lists_those_it_has():
+    with pytest.raises(UnsupportedError, match=r"no quantized engine 'cuda'; it has .*qnnpack"):
+        torchscript.quantize(settled(AnnotatedConvBnReLUModel()), [CASE], engine="cuda")
+
+
+@pytest.mark.parametrize("form", ["pt", "ptl"])
+def test_bytes_that_are_no_archive_are_an_error(form):
+    with pytest.raises(ArtifactError, match=f"cannot load it as '.{form}'"):
+        torchscript.deserialize(b"PK\x03\x04 and nothing more", form)
+
+
+def test_the_engine_is_put_back():
+    before = torch.backends.quantized.engine
+    quantized(AnnotatedConvBnReLUModel(), [])
+    assert torch.backends.quantized.engine == before
