@@ -4,13 +4,19 @@ Importing it does not import torch: each verb is loaded when it is first used.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from torchfuse.eager import fuse_modules, fuse_modules_qat
+
+__all__ = ["fuse_modules", "fuse_modules_qat"]
 
 # Public name → the module that defines it. No module has the name of a public function: with lazy
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
-_HOME: dict[str, str] = {}
+_HOME = {
+    "fuse_modules": "eager",
+    "fuse_modules_qat": "eager",
+}
 
 
 def __getattr__(name: str) -> Any:

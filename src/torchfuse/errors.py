@@ -5,6 +5,7 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "FusionError",
+    "FusionWarning",
     "InputError",
     "TorchfuseError",
     "UnsupportedError",
@@ -37,3 +38,7 @@ class ArtifactError(TorchfuseError):
 
 class UnsupportedError(TorchfuseError):
     """The installed torch, ExecuTorch or runtime cannot do what was asked."""
+
+
+class FusionWarning(UserWarning):
+    """A fusion that was asked for was left out, or took something with it; the text says what."""
