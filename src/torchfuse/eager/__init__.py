@@ -135,12 +135,22 @@ def _fuse(
         from torchfuse.eager.recorded import check_fused_output, check_order
 
         check_order(model, lists, example_inputs)
-        trial = fuser.apply(copy.deepcopy(model), lists)
+        trial = fuser.apply(_copied(model), lists)
         check_fused_output(model, trial, example_inputs)
         if not inplace:
             return trial
         fuser = fuser.silent()
-    return fuser.apply(model if inplace else copy.deepcopy(model), lists)
+    return fuser.apply(model if inplace else _copied(model), lists)
+
+
+def _copied(model: Model) -> Model:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise FusionError(
+            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to change the "
+            "model itself, or remove weight_norm and the like first"
+        ) from error
 
 
 @dataclass
