@@ -1,0 +1,367 @@
+"""MODEL, --input and --weights of the command line: from text to a model and what to run it on."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchfuse.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import ModuleType
+
+    import torch
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+__all__ = ["InputSpec", "LoadedModel", "ModelSource", "load", "parse_input", "parse_source"]
+
+DTYPES = (
+    "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+)  # fmt: skip
+_INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a Python file, an importable module, or an exported program."""
+
+    path: Path | None  # of the .py or .pt2 file; None for a module
+    module: str | None  # dotted name; None for a file
+    attribute: str | None  # "resnet50", or "Nets.small"; None for a .pt2
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One example input: `1x3x224x224:float32`, with the keyword it is passed as, if any."""
+
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, or an exported program, and the example inputs to run it on."""
+
+    name: str  # as given on the command line
+    model: nn.Module | ExportedProgram
+    example_inputs: Any  # as `torchfuse.plan` takes them
+
+
+def parse_source(text: str) -> ModelSource:
+    """Return the parts of MODEL; whether they exist is not looked at.
+
+    >>> parse_source("nets.vision:resnet50").attribute
+    'resnet50'
+
+    Raises:
+        InputError: `text` has none of the three forms.
+    """
+    place, colon, attribute = text.rpartition(":")
+    if not colon and text.endswith(".pt2"):
+        return ModelSource(Path(text), None, None)
+    if colon and place.endswith(".py") and attribute:
+        return ModelSource(Path(place), None, attribute)
+    dotted = place.replace(".", "_").isidentifier() and attribute.replace(".", "_").isidentifier()
+    if colon and dotted and os.sep not in place:
+        return ModelSource(None, place, attribute)
+    forms = "path/to/file.py:callable, package.module:callable, or an exported program file.pt2"
+    if text.endswith(".py"):
+        raise InputError(f"'{text}' names a file but no callable in it; write '{text}:callable'.")
+    raise InputError(f"'{text}' is not a MODEL: expected {forms}.")
+
+
+def parse_input(text: str) -> InputSpec:
+    """Return what `[name=]SIZExSIZE…[:dtype]` asks for; the dtype is float32 unless given.
+
+    >>> parse_input("tokens=1x128:int64")
+    InputSpec(name='tokens', shape=(1, 128), dtype='int64')
+
+    Raises:
+        InputError: `text` has another form, or names an unknown dtype.
+    """
+    match = _INPUT.fullmatch(text)
+    if match is None:
+        raise InputError(
+            f"'{text}' is not an input: expected sizes joined by x, with an optional name before "
+            "and an optional dtype after, such as 1x3x224x224, mask=1x77:bool or 1x128:int64."
+        )
+    dtype = match["dtype"] or "float32"
+    if dtype not in DTYPES:
+        raise InputError(
+            f"'{text}' asks for the dtype '{dtype}', which is none of {', '.join(DTYPES)}"
+            f"{_near(dtype, DTYPES)}."
+        )
+    return InputSpec(match["name"], tuple(map(int, match["sizes"].split("x"))), dtype)
+
+
+def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> LoadedModel:
+    """Return the model that MODEL names, in evaluation mode, with example inputs.
+
+    `inputs` are --input texts; with none, the callable must return `(model, example_inputs)`, or
+    the exported program must have been saved with its own. Floating-point inputs are drawn from a
+    normal distribution, others are zeros and ones, always the same ones. `weights` is a state dict
+    (.pt, .pth, .safetensors) and is loaded without unpickling objects.
+
+    Raises:
+        InputError: one of them does not exist, does not fit, or cannot be read.
+    """
+    source = parse_source(text)
+    specs = [parse_input(spec) for spec in inputs]
+    _check_unique(specs)
+    if source.attribute is None:
+        assert source.path is not None
+        if weights is not None:
+            raise InputError(f"'{text}' holds its own weights; leave out --weights {weights}.")
+        program = _load_program(source.path)
+        return LoadedModel(text, program, _example_inputs(text, specs, _saved_inputs(program)))
+    model, given = _build(text, source)
+    if weights is not None:
+        _load_weights(model, weights)
+    return LoadedModel(text, model.eval(), _example_inputs(text, specs, given))
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def _missing_file(path: Path, pattern: str) -> InputError:
+    if not path.parent.is_dir():
+        return InputError(f"The folder '{path.parent}' of '{path}' does not exist.")
+    siblings = [other.name for other in path.parent.glob(pattern)]
+    return InputError(f"The file '{path}' does not exist{_near(path.name, siblings)}.")
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _build(text: str, source: ModelSource) -> tuple[nn.Module, Any]:
+    """Return the model, and the example inputs that the callable gave with it, or None."""
+    from torch import nn
+
+    module = _import(text, source)
+    assert source.attribute is not None
+    value: Any = module
+    for part in source.attribute.split("."):
+        if not hasattr(value, part):
+            public = [name for name in dir(value) if callable(getattr(value, name, None))]
+            where = f"'{text.rpartition(':')[0]}' has no '{source.attribute}'"
+            raise InputError(f"{where}{_near(part, public)}; name a callable that it defines.")
+        value = getattr(value, part)
+    if not isinstance(value, nn.Module):
+        value = _call(text, value)
+    given = None
+    if isinstance(value, tuple) and len(value) == 2:
+        value, given = value
+    if not isinstance(value, nn.Module):
+        raise InputError(
+            f"'{text}' must return a torch.nn.Module, or (module, example_inputs), "
+            f"got {type(value).__name__}."
+        )
+    return value, given
+
+
+def _call(text: str, function: Any) -> Any:
+    if not callable(function):
+        raise InputError(
+            f"'{text}' is {type(function).__name__}, not a callable that returns a model."
+        )
+    try:
+        return function()
+    except Exception as error:
+        raise InputError(
+            f"'{text}' must return a model when called without arguments, but it raised "
+            f"{type(error).__name__}: {_first_line(error)}."
+        ) from error
+
+
+def _import(text: str, source: ModelSource) -> ModuleType:
+    if source.path is None:
+        assert source.module is not None
+        return _import_module(text, source.module)
+    path = source.path
+    if not path.is_file():
+        raise _missing_file(path, "*.py")
+    # Registered under a name of its own, as dataclasses and pickling in that file expect.
+    name = f"torchfuse_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))  # what `python path/to/file.py` does
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(
+            f"Running '{path}' raised {type(error).__name__}: {_first_line(error)}."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _import_module(text: str, name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # what `python -m` does, and the installed command does not
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise InputError(
+                f"There is no module '{error.name}' to import for '{text}'; install it, or run "
+                "from the folder that holds it, or give the path of the file."
+            ) from error
+        raise InputError(
+            f"Importing '{name}' raised {type(error).__name__}: {_first_line(error)}."
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"Importing '{name}' raised {type(error).__name__}: {_first_line(error)}."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else "no message"
+
+
+def _load_program(path: Path) -> ExportedProgram:
+    import torch
+
+    if not path.is_file():
+        raise _missing_file(path, "*.pt2")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        raise InputError(
+            f"'{path}' is not an exported program that torch {torch.__version__} can load "
+            f"({type(error).__name__}: {_first_line(error)}); save it with torch.export.save."
+        ) from error
+
+
+# ── example inputs ───────────────────────────────────────────────────────────────────────────────
+
+
+def _check_unique(specs: list[InputSpec]) -> None:
+    names = [spec.name for spec in specs if spec.name is not None]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--input {name}=… is given twice; each keyword takes one tensor.")
+
+
+def _saved_inputs(program: ExportedProgram) -> Any:
+    from torchfuse.inputs import Case
+
+    if program.example_inputs is None:
+        return None
+    args, kwargs = program.example_inputs
+    return Case(tuple(args), dict(kwargs))
+
+
+def _example_inputs(text: str, specs: list[InputSpec], given: Any) -> Any:
+    from torchfuse.inputs import Case
+
+    if specs:
+        args = tuple(_tensor(spec, i) for i, spec in enumerate(specs) if spec.name is None)
+        kwargs = {spec.name: _tensor(spec, i) for i, spec in enumerate(specs) if spec.name}
+        return Case(args, kwargs)
+    if given is None:
+        raise InputError(
+            f"'{text}' comes without example inputs; add --input with its sizes, such as "
+            "--input 1x3x224x224, or return (model, example_inputs)."
+        )
+    return given
+
+
+def _tensor(spec: InputSpec, index: int) -> Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(index)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(spec.shape, generator=generator).to(dtype)
+    # Zeros and ones are valid token ids, masks, pixels and class labels alike.
+    return torch.randint(0, 2, spec.shape, generator=generator).to(dtype)
+
+
+# ── weights ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    if path.suffix not in _WEIGHT_SUFFIXES:
+        raise InputError(
+            f"--weights takes a state dict in a {', '.join(_WEIGHT_SUFFIXES[:-1])} or "
+            f"{_WEIGHT_SUFFIXES[-1]} file, got '{path}'."
+        )
+    if not path.is_file():
+        raise _missing_file(path, "*.*")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
+    _check_keys(model, state := read(path), path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        mismatches = [line.strip() for line in str(error).splitlines()[1:]]
+        raise InputError(
+            f"'{path}' does not fit the model: {mismatches[0] if mismatches else error}"
+        ) from error
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"'{path}' is not a checkpoint of tensors alone ({type(error).__name__}); save it "
+            "as torch.save(model.state_dict(), path)."
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # the usual wrapping of training frameworks
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise InputError(
+            f"'{path}' must hold a state dict, got {type(state).__name__}; save it as "
+            "torch.save(model.state_dict(), path)."
+        )
+    return state
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Reading '{path}' needs the package safetensors; run `pip install safetensors`."
+        ) from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"'{path}' is not a whole .safetensors file ({error}).") from error
+
+
+def _check_keys(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    expected = model.state_dict().keys()
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    if not missing and not unknown:
+        return
+    found = []
+    if missing:
+        found.append(f"{len(missing)} of the model's keys are missing, first '{missing[0]}'")
+    if unknown:
+        near = _near(unknown[0], missing or expected)
+        found.append(f"{len(unknown)} of its keys are not the model's, first '{unknown[0]}'{near}")
+    raise InputError(f"'{path}' does not fit the model: {' and '.join(found)}.")
