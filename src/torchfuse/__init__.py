@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchfuse.eager import fuse_modules, fuse_modules_qat
+    from torchfuse.timing import Measurement, measure
 
-__all__ = ["fuse_modules", "fuse_modules_qat"]
+__all__ = ["Measurement", "fuse_modules", "fuse_modules_qat", "measure"]
 
 # Public name → the module that defines it. No module has the name of a public function: with lazy
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
 _HOME = {
+    "Measurement": "timing",
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
+    "measure": "timing",
 }
 
 

@@ -1,0 +1,88 @@
+"""Percentiles, and the ratio of two medians with its interval."""
+
+import numpy as np
+import pytest
+
+from torchfuse.errors import InputError
+from torchfuse.stats import Ratio, percentile, ratio_of_medians
+
+
+def noisy(median: float, *, spread: float = 0.02, count: int = 60, seed: int = 0) -> list[float]:
+    return list(median * np.random.default_rng(seed).normal(1, spread, count))
+
+
+@pytest.mark.parametrize(
+    ("percent", "expected"),
+    [(0, 1.0), (5, 1.2), (25, 2.0), (50, 3.0), (75, 4.0), (95, 4.8), (100, 5.0)],
+)
+def test_percentiles_are_interpolated_between_samples_in_any_order(
+    percent: float, expected: float
+) -> None:
+    assert percentile([5.0, 1.0, 4.0, 2.0, 3.0], percent) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("true_ratio", [0.5, 0.9, 1.1, 3.0])
+def test_the_interval_holds_the_true_ratio_and_not_one(true_ratio: float, paired: bool) -> None:
+    found = ratio_of_medians(noisy(true_ratio, seed=1), noisy(1.0, seed=2), paired=paired)
+    assert found.low <= true_ratio <= found.high
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low < 0.05 * true_ratio
+    assert found.measurable
+
+
+def test_two_samples_of_the_same_thing_show_no_measurable_difference() -> None:
+    found = ratio_of_medians(noisy(1.0, seed=1), noisy(1.0, seed=2))
+    assert not found.measurable
+    assert str(found).startswith("no measurable difference (")
+
+
+def test_at_95_percent_about_19_of_20_equal_pairs_show_no_difference() -> None:
+    wrong = sum(
+        ratio_of_medians(noisy(1.0, seed=2 * i), noisy(1.0, seed=2 * i + 1)).measurable
+        for i in range(100)
+    )
+    assert 1 <= wrong <= 12
+
+
+def test_pairing_cancels_what_slows_both_down_in_the_same_round() -> None:
+    slow_moments = np.random.default_rng(0).uniform(1, 3, 60)
+    above = list(slow_moments * np.asarray(noisy(1.05, spread=0.001, seed=1)))
+    below = list(slow_moments * np.asarray(noisy(1.0, spread=0.001, seed=2)))
+    assert not ratio_of_medians(above, below).measurable
+    assert ratio_of_medians(above, below, paired=True).measurable
+
+
+def test_the_same_samples_give_the_same_interval() -> None:
+    above, below = noisy(1.1, seed=1), noisy(1.0, seed=2)
+    assert ratio_of_medians(above, below) == ratio_of_medians(above, below)
+
+
+def test_samples_of_different_numbers_can_be_compared_unless_they_claim_to_be_pairs() -> None:
+    above, below = noisy(2.0, count=40), noisy(1.0, count=30)
+    assert ratio_of_medians(above, below).measurable
+    with pytest.raises(InputError, match=r"equal numbers, got 40 and 30"):
+        ratio_of_medians(above, below, paired=True)
+
+
+@pytest.mark.parametrize("samples", [[], [1.0, float("nan")], [1.0, 0.0], [float("inf")]])
+def test_samples_that_are_no_times_are_refused(samples: list[float]) -> None:
+    with pytest.raises(InputError, match="at least one time above zero"):
+        ratio_of_medians(samples, [1.0])
+    with pytest.raises(InputError, match="at least one time above zero"):
+        percentile(samples, 50)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "measurable"),
+    [(0.9, 0.99, True), (0.9, 1.0, False), (1.0, 1.1, False), (1.01, 1.1, True)],
+)
+def test_an_interval_that_touches_one_is_no_difference(
+    low: float, high: float, measurable: bool
+) -> None:
+    assert Ratio((low + high) / 2, low, high).measurable is measurable
+
+
+def test_a_ratio_reads_with_its_interval() -> None:
+    assert str(Ratio(1.523, 1.488, 1.551)) == "1.52 (1.49 … 1.55)"
+    assert str(Ratio(1.0, 0.97, 1.02)) == "no measurable difference (0.97 … 1.02)"

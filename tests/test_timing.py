@@ -1,0 +1,205 @@
+"""The measuring loop, with a clock that the test drives, and on real models."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from torchfuse.errors import InputError
+from torchfuse.timing import Measurement, measure, measure_interleaved, ratio
+
+X = torch.ones(1, 4)
+
+
+class FakeClock:
+    """A clock that only moves when something takes time."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def taking(self, *times_s: float) -> Callable[[torch.Tensor], None]:
+        """A model whose n-th call takes the n-th of these times, and every later one the last."""
+        remaining = list(times_s)
+
+        def model(_x: torch.Tensor) -> None:
+            self.now_s += remaining.pop(0) if len(remaining) > 1 else remaining[0]
+
+        return model
+
+
+def test_each_call_is_one_sample_in_the_order_of_the_calls() -> None:
+    clock = FakeClock()
+    model = clock.taking(9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 100.0)
+    measured = measure(model, X, name="m", warmup=2, runs=5, clock=clock)
+    assert measured == Measurement("m", (1.0, 2.0, 3.0, 4.0, 100.0), 2, settled=True, threads=1)
+    assert measured.runs == 5
+    assert measured.median_s == 3.0
+    assert measured.iqr_s == 2.0
+    assert (measured.min_s, measured.max_s, measured.mean_s) == (1.0, 100.0, 22.0)
+    assert measured.p5_s == pytest.approx(1.2)
+    assert measured.p95_s == pytest.approx(80.8)
+    assert measured.calls_per_s == pytest.approx(1 / 3)
+
+
+def test_warm_up_goes_on_until_five_calls_take_what_the_five_before_took() -> None:
+    clock = FakeClock()
+    slow_start = [0.5, 0.4, 0.3, 0.2, 0.2, 0.1]
+    measured = measure(clock.taking(*slow_start), X, runs=3, clock=clock)
+    assert measured.settled
+    assert measured.warmup_runs == 13  # calls 4 to 8 have the median of calls 9 to 13
+    assert measured.samples_s == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_steady_times_are_still_warmed_up_ten_times() -> None:
+    clock = FakeClock()
+    assert measure(clock.taking(0.001), X, runs=1, clock=clock).warmup_runs == 10
+
+
+def test_times_that_never_settle_end_the_warm_up_after_three_seconds_with_a_caution() -> None:
+    clock = FakeClock()
+    measured = measure(clock.taking(*[0.1 * 1.1**i for i in range(60)]), X, runs=3, clock=clock)
+    assert not measured.settled
+    assert measured.cautions[0].startswith("the times had not settled after 15 warm-up runs; ")
+
+
+def test_a_wide_spread_is_a_caution_and_a_narrow_one_is_not() -> None:
+    wide = Measurement("m", (1.0, 1.0, 2.0, 2.0), 0, settled=True, threads=1)
+    narrow = Measurement("m", (1.0, 1.0, 1.01, 1.01), 0, settled=True, threads=1)
+    assert wide.cautions == (
+        "the middle half of the samples spreads over 67% of the median; "
+        "close other programs, or give more runs",
+    )
+    assert narrow.cautions == ()
+
+
+def test_variants_are_called_once_a_round_in_an_order_that_changes() -> None:
+    called: list[str] = []
+    clock = FakeClock()
+
+    def variant(name: str) -> Callable[[torch.Tensor], None]:
+        def model(_x: torch.Tensor) -> None:
+            called.append(name)
+            clock.now_s += 1.0
+
+        return model
+
+    names = ["a", "b", "c"]
+    measured = measure_interleaved(
+        {name: variant(name) for name in names}, X, warmup=0, runs=20, clock=clock
+    )
+    rounds = [tuple(called[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(round_) == names for round_ in rounds)
+    assert len(set(rounds)) == 6  # every order occurs
+    assert {name: m.runs for name, m in measured.items()} == {"a": 20, "b": 20, "c": 20}
+    assert list(measured) == names
+
+
+def test_a_slow_moment_in_some_rounds_does_not_hide_a_difference() -> None:
+    clock = FakeClock()
+    rounds = {"n": 0}
+
+    def variant(factor: float) -> Callable[[torch.Tensor], None]:
+        def model(_x: torch.Tensor) -> None:
+            clock.now_s += factor * (3.0 if rounds["n"] % 2 else 1.0)
+
+        return model
+
+    def next_round(done: int, _all: int) -> None:
+        rounds["n"] = done
+
+    variants = {"before": variant(1.1), "after": variant(1.0)}
+    measured = measure_interleaved(variants, X, warmup=0, runs=40, clock=clock, on_round=next_round)
+    speed_up = ratio(measured["before"], measured["after"])
+    assert speed_up.measurable
+    assert speed_up.value == pytest.approx(1.1)
+
+
+def test_measurements_of_separate_runs_are_not_taken_for_pairs() -> None:
+    clock = FakeClock()
+    a = measure(clock.taking(1.0), X, warmup=0, runs=3, clock=clock)
+    b = measure(clock.taking(2.0), X, warmup=0, runs=4, clock=clock)
+    assert ratio(b, a).value == 2.0
+
+
+def test_progress_is_told_after_every_round() -> None:
+    told: list[tuple[int, int]] = []
+    measure_interleaved(
+        {"m": nn.Identity()}, X, runs=3, on_round=lambda done, total: told.append((done, total))
+    )
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_models_run_in_inference_mode_on_one_thread_with_no_garbage_collection() -> None:
+    seen: list[tuple[bool, int, bool]] = []
+
+    def model(x: torch.Tensor) -> None:
+        seen.append((torch.is_inference_mode_enabled(), torch.get_num_threads(), gc.isenabled()))
+
+    before = torch.get_num_threads()
+    measure(model, X, warmup=0, runs=1)
+    measure(model, X, warmup=0, runs=1, threads=2)
+    assert seen == [(True, 1, False), (True, 2, False)]
+    assert torch.get_num_threads() == before
+    assert gc.isenabled()
+
+
+def test_threads_are_as_before_also_after_an_error() -> None:
+    before = torch.get_num_threads()
+    during: list[int] = []
+
+    def failing(_x: torch.Tensor) -> None:
+        during.append(torch.get_num_threads())
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        measure(failing, X, threads=before + 1)
+    assert during == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [(X, "positional"), ((X,), "positional"), ({"x": X}, "keyword")],
+    ids=["tensor", "tuple", "dict"],
+)
+def test_one_case_is_a_tensor_a_tuple_or_a_dict(inputs: object, expected: str) -> None:
+    got: list[str] = []
+
+    def model(*args: torch.Tensor, **kwargs: torch.Tensor) -> None:
+        got.append("keyword" if kwargs else "positional")
+
+    measure(model, inputs, warmup=0, runs=1)
+    assert got == [expected]
+
+
+def test_a_measurement_survives_json_with_every_sample() -> None:
+    measured = measure(nn.Linear(4, 4), X, runs=5)
+    assert Measurement.from_json(measured.to_json()) == measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"runs": 0}, r"^runs must be 1 or more, got 0\.$"),
+        ({"threads": 0}, r"^threads must be 1 or more, got 0\.$"),
+        ({"warmup": -1}, r"^warmup must be zero or more, got -1\.$"),
+    ],
+)
+def test_impossible_counts_are_refused(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        measure(nn.Identity(), X, **arguments)
+
+
+def test_several_cases_are_refused_since_a_time_belongs_to_one_input() -> None:
+    with pytest.raises(InputError, match="got 2 cases; measure each on its own"):
+        measure(nn.Identity(), [X, X])
+
+
+def test_no_variants_are_refused() -> None:
+    with pytest.raises(InputError, match="at least one variant"):
+        measure_interleaved({}, X)
