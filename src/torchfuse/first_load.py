@@ -9,7 +9,7 @@ import sys
 import torch
 
 # ScalarType's numbers (c10/core/ScalarType.h), which is how the runtime describes an input.
-_DTYPES = {
+SCALAR_TYPES = {
     0: torch.uint8,
     1: torch.int8,
     2: torch.int16,
@@ -34,7 +34,7 @@ def _load_pte(path: str) -> None:
         with contextlib.suppress(RuntimeError, KeyError):
             described = method.metadata
             tensors = [described.input_tensor_meta(i) for i in range(described.num_inputs())]
-            method.execute([torch.ones(t.sizes(), dtype=_DTYPES[t.dtype()]) for t in tensors])
+            method.execute([torch.ones(t.sizes(), dtype=SCALAR_TYPES[t.dtype()]) for t in tensors])
 
 
 def main(form: str, path: str) -> None:
@@ -42,11 +42,11 @@ def main(form: str, path: str) -> None:
     if form == "pte":
         _load_pte(path)
     elif form == "pt":
-        torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        torch.jit.load(path, map_location="cpu")
     else:
         from torch.jit.mobile import _load_for_lite_interpreter
 
-        _load_for_lite_interpreter(path)  # type: ignore[no-untyped-call]
+        _load_for_lite_interpreter(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,214 @@
+"""How much of a lowered program the delegate runs, and why it does not run the rest."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Delegation", "DelegationWarning", "OperatorDelegation", "delegation_of"]
+
+# Below this share of the work, what is left outside cannot cost much.
+_MATERIAL = 0.02
+
+
+class DelegationWarning(UserWarning):
+    """A part of the model that matters runs outside the delegate, on slow portable kernels."""
+
+
+@dataclass(frozen=True)
+class OperatorDelegation:
+    """One operator of the program, all its calls together."""
+
+    operator: str  # as in torch.ops.aten, without its overload: "convolution"
+    delegated: int  # calls inside the delegate
+    left: int  # calls outside
+    macs_delegated: int
+    macs_left: int
+    elements_left: int  # written by the calls outside
+    reasons: tuple[str, ...]  # the partitioner's, for the calls outside
+
+
+@dataclass(frozen=True)
+class Delegation:
+    """What the delegate took of a program."""
+
+    delegate: str
+    partitions: int  # pieces the program is cut into; 1 when everything is delegated
+    operators: tuple[OperatorDelegation, ...]
+    elements: int  # written by all operators
+    quantize_pairs_left: int  # dequantize nodes outside the delegate
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the program, for its example inputs."""
+        return sum(op.macs_delegated + op.macs_left for op in self.operators)
+
+    @property
+    def macs_share(self) -> float | None:
+        """Share of the multiply-accumulates that the delegate runs; None: there are none."""
+        if not self.macs:
+            return None
+        return sum(op.macs_delegated for op in self.operators) / self.macs
+
+    @property
+    def calls_delegated(self) -> int:
+        """Operator calls inside the delegate."""
+        return sum(op.delegated for op in self.operators)
+
+    @property
+    def calls_left(self) -> int:
+        """Operator calls outside the delegate."""
+        return sum(op.left for op in self.operators)
+
+    @property
+    def left(self) -> tuple[OperatorDelegation, ...]:
+        """The operators of which some calls are outside the delegate."""
+        return tuple(op for op in self.operators if op.left)
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence on what runs outside the delegate; None: nothing that matters does."""
+        if not self.left:
+            return None
+        elements_share = sum(op.elements_left for op in self.left) / max(self.elements, 1)
+        macs_left_share = 1 - (1.0 if self.macs_share is None else self.macs_share)
+        if self.calls_delegated and max(elements_share, macs_left_share) < _MATERIAL:
+            return None
+        what = ", ".join(f"{op.left}× {op.operator}" for op in self.left)
+        reasons = dict.fromkeys(reason for op in self.left for reason in op.reasons)
+        share = f"{macs_left_share:.0%} of the multiply-accumulates and " if self.macs else ""
+        return (
+            f"{self.delegate} does not run {what} ({share}{elements_share:.0%} of the elements "
+            f"written), which go to slow portable kernels: {'; '.join(reasons)}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Delegation":
+        """Return what `to_dict` was called on."""
+        operators = tuple(
+            OperatorDelegation(**{**op, "reasons": tuple(op["reasons"])})
+            for op in data["operators"]
+        )
+        return cls(**{**data, "operators": operators})
+
+    def __str__(self) -> str:
+        """One line per operator, the ones left outside first, and a closing sentence."""
+        rows = [("operator", "delegated", "left", "MMACs left", "reason")]
+        for op in sorted(self.operators, key=lambda op: (-op.macs_left, -op.left, op.operator)):
+            macs = f"{op.macs_left / 1e6:.1f}" if op.macs_left else ""
+            rows.append(
+                (op.operator, f"{op.delegated}", f"{op.left or ''}", macs, "; ".join(op.reasons))
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            f"{row[0]:<{widths[0]}}  "
+            + "  ".join(f"{row[column]:>{widths[column]}}" for column in (1, 2, 3))
+            + f"  {row[4]}"
+            for row in rows
+        ]
+        calls = self.calls_delegated + self.calls_left
+        of_macs = "" if self.macs_share is None else f", {self.macs_share:.1%} of the MACs"
+        closing = (
+            f"{self.delegate} runs {self.calls_delegated} of {calls} operator calls{of_macs}, in "
+            f"{self.partitions} {'piece' if self.partitions == 1 else 'pieces'}; "
+            f"{self.quantize_pairs_left} dequantizations are left outside."
+        )
+        return "\n".join([line.rstrip() for line in lines] + [closing])
+
+
+def delegation_of(
+    graph_module: "torch.fx.GraphModule", delegate: str, reasons: Mapping[str, str]
+) -> Delegation:
+    """Return what `delegate` took of a lowered edge program.
+
+    `reasons` maps the name of a node to the partitioner's reason for leaving it.
+    """
+    calls: dict[tuple[str, bool], list[torch.fx.Node]] = defaultdict(list)
+    why: dict[str, set[str]] = defaultdict(set)
+    partitions = 0
+    for node in _calls(graph_module):
+        if _operator(node) == "executorch_call_delegate":
+            partitions += 1
+            lowered = getattr(graph_module, str(node.args[0].target))  # type: ignore[union-attr]
+            for inner in _calls(lowered.original_module.graph_module):
+                calls[_operator(inner), True].append(inner)
+        elif _operator(node) != "getitem":
+            calls[_operator(node), False].append(node)
+            no_rule = f"{_operator(node)}: its partitioner has no rule for this operator"
+            why[_operator(node)].add(
+                f"{_operator(node)}: {reasons[node.name]}" if node.name in reasons else no_rule
+            )
+    quantizing = ("quantize_per_tensor", "quantize_per_channel")
+    names = {name for name, _ in calls if name != "getitem"}
+    operators = tuple(
+        OperatorDelegation(
+            operator=name,
+            delegated=len(calls[name, True]),
+            left=len(calls[name, False]),
+            macs_delegated=sum(map(_macs, calls[name, True])),
+            macs_left=sum(map(_macs, calls[name, False])),
+            elements_left=sum(map(_elements, calls[name, False])),
+            reasons=tuple(sorted(why[name])),
+        )
+        for name in sorted(names)
+    )
+    return Delegation(
+        delegate=delegate,
+        partitions=partitions,
+        operators=operators,
+        elements=sum(sum(map(_elements, nodes)) for nodes in calls.values()),
+        quantize_pairs_left=sum(len(calls[f"de{name}", False]) for name in quantizing),
+    )
+
+
+def _calls(graph_module: "torch.fx.GraphModule") -> "Iterator[torch.fx.Node]":
+    return (node for node in graph_module.graph.nodes if node.op == "call_function")
+
+
+def _operator(node: "torch.fx.Node") -> str:
+    # "aten.convolution.default" → "convolution", "dim_order_ops._to_dim_order_copy.default" → …
+    name = getattr(node.target, "__name__", str(node.target))
+    parts = re.sub(r"^(aten|quantized_decomposed|dim_order_ops)\.", "", name).split(".")
+    return parts[0]
+
+
+def _shape(value: Any) -> list[int]:
+    # A dynamic size counts as it is in the example inputs.
+    return [
+        size if isinstance(size, int) else int(size.node.hint)
+        for size in getattr(value, "shape", ())
+    ]
+
+
+def _elements(node: "torch.fx.Node") -> int:
+    value = node.meta.get("val")
+    outputs = value if isinstance(value, list | tuple) else [value]
+    return sum(math.prod(_shape(output)) for output in outputs if hasattr(output, "shape"))
+
+
+def _macs(node: "torch.fx.Node") -> int:
+    """Multiply-accumulates of one call; the operators that have none worth counting have 0."""
+
+    def shape(argument: int) -> list[int]:
+        return _shape(node.args[argument].meta["val"])  # type: ignore[union-attr]
+
+    match _operator(node):
+        case "convolution":
+            weight, transposed = shape(1), node.args[6]
+            # weight: [out, in/groups, *kernel], transposed: [in, out/groups, *kernel]
+            positions = math.prod(shape(0)) if transposed else _elements(node)
+            return positions * math.prod(weight[1:])
+        case "linear" | "mm" | "bmm" | "matmul":
+            return _elements(node) * shape(0)[-1]
+        case "addmm":
+            return _elements(node) * shape(1)[-1]
+    return 0
