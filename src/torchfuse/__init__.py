@@ -7,10 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchfuse.checking import verify
     from torchfuse.eager import fuse_modules, fuse_modules_qat
     from torchfuse.timing import Measurement, measure
 
-__all__ = ["Measurement", "fuse_modules", "fuse_modules_qat", "measure"]
+__all__ = [
+    "Measurement",
+    "fuse_modules",
+    "fuse_modules_qat",
+    "measure",
+    "verify",
+]
 
 # Public name → the module that defines it. No module has the name of a public function: with lazy
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
@@ -19,6 +26,7 @@ _HOME = {
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
     "measure": "timing",
+    "verify": "checking",
 }
 
 

@@ -1,0 +1,192 @@
+"""Compares what two models compute: verify."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchfuse.equivalence import Equivalence, OutputDifference
+from torchfuse.errors import InputError
+from torchfuse.inputs import Case, cases
+from torchfuse.nesting import named_leaves
+from torchfuse.restoring import restored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Equivalence", "OutputDifference", "compare_outputs", "tolerance", "verify"]
+
+# What rounding alone may do to max|a − b| / max|a|, over a whole model.
+_RELATIVE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+    torch.complex128: 1e-9,
+    torch.complex64: 1e-4,
+}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest max|a − b| / max|a| that rounding in `dtype` explains; 0 for whole numbers."""
+    return _RELATIVE.get(dtype, 0.0)
+
+
+def verify(
+    reference: Callable[..., Any],
+    candidate: Callable[..., Any],
+    example_inputs: Any,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    min_sqnr_db: float | None = None,
+) -> Equivalence:
+    """The difference of every output of `candidate` from `reference`'s, over all cases.
+
+    Both are called with copies of the same inputs and from the same random state, and are left
+    as they were. An output passes if max|a − b| ≤ atol + rtol · max|a| and, where asked for, its
+    signal-to-noise ratio is at least `min_sqnr_db`. Without `rtol` and `atol` the tolerance is
+    what rounding in the output's dtype explains; with only `min_sqnr_db` it alone decides. NaN,
+    Inf, and another structure, shape or dtype never pass.
+    """
+    for name, bound in (("rtol", rtol), ("atol", atol), ("min_sqnr_db", min_sqnr_db)):
+        if bound is not None and (math.isnan(bound) or (bound < 0 and name != "min_sqnr_db")):
+            raise InputError(f"{name} must be a number of at least 0; got {bound}.")
+    listed = cases(example_inputs)
+    outputs: list[OutputDifference] = []
+    for index, case in enumerate(listed):
+        expected = run(reference, case)
+        actual = run(candidate, case)
+        prefix = f"case {index + 1}: " if len(listed) > 1 else ""
+        outputs += compare_outputs(
+            expected, actual, rtol=rtol, atol=atol, min_sqnr_db=min_sqnr_db, prefix=prefix
+        )
+    return Equivalence(tuple(outputs))
+
+
+def run(model: Callable[..., Any], case: Case) -> Any:
+    """What `model` returns for a copy of `case`'s inputs; nothing is left changed."""
+    called = model if case.method == "forward" else getattr(model, case.method)
+    args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
+    with restored(model):
+        return called(*args, **kwargs)
+
+
+def copy_tensors(value: Any) -> Any:
+    """`value` with every tensor in it replaced by a copy; other objects are deep copies."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(copy_tensors(entry) for entry in value)
+    if type(value) is dict:
+        return {key: copy_tensors(entry) for key, entry in value.items()}
+    return copy.deepcopy(value)
+
+
+def compare_outputs(
+    reference: Any,
+    candidate: Any,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    min_sqnr_db: float | None = None,
+    prefix: str = "",
+) -> list[OutputDifference]:
+    """One record per leaf of the two outputs, matched by name."""
+    expected = dict(named_leaves(reference))
+    actual = dict(named_leaves(candidate))
+    records = [
+        _unequal(prefix + name, "only the candidate returns it.")
+        for name in actual
+        if name not in expected
+    ]
+    for name, leaf in expected.items():
+        if name not in actual:
+            records.append(_unequal(prefix + name, "the candidate does not return it."))
+        else:
+            records.append(_compared(prefix + name, leaf, actual[name], rtol, atol, min_sqnr_db))
+    return records
+
+
+def _compared(
+    name: str,
+    expected: Any,
+    actual: Any,
+    rtol: float | None,
+    atol: float | None,
+    min_sqnr_db: float | None,
+) -> OutputDifference:
+    a, b = _as_tensor(expected), _as_tensor(actual)
+    if a is None or b is None:
+        if type(expected) is type(actual) and (expected is actual or expected == actual):
+            return OutputDifference(name, 0.0, 0.0, math.inf, passed=True)
+        return _unequal(
+            name, f"{_short(expected)} became {_short(actual)}; only equal values pass."
+        )
+    if a.shape != b.shape:
+        return _unequal(name, f"the shape {list(a.shape)} became {list(b.shape)}.")
+    if a.dtype != b.dtype:
+        return _unequal(name, f"the dtype {a.dtype} became {b.dtype}.")
+    for side, tensor in (("reference", a), ("candidate", b)):
+        if not bool(torch.isfinite(tensor).all()):
+            return _unequal(name, f"the {side} has NaN or Inf, which cannot be compared.")
+    return _difference(name, a, b, rtol, atol, min_sqnr_db)
+
+
+def _difference(
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    rtol: float | None,
+    atol: float | None,
+    min_sqnr_db: float | None,
+) -> OutputDifference:
+    dtype = a.dtype
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    a, b = a.to("cpu", wide), b.to("cpu", wide)
+    if a.numel() == 0:
+        return OutputDifference(name, 0.0, 0.0, math.inf, passed=True)
+    error = (a - b).abs()
+    max_abs = error.max().item()
+    peak = a.abs().max().item()
+    noise, signal = error.square().sum().item(), a.abs().square().sum().item()
+    max_rel = 0.0 if max_abs == 0 else max_abs / peak if peak else math.inf
+    sqnr_db = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+    problem = None
+    if rtol is not None or atol is not None or min_sqnr_db is None:
+        default = tolerance(dtype) if rtol is None and atol is None else 0.0
+        allowed = (atol or 0.0) + (default if rtol is None else rtol) * peak
+        if max_abs > allowed:
+            problem = f"differs by up to {max_abs:.3g}; at most {allowed:.3g} was expected."
+    if problem is None and min_sqnr_db is not None and sqnr_db < min_sqnr_db:
+        problem = f"has an SQNR of {sqnr_db:.1f} dB; at least {min_sqnr_db:.1f} dB was asked for."
+    return OutputDifference(name, max_abs, max_rel, sqnr_db, problem is None, problem)
+
+
+def _as_tensor(leaf: Any) -> Tensor | None:
+    if isinstance(leaf, Tensor):
+        plain = leaf.detach()
+        if plain.is_quantized:
+            plain = plain.dequantize()
+        return plain.to_dense() if plain.layout is not torch.strided else plain
+    if isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool):
+        return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
+    if type(leaf).__module__ == "numpy" and hasattr(leaf, "shape"):
+        try:
+            return torch.as_tensor(leaf)
+        except TypeError:  # strings and objects
+            return None
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _unequal(name: str, problem: str) -> OutputDifference:
+    return OutputDifference(name, None, None, None, passed=False, problem=problem)

@@ -1,0 +1,90 @@
+"""What can be fused and what cannot: plain data, no torch, saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchfuse.errors import InputError
+
+__all__ = ["Fusion", "FusionPlan", "Skip"]
+
+_FORMAT = "torchfuse-plan-1"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One fusion that is exact within the plan's scope. `None` is unknown, 0 is none."""
+
+    rule: str  # "conv_bn"
+    modules: tuple[str, ...]  # dotted paths in running order; the first one keeps the result
+    parameters_saved: int  # negative if a bias had to be added and nothing was dropped
+    traffic_saved_bytes: int | None  # activations no longer read and written, in the first case
+    macs_saved: int | None  # multiply-adds no longer done, in the first case
+    max_rel: float | None = None  # proof on recorded activations: max|before − after| / max|before|
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One candidate that is left alone."""
+
+    modules: tuple[str, ...]
+    reason: str  # a sentence
+    hint: str  # what the user could change; empty if nothing
+    rule: str | None  # the rule that looked at it; None if no rule applied
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """Everything that was found in one model, and the scope it holds for."""
+
+    model: str  # class name
+    scope: tuple[str, ...]  # sentences
+    fusions: tuple[Fusion, ...]
+    skips: tuple[Skip, ...]
+    originals_bytes: int | None = None  # memory that kept originals take, once fused
+
+    @property
+    def parameters_saved(self) -> int:
+        """Sum over all fusions."""
+        return sum(fusion.parameters_saved for fusion in self.fusions)
+
+    @property
+    def traffic_saved_bytes(self) -> int:
+        """Sum over the fusions where it is known."""
+        return sum(fusion.traffic_saved_bytes or 0 for fusion in self.fusions)
+
+    @property
+    def macs_saved(self) -> int:
+        """Sum over the fusions where it is known."""
+        return sum(fusion.macs_saved or 0 for fusion in self.fusions)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` gives back an equal plan."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> FusionPlan:
+        """The plan that `to_json` wrote."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("format") != _FORMAT:
+                raise KeyError("format")
+            return cls(
+                model=data["model"],
+                scope=tuple(data["scope"]),
+                fusions=tuple(
+                    Fusion(**{**fusion, "modules": tuple(fusion["modules"])})
+                    for fusion in data["fusions"]
+                ),
+                skips=tuple(
+                    Skip(**{**skip, "modules": tuple(skip["modules"])}) for skip in data["skips"]
+                ),
+                originals_bytes=data["originals_bytes"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"Expected a plan as FusionPlan.to_json() writes it ({_FORMAT}), got text that is "
+                f"not one ({type(error).__name__}: {error}); write it again with this version."
+            ) from error
