@@ -9,6 +9,7 @@ __all__ = [
     "InputError",
     "TorchfuseError",
     "UnsupportedError",
+    "first_line",
 ]
 
 
@@ -42,3 +43,9 @@ class UnsupportedError(TorchfuseError):
 
 class FusionWarning(UserWarning):
     """A fusion that was asked for was left out, or took something with it; the text says what."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line that says something of an error's text, else its type's name."""
+    lines = (line.strip(" .") for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

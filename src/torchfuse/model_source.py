@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.errors import InputError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -182,7 +182,7 @@ def _call(text: str, function: Any) -> Any:
     except Exception as error:
         raise InputError(
             f"'{text}' must return a model when called without arguments, but it raised "
-            f"{type(error).__name__}: {_first_line(error)}."
+            f"{type(error).__name__}: {first_line(error)}."
         ) from error
 
 
@@ -205,7 +205,7 @@ def _import(text: str, source: ModelSource) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         raise InputError(
-            f"Running '{path}' raised {type(error).__name__}: {_first_line(error)}."
+            f"Running '{path}' raised {type(error).__name__}: {first_line(error)}."
         ) from error
     finally:
         sys.path.pop(0)
@@ -224,17 +224,12 @@ def _import_module(text: str, name: str) -> ModuleType:
                 "from the folder that holds it, or give the path of the file."
             ) from error
         raise InputError(
-            f"Importing '{name}' raised {type(error).__name__}: {_first_line(error)}."
+            f"Importing '{name}' raised {type(error).__name__}: {first_line(error)}."
         ) from error
     except Exception as error:
         raise InputError(
-            f"Importing '{name}' raised {type(error).__name__}: {_first_line(error)}."
+            f"Importing '{name}' raised {type(error).__name__}: {first_line(error)}."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else "no message"
 
 
 def _load_program(path: Path) -> ExportedProgram:
@@ -247,7 +242,7 @@ def _load_program(path: Path) -> ExportedProgram:
     except Exception as error:
         raise InputError(
             f"'{path}' is not an exported program that torch {torch.__version__} can load "
-            f"({type(error).__name__}: {_first_line(error)}); save it with torch.export.save."
+            f"({type(error).__name__}: {first_line(error)}); save it with torch.export.save."
         ) from error
 
 

@@ -31,8 +31,12 @@ _WARNINGS = (
         r"(read|open)_(text|binary) is deprecated", r"executorch\.exir\.", DeprecationWarning
     ),
     _NoisyWarning(r"open_text is deprecated", r"importlib\.resources", DeprecationWarning),
-    # torch's own modules, imported by the exporter, use TorchScript
-    _NoisyWarning(r"`torch\.jit\.\w+` is deprecated", r"torch\.jit\.", DeprecationWarning),
+    # the legacy target is about nothing else than what is deprecated
+    _NoisyWarning(r"torch\.ao\.quantization is deprecated", r"", DeprecationWarning),
+    _NoisyWarning(r"Lite Interpreter is deprecated", r"", DeprecationWarning),
+    _NoisyWarning(r"`torch\.jit\.\w+` is (deprecated|not supported)", r"", DeprecationWarning),
+    _NoisyWarning(r"torch\.quantize_per_tensor, .* are deprecated", r"torch\.", UserWarning),
+    _NoisyWarning(r"Please use quant_min and quant_max", r"torch\.ao\.", UserWarning),
     # importing ExecuTorch's runtime
     _NoisyWarning(r"This API is experimental", r"executorch\.extension\.pybindings", Warning),
 )

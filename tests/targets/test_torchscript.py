@@ -12,6 +12,7 @@ from torchfuse.errors import ArtifactError, UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.mobilenet_v2 import settle_batch_norms
+from torchfuse.quieting import quiet
 from torchfuse.targets import torchscript
 
 INPUT = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -152,7 +153,7 @@ def test_quantizing_leaves_the_model_as_it_was():
 def test_scripting_leaves_a_converted_model_as_it_was():
     model = settled(AnnotatedConvBnReLUModel())
     model.qconfig = ao.get_default_qconfig("qnnpack")
-    with torchscript.quiet():
+    with quiet():
         prepared = ao.prepare(model)
         prepared(INPUT)
         converted = ao.convert(prepared)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.delegation import Delegation, DelegationWarning, delegation_of
-from torchfuse.errors import ArtifactError, InputError, UnsupportedError
+from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
 from torchfuse.first_load import SCALAR_TYPES
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet, quiet_runtime
@@ -58,7 +58,7 @@ def _export(model: nn.Module, case: Case, dynamic_shapes: Any) -> torch.export.E
     except Exception as error:
         raise UnsupportedError(
             f"torch.export cannot capture {type(model).__name__} for {case}"
-            f"{' with these dynamic shapes' if dynamic_shapes else ''}: {_first_line(error)}"
+            f"{' with these dynamic shapes' if dynamic_shapes else ''}: {first_line(error)}"
         ) from error
 
 
@@ -84,7 +84,7 @@ def lower(program: torch.export.ExportedProgram) -> Lowered:
                 executorch_program = edge.to_executorch()
         except Exception as error:
             raise UnsupportedError(
-                f"ExecuTorch cannot lower the model: {_first_line(error)}"
+                f"ExecuTorch cannot lower the model: {first_line(error)}"
             ) from error
     _check_operators(executorch_program.executorch_program)
     if delegation.warning:
@@ -196,7 +196,7 @@ class ExecutorchModel:
                 self._method = self._program.load_method("forward")
         except (RuntimeError, KeyError) as error:
             raise ArtifactError(
-                f"ExecuTorch's runtime cannot load the program: {_first_line(error)}; it may need "
+                f"ExecuTorch's runtime cannot load the program: {first_line(error)}; it may need "
                 "another version, or a backend or kernel that this build of the runtime lacks."
             ) from error
         self._pool = _pool
@@ -215,7 +215,7 @@ class ExecutorchModel:
             outputs: Sequence[Any] = self._method.execute(inputs)
         except RuntimeError as error:
             raise InputError(
-                f"The program cannot run on {_described(inputs)}: {_first_line(error)}."
+                f"The program cannot run on {_described(inputs)}: {first_line(error)}."
             ) from error
         if self._out_spec is not None:
             return pytree.tree_unflatten(outputs, self._out_spec)
@@ -291,7 +291,3 @@ def _described(inputs: list[Any]) -> str:
         else repr(leaf)
         for leaf in inputs
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import inspect
 import io
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 from torch.jit.mobile import _load_for_lite_interpreter
 
-from torchfuse.errors import ArtifactError, UnsupportedError
+from torchfuse.errors import ArtifactError, UnsupportedError, first_line
 from torchfuse.inputs import Case
+from torchfuse.quieting import quiet
 
 __all__ = [
     "Scripted",
@@ -65,7 +65,7 @@ def quantize(model: nn.Module, calibration: list[Case], *, engine: str = "qnnpac
                 converted(*calibration[0].args, **calibration[0].kwargs)
             except (NotImplementedError, RuntimeError) as error:
                 raise UnsupportedError(
-                    f"the int8 model cannot run ({_first_line(error)}): every part that runs in "
+                    f"the int8 model cannot run ({first_line(error)}): every part that runs in "
                     "int8 must lie between a QuantStub and a DeQuantStub, and additions and "
                     "concatenations in between must be FloatFunctionals"
                 ) from error
@@ -85,7 +85,7 @@ def script(model: nn.Module, case: Case) -> Scripted:
             scripted = torch.jit.script(model)
             scripted(*case.args, **case.kwargs)
         except Exception as error:  # noqa: BLE001  # the compiler raises whatever it likes
-            reason = _first_line(error)
+            reason = first_line(error)
         else:
             return Scripted(scripted, None)
         try:
@@ -96,7 +96,7 @@ def script(model: nn.Module, case: Case) -> Scripted:
         except Exception as error:
             raise UnsupportedError(
                 f"{type(model).__name__} can be neither scripted ({reason}) nor traced "
-                f"({_first_line(error)}); use a '.pte' instead"
+                f"({first_line(error)}); use a '.pte' instead"
             ) from error
     return Scripted(traced, reason)
 
@@ -164,7 +164,7 @@ def deserialize(data: bytes, form: str, *, engine: str = "qnnpack") -> Callable[
         with quiet(), _engine(engine):
             module: Callable[..., Any] = load(io.BytesIO(data))
     except RuntimeError as error:
-        raise ArtifactError(f"torch cannot load it as '.{form}': {_first_line(error)}") from error
+        raise ArtifactError(f"torch cannot load it as '.{form}': {first_line(error)}") from error
     return module
 
 
@@ -196,22 +196,3 @@ def _engine(name: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.quantized.engine = before
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what torch says on every use of what this file is about, and nothing else."""
-    with warnings.catch_warnings():
-        for category, message in (
-            (DeprecationWarning, "torch.ao.quantization is deprecated"),
-            (DeprecationWarning, "Lite Interpreter is deprecated"),
-            (DeprecationWarning, r"`torch\.jit\.\w+` is (deprecated|not supported)"),
-            (UserWarning, r"torch\.quantize_per_tensor, .* are deprecated"),
-            (UserWarning, "Please use quant_min and quant_max"),
-        ):
-            warnings.filterwarnings("ignore", message, category)
-        yield
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
