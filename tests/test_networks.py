@@ -1,0 +1,28 @@
+"""The random networks are reproducible, and contain what can go wrong."""
+
+from random import Random
+
+import pytest
+import torch
+
+from networks import network
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_seeds_draw_equal_networks(seed: int) -> None:
+    first, second = network(Random(seed), seed), network(Random(seed), seed)
+    assert first.source == second.source
+    with torch.no_grad():
+        outputs = first.model(first.inputs(0)), second.model(second.inputs(0))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_random_networks_contain_what_can_go_wrong() -> None:
+    source = "".join(network(Random(seed), seed).source for seed in range(150))
+    for part in (
+        "ConvTranspose", "groups=", "BatchNorm3d", "BatchNorm1d", "SyncBatchNorm", "BatchNormAct2d",
+        "affine=False", "track_running_stats=False", "F.batch_norm(", "F.conv2d(", "F.linear(",
+        "ParametrizedConv", ".item()", ".shape[-1] <=", "torch.cat(", ".chunk(", "self.kept",
+        "def features_", "bfloat16", "transpose(1, 2)", "inplace=True", "Dropout", "weight.mean()",
+    ):  # fmt: skip
+        assert part in source, part
