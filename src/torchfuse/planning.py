@@ -60,6 +60,12 @@ class FusionPlan:
         """Sum over the fusions where it is known."""
         return sum(fusion.macs_saved or 0 for fusion in self.fusions)
 
+    def __str__(self) -> str:
+        """What `torchfuse plan` prints: the plan as tables, one line per row."""
+        from torchfuse.render.plan import text
+
+        return text(self)
+
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2)

@@ -1,0 +1,132 @@
+"""A fusion plan as text: what is fused, what is not and why, the totals, and the scope."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from torchfuse.planning import Fusion, FusionPlan, Skip
+
+__all__ = ["renderable", "text"]
+
+_UNLIMITED = 100_000  # columns: no row is wrapped, so that every row is one line to grep
+
+
+def text(plan: FusionPlan, width: int | None = None) -> str:
+    """Return the plan as plain text, `width` columns wide; None: as wide as its longest row."""
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width or _UNLIMITED, color_system=None)
+    console.print(renderable(plan))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def renderable(plan: FusionPlan) -> RenderableType:
+    """Return the plan as rich prints it."""
+    parts: list[RenderableType] = [Text(_headline(plan), style="bold"), Text()]
+    if plan.fusions:
+        parts.append(_fused(plan))
+    if plan.skips:
+        parts.append(_not_fused(plan.skips))
+    parts.append(_scope(plan))
+    return Group(*parts)
+
+
+def _headline(plan: FusionPlan) -> str:
+    fused, skipped = len(plan.fusions), len(plan.skips)
+    if not fused and not skipped:
+        return f"{plan.model}: nothing to fuse was found"
+    return f"{plan.model}: {fused} fused, {skipped} not fused"
+
+
+def _fused(plan: FusionPlan) -> Table:
+    table = _table("Fused, and what each fusion saves", show_footer=True)
+    table.add_column("rule", "total", no_wrap=True)
+    table.add_column("modules", f"{len(plan.fusions)} fusions", overflow="fold")
+    for heading, total in (
+        ("parameters", _count(plan.parameters_saved)),
+        ("traffic", _bytes(plan.traffic_saved_bytes)),
+        ("MACs", _macs(plan.macs_saved)),
+    ):
+        table.add_column(heading, total, justify="right")
+    for fusion in plan.fusions:
+        table.add_row(fusion.rule, _modules(fusion), *_savings(fusion))
+    return table
+
+
+def _savings(fusion: Fusion) -> tuple[str, str, str]:
+    return (
+        _count(fusion.parameters_saved),
+        _bytes(fusion.traffic_saved_bytes),
+        _macs(fusion.macs_saved),
+    )
+
+
+def _not_fused(skips: tuple[Skip, ...]) -> Table:
+    table = _table("Not fused")
+    table.add_column("modules", overflow="fold", ratio=2)
+    table.add_column("reason", ratio=3)
+    table.add_column("what you could change", ratio=3)
+    for skip in skips:
+        table.add_row(_modules(skip), skip.reason, skip.hint or "–")
+    return table
+
+
+def _scope(plan: FusionPlan) -> RenderableType:
+    sentences = [Text(sentence) for sentence in plan.scope]
+    return Group(
+        Text("This holds for", style="italic"),
+        *(Padding(sentence, (0, 0, 0, 2)) for sentence in sentences),
+    )
+
+
+def _table(title: str, *, show_footer: bool = False) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="italic",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_footer=show_footer,
+        footer_style="bold",
+    )
+
+
+def _modules(entry: Fusion | Skip) -> Text:
+    return Text(" + ".join(entry.modules))  # Text: a module may be called "[bold]"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}".replace("-", "−")
+
+
+def _bytes(number: int | None) -> str:
+    return _scaled(number, ("B", "kB", "MB", "GB"))
+
+
+def _macs(number: int | None) -> str:
+    return _scaled(number, ("", "k", "M", "G"))
+
+
+def _scaled(number: int | None, units: tuple[str, ...]) -> str:
+    """Return three significant digits and a unit, `?` if unknown.
+
+    >>> _scaled(1_234_567, ("B", "kB", "MB"))
+    '1.23 MB'
+    """
+    if number is None:
+        return "?"
+    value = float(number)
+    for unit in units[:-1]:
+        if abs(value) < 999.5:
+            return f"{value:.3g} {unit}".rstrip()
+        value /= 1000
+    return f"{value:.3g} {units[-1]}"

@@ -1,0 +1,64 @@
+"""How a plan reads; the golden files are what the command prints."""
+
+from pathlib import Path
+
+import pytest
+
+from torchfuse.planning import Fusion, FusionPlan, Skip
+from torchfuse.render.plan import text
+
+GOLDEN = Path(__file__).parent / "golden"
+PLAN = FusionPlan(
+    model="RepVGG",
+    scope=(
+        "forward(1×3×64×64), in evaluation mode.",
+        "Other batch sizes were tried: 2 and 3.",
+    ),
+    fusions=(
+        Fusion("conv_bn", ("stages.0.rbr_dense.conv", "stages.0.rbr_dense.bn"), 64, 65536, 131072),
+        Fusion("linear_bn", ("[head]", "norm"), -1200, None, None),
+    ),
+    skips=(
+        Skip(
+            ("stages.1.rbr_identity",),
+            "Its input is the output of an addition, which cannot take a batch norm in.",
+            "",
+            "conv_bn",
+        ),
+        Skip(
+            ("head.conv", "head.bn"),
+            "The output of head.conv is read by an addition as well.",
+            "Let the addition read the output of head.bn.",
+            "conv_bn",
+        ),
+    ),
+)
+EMPTY = FusionPlan("Sequential", ("forward(1×2), in evaluation mode.",), (), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "width"),
+    [("piped", PLAN, None), ("terminal", PLAN, 80), ("nothing", EMPTY, None)],
+)
+def test_a_plan_reads_as_in_its_golden_file(name: str, plan: FusionPlan, width: int | None) -> None:
+    assert text(plan, width) + "\n" == (GOLDEN / f"plan_{name}.txt").read_text(encoding="utf-8")
+
+
+def test_str_of_a_plan_has_one_line_per_row() -> None:
+    lines = str(PLAN).splitlines()
+    for entry in (*PLAN.fusions, *PLAN.skips):
+        assert any(" + ".join(entry.modules) in line for line in lines)
+
+
+def test_no_line_is_wider_than_the_terminal() -> None:
+    assert max(map(len, text(PLAN, 80).splitlines())) <= 80
+
+
+def test_module_names_are_not_taken_for_markup() -> None:
+    assert "[head] + norm" in text(PLAN)
+
+
+def test_unknown_is_a_question_mark_and_zero_is_zero() -> None:
+    zero = FusionPlan("Net", (), (Fusion("conv_bn", ("a", "b"), 0, 0, None),), ())
+    row = next(line for line in text(zero).splitlines() if "a + b" in line)
+    assert row.split()[-4:] == ["0", "0", "B", "?"]
