@@ -26,9 +26,13 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torchfuse.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torchfuse.delegation import Delegation
+    from torchfuse.equivalence import Equivalence
 
 __all__ = [
     "Artifact",
@@ -37,6 +41,7 @@ __all__ = [
     "Precision",
     "artifact_format",
     "check",
+    "check_destination",
     "seal_pte",
     "seal_zip",
     "write_atomically",
@@ -74,6 +79,8 @@ class Artifact:
     precision: Precision
     size_bytes: int
     sha256: str  # of the whole file, as `sha256sum` prints it
+    delegation: "Delegation | None" = None  # only for formats that have delegates
+    equivalence: "Equivalence | None" = None  # with the model it was made from
 
 
 @dataclass(frozen=True)
@@ -113,13 +120,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         ArtifactError: folder missing, no permission, disk full, or any other failure to write; a
             file that was there before is unchanged and nothing half-written is left behind.
     """
-    # A symbolic link stays one: the file it names is replaced.
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise _cannot_write(path, data, "it is a folder", "add a file name")
-    if target.exists() and not os.access(target, os.W_OK):
-        # The rename alone would replace a read-only file without asking.
-        raise _cannot_write(path, data, "the file is read-only", "choose another name")
+    check_destination(path)
+    target = Path(os.path.realpath(path))  # a symbolic link stays one: the file it names changes
     beside = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         # 0o666 and not tempfile's 0o600: the user's umask decides who can read the model.
@@ -130,32 +132,54 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, target)
     except OSError as error:
-        raise _cannot_write(path, data, *_explain(error, target)) from error
+        raise _cannot_write(path, *_explain(error, target, len(data))) from error
     finally:
         with contextlib.suppress(OSError):  # gone after the rename, or never made
             beside.unlink()
     _sync_folder(target.parent)
 
 
-def _explain(error: OSError, target: Path) -> tuple[str, str]:
+def check_destination(path: str | os.PathLike[str]) -> None:
+    """Find out, before long work, whether a file can be written to `path`; leave no trace.
+
+    Raises:
+        ArtifactError: folder missing, no permission, a read-only file, or a folder of that name.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise _cannot_write(path, "it is a folder", "add a file name")
+    if target.exists() and not _is_writable(target):
+        # The rename alone would replace a read-only file without asking.
+        raise _cannot_write(path, "the file is read-only", "choose another name")
+    if not target.parent.is_dir():
+        raise _cannot_write(path, f"the folder '{target.parent}' does not exist", "create it first")
+    if not _is_writable(target.parent):
+        raise _cannot_write(
+            path, f"no permission to write in '{target.parent}'", "choose a folder that is yours"
+        )
+
+
+def _is_writable(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _explain(error: OSError, target: Path, size: int) -> tuple[str, str]:
     match error.errno:
-        case errno.ENOENT | errno.ENOTDIR:
-            return f"the folder '{target.parent}' does not exist", "create it first"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return f"no permission to write in '{target.parent}'", "choose a folder that is yours"
         case errno.ENOSPC | errno.EDQUOT:
-            return "the disk is full", "free some space or choose a folder on another disk"
+            return (
+                f"the disk has no room for its {size:,} bytes",
+                "free some space or choose a folder on another disk",
+            )
         case errno.EFBIG:
             return "the file would be larger than allowed here", "raise the limit ('ulimit -f')"
     return f"{error.strerror or error}", "choose another name or folder"
 
 
-def _cannot_write(
-    path: str | os.PathLike[str], data: bytes, reason: str, advice: str
-) -> ArtifactError:
+def _cannot_write(path: str | os.PathLike[str], reason: str, advice: str) -> ArtifactError:
     return ArtifactError(
-        f"Cannot write {len(data):,} bytes to '{os.fspath(path)}': {reason}; {advice} "
-        "(nothing was changed)."
+        f"Cannot write '{os.fspath(path)}': {reason}; {advice} (nothing was changed)."
     )
 
 

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from torchfuse.delegation import Delegation, DelegationWarning, delegation_of
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
+from torchfuse.exported_norms import fold_batch_norms
 from torchfuse.first_load import SCALAR_TYPES
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet, quiet_runtime
-from torchfuse.standalone_norms import rewrite_batch_norms
 from torchfuse.targets.fast_lowering import without_waste
 
 __all__ = ["ExecutorchModel", "Lowered", "capture", "lower", "set_threads", "threads"]
@@ -44,7 +44,7 @@ def capture(
     if any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes):
         with quiet():
             graph_module = program.module(check_guards=False)
-        if rewrite_batch_norms(graph_module):
+        if fold_batch_norms(graph_module):
             program = _export(graph_module, case, dynamic_shapes)
     return program
 

@@ -1,0 +1,334 @@
+"""A model to a file and back: `export` writes a file that was run and compared, `load` reads it.
+
+The suffix chooses the target: `.pte` is ExecuTorch, `.pt` TorchScript, `.ptl` the lite interpreter.
+"""
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchfuse.artifacts import (
+    Artifact,
+    Format,
+    Precision,
+    artifact_format,
+    check,
+    check_destination,
+    seal_pte,
+    seal_zip,
+    write_atomically,
+)
+from torchfuse.checking import Equivalence, verify
+from torchfuse.delegation import Delegation
+from torchfuse.errors import (
+    ArtifactError,
+    InputError,
+    UnsupportedError,
+    first_line,
+)
+from torchfuse.inputs import Case, cases
+from torchfuse.quantizing import checked_calibration, quantize, require_eval_mode
+from torchfuse.targets import executorch, torchscript
+
+__all__ = ["export", "load"]
+
+_FP16_MIN_SQNR_DB = 30.0
+# Kernels round int8 otherwise than torchao's simulation does, and dozens of layers multiply it:
+# the program may be as far from the quantized model as that is from the model.
+_INT8_MIN_SQNR_DB = 10.0  # against the quantized model
+_INT8_LOSS_DB = 3.0  # against the model, compared with the quantized model's
+_INT8_NO_LOSS_DB = 40.0  # above this, nobody asks which of the two is closer
+
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A model in a file's form, before it is written."""
+
+    payload: bytes
+    precision: Precision
+    metadata: Mapping[str, Any]  # what loading it needs
+    run: Callable[..., Any]
+    reference: nn.Module  # the model given, or the quantized one made of it
+    delegation: Delegation | None = None
+    other_cases: tuple[Case, ...] = ()  # at other sizes
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    precision: Precision | None = None,
+    calibration: Any = None,
+    dynamic_shapes: Any = None,
+) -> Artifact:
+    """Write `model` to `path`, and return what was written.
+
+    The model is fused, converted, loaded back, run and compared with `model`; only then is the
+    file written, whole or not at all. `model` itself is unchanged.
+
+    Args:
+        model: in eval mode; or what `quantize` returned as `.model`.
+        example_inputs: a tensor, a tuple, a dict of keywords, or a list of such cases. The first
+            is what the model is exported for; all are compared.
+        path: ends in `.pte`, `.pt` or `.ptl`.
+        precision: "fp32", "fp16" (arguments and results stay float32) or "int8"; None leaves the
+            model as it is.
+        calibration: for int8, the inputs on which the ranges of the activations are measured.
+        dynamic_shapes: torch.export's, every size with a maximum; the file is run at several
+            sizes. For `.pte` only: TorchScript takes any sizes.
+
+    Raises:
+        ArtifactError: unknown suffix, or the file cannot be written.
+        CalibrationError: int8 without calibration data, or with useless data.
+        InputError: the model is in training mode, returns NaN, or cannot run on its inputs.
+        UnsupportedError: the target cannot do it, or its output differs from the model's.
+    """
+    path = Path(path)
+    form = artifact_format(path)
+    check_destination(path)
+    require_eval_mode(model)
+    examples = cases(example_inputs)
+    for case in examples:
+        _require_finite(model, case)
+    if precision == "int8":
+        calibration = checked_calibration(calibration)
+    elif calibration is not None:
+        raise InputError(
+            f"Calibration data is for int8, but the precision is {precision}; give "
+            "precision='int8', or no calibration data."
+        )
+    if form == "pte":
+        made = _executorch(model, examples[0], precision, calibration, dynamic_shapes)
+    else:
+        if dynamic_shapes is not None:
+            raise InputError(f"'.{form}' takes inputs of any size; leave dynamic_shapes out.")
+        made = _torchscript(model, examples[0], form, precision, calibration)
+    examples = [*examples, *made.other_cases]
+    equivalence = _compared(model, made, form, examples)
+    metadata = {
+        "format": form,
+        "precision": made.precision,
+        "torch": torch.__version__,
+        "torchfuse": _own_version(),
+        **made.metadata,
+    }
+    data = (seal_pte if form == "pte" else seal_zip)(made.payload, metadata)
+    write_atomically(path, data)
+    return Artifact(
+        path=path,
+        format=form,
+        precision=made.precision,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        delegation=made.delegation,
+        equivalence=equivalence,
+    )
+
+
+def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """Return the model in the file, ready to be called: tensors in, tensors out.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or of a kind that its runtime cannot load.
+    """
+    file = check(path)
+    metadata = file.metadata or {}
+    try:
+        if file.format == "pte":
+            return executorch.ExecutorchModel(file.data, metadata.get("signature"))
+        return torchscript.deserialize(file.data, file.format)
+    except ArtifactError as error:
+        raise ArtifactError(f"'{path}' cannot be loaded: {error}") from error
+
+
+def _own_version() -> str | None:
+    try:
+        return version("torchfuse")
+    except PackageNotFoundError:  # run from its sources, not installed
+        return None
+
+
+def _executorch(
+    model: nn.Module,
+    case: Case,
+    precision: Precision | None,
+    calibration: list[Case] | None,
+    dynamic_shapes: Any,
+) -> _Made:
+    reference = model
+    if precision == "int8":
+        result = quantize(model, case, calibration, dynamic_shapes=dynamic_shapes)
+        reference = candidate = result.model
+    else:
+        candidate = _half_inside(model) if precision == "fp16" else model
+    program = executorch.capture(candidate, case, dynamic_shapes)
+    made = _precision(program)
+    if precision not in (None, made):
+        raise InputError(
+            f"Expected a model that can be exported in {precision}, got one in {made}; leave "
+            "precision out to export it as it is."
+        )
+    lowered = executorch.lower(program)
+    if made == "fp16":
+        _require_delegated(lowered.delegation)
+    try:
+        run = executorch.ExecutorchModel(lowered.program, lowered.signature)
+    except ArtifactError as error:
+        raise UnsupportedError(f"The {made} program does not run here: {error}") from error
+    return _Made(
+        payload=lowered.program,
+        precision=made,
+        metadata={"signature": dict(lowered.signature), "executorch": version("executorch")},
+        run=run,
+        reference=reference,
+        delegation=lowered.delegation,
+        other_cases=tuple(_other_sizes(program, case)),
+    )
+
+
+def _torchscript(
+    model: nn.Module,
+    case: Case,
+    form: Format,
+    precision: Precision | None,
+    calibration: list[Case] | None,
+) -> _Made:
+    if precision == "fp16":
+        raise UnsupportedError(
+            f"'.{form}' has no fp16 on phones; use '.pte', or another precision."
+        )
+    if isinstance(model, torch.fx.GraphModule):
+        raise UnsupportedError(
+            f"A model that torchfuse.quantize made is for '.pte'; for '.{form}' give the model "
+            "itself, with QuantStub and DeQuantStub, and precision='int8' with calibration data."
+        )
+    # Batch norms are folded by the optimizer for mobile. In int8 they must be fused before, by
+    # their owner's choice of modules, since QuantStubs are placed around them by hand too.
+    reference = model if calibration is None else torchscript.quantize(model, calibration)
+    scripted = torchscript.script(reference, case)
+    payload = torchscript.serialize(torchscript.optimize_for_mobile(scripted.module), form)
+    return _Made(
+        payload=payload,
+        precision=precision or "fp32",
+        metadata={},
+        run=torchscript.deserialize(payload, form),
+        reference=reference,
+    )
+
+
+def _require_finite(model: nn.Module, case: Case) -> None:
+    try:
+        with torch.no_grad():
+            outputs = model(*case.args, **case.kwargs)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} cannot run on its example inputs, {case}: {first_line(error)}"
+        ) from error
+    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    for number, tensor in enumerate(tensors):
+        if not tensor.isfinite().all():
+            which = f"output {number}" if len(tensors) > 1 else "its output"
+            raise InputError(
+                f"{type(model).__name__} returns NaN or Inf ({which}) for {case}, so no artifact "
+                "of it can be checked; look for an overflow, or for untrained statistics."
+            )
+
+
+def _compared(model: nn.Module, made: _Made, form: Format, examples: list[Case]) -> Equivalence:
+    """Return how far what was made is from `model`; raise UnsupportedError if it is wrong."""
+    if made.precision == "int8":
+        found = verify(made.reference, made.run, examples, min_sqnr_db=_INT8_MIN_SQNR_DB)
+        if found.passed and made.reference is not model:
+            quantized = verify(model, made.reference, examples, min_sqnr_db=-math.inf)
+            sqnr_db = min(quantized.sqnr_db or 0.0, _INT8_NO_LOSS_DB)
+            found = verify(model, made.run, examples, min_sqnr_db=sqnr_db - _INT8_LOSS_DB)
+    else:
+        sqnr = {"fp16": _FP16_MIN_SQNR_DB}.get(made.precision)
+        found = verify(model, made.run, examples, min_sqnr_db=sqnr)
+    if not found.passed:
+        raise UnsupportedError(
+            f"The '.{form}' made from {type(model).__name__} does not compute the same: "
+            f"{' '.join(found.problems)} Nothing was written."
+        )
+    return found
+
+
+def _half_inside(model: nn.Module) -> nn.Module:
+    """Return a copy that computes in half precision, with arguments and results in float32."""
+    half = copy.deepcopy(model).half()
+
+    def to(source: torch.dtype, target: torch.dtype) -> Callable[[Any], Any]:
+        def convert(value: Any) -> Any:
+            is_source = isinstance(value, torch.Tensor) and value.dtype is source
+            return value.to(target) if is_source else value
+
+        return convert
+
+    narrow, widen = to(torch.float32, torch.float16), to(torch.float16, torch.float32)
+    # Hooks and not a wrapper, so that the names of the arguments stay those of forward.
+    half.register_forward_pre_hook(
+        lambda _, args, kwargs: pytree.tree_map(narrow, (args, kwargs)), with_kwargs=True
+    )
+    half.register_forward_hook(lambda _, __, output: pytree.tree_map(widen, output))
+    return half
+
+
+def _require_delegated(delegation: Delegation) -> None:
+    if delegation.warning is not None:
+        raise UnsupportedError(f"In fp16 the model would be slow: {delegation.warning}")
+
+
+def _precision(program: torch.export.ExportedProgram) -> Precision:
+    if any("quantized_decomposed" in str(node.target) for node in program.graph.nodes):
+        return "int8"
+    dtypes = {t.dtype for t in program.state_dict.values() if t.is_floating_point()}
+    for dtype in dtypes - set(_PRECISIONS):
+        raise UnsupportedError(
+            f"Expected weights in float32 or float16, got {dtype}, for which XNNPACK has no "
+            "kernels; call model.float() first."
+        )
+    return "fp16" if dtypes == {torch.float16} else "fp32"
+
+
+def _other_sizes(program: torch.export.ExportedProgram, case: Case) -> Iterator[Case]:
+    """Yield the case at the smallest, a middle and the largest of the declared sizes."""
+    ranges = {
+        symbol: (max(int(allowed.lower), 1), int(allowed.upper))
+        for symbol, allowed in program.range_constraints.items()
+    }
+    if not ranges:
+        return
+    user_inputs = set(program.graph_signature.user_inputs)
+    shapes = [
+        getattr(node.meta.get("val"), "shape", None)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in user_inputs
+    ]
+    leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs)))
+    for share in (0.0, 0.4, 1.0):
+        sizes = {s: low + round(share * (high - low)) for s, (low, high) in ranges.items()}
+        resized = [_resized(leaf, shape, sizes) for leaf, shape in zip(leaves, shapes, strict=True)]
+        args, kwargs = pytree.tree_unflatten(resized, spec)
+        yield Case(args, kwargs)
+
+
+def _resized(leaf: Any, shape: Any, sizes: Mapping[Any, int]) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    target = [size if isinstance(size, int) else int(size.node.expr.subs(sizes)) for size in shape]
+    # The example's own values, repeated: in the range that the model expects, whatever that is.
+    repeats = [-(-wanted // had) for wanted, had in zip(target, leaf.shape, strict=True)]
+    return leaf.repeat(repeats)[tuple(slice(wanted) for wanted in target)].contiguous()
