@@ -7,25 +7,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchfuse.artifacts import Artifact
     from torchfuse.checking import verify
+    from torchfuse.delegation import Delegation, DelegationWarning
     from torchfuse.eager import fuse_modules, fuse_modules_qat
+    from torchfuse.exporting import export, load
+    from torchfuse.quantizing import QuantizationResult, quantize
     from torchfuse.timing import Measurement, measure
 
 __all__ = [
+    "Artifact",
+    "Delegation",
+    "DelegationWarning",
     "Measurement",
+    "QuantizationResult",
+    "export",
     "fuse_modules",
     "fuse_modules_qat",
+    "load",
     "measure",
+    "quantize",
     "verify",
 ]
 
 # Public name → the module that defines it. No module has the name of a public function: with lazy
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
 _HOME = {
+    "Artifact": "artifacts",
+    "Delegation": "delegation",
+    "DelegationWarning": "delegation",
     "Measurement": "timing",
+    "QuantizationResult": "quantizing",
+    "export": "exporting",
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
+    "load": "exporting",
     "measure": "timing",
+    "quantize": "quantizing",
     "verify": "checking",
 }
 
