@@ -12,8 +12,10 @@ def plan(*rules: str) -> FusionPlan:
 
 @pytest.mark.parametrize("target", ["executorch", "onnxruntime", "openvino"])
 def test_a_target_that_folds_batch_norms_itself_gains_nothing(target: str) -> None:
-    expected = f"Fusing is not worth it for {TARGETS[target].name}: it does all of this (2 fusions) itself."
-    assert worth(plan("conv_bn", "conv_bn"), target) == expected
+    name = TARGETS[target].name
+    assert worth(plan("conv_bn", "conv_bn"), target) == (
+        f"Fusing is not worth it for {name}: it does all of this (2 fusions) itself."
+    )
 
 
 @pytest.mark.parametrize("target", ["eager", "torchscript"])
