@@ -19,7 +19,7 @@ class Target:
     folds: frozenset[str]
 
 
-# Found by running each over small models; grouped transposed convolutions are left by ExecuTorch.
+# ExecuTorch: FuseBatchNormPass. ONNX Runtime: ConvBNFusion. OpenVINO: LinOpSequenceFusion.
 TARGETS = {
     "eager": Target("PyTorch eager mode", frozenset()),
     "torchscript": Target("TorchScript frozen without numeric optimization", frozenset()),

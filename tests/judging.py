@@ -1,0 +1,120 @@
+"""What must hold after `torchfuse.fuse`, whatever the network: the judge of the random tests."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import torchfuse
+from networks import Network
+
+RELATIVE = 1e-4  # float32; a fold rounds each weight once
+RELATIVE_ROUGH = 5e-2  # bfloat16 keeps 8 bits
+
+
+def problems(network: Network) -> list[str]:
+    """Return what is wrong with the fused network, one line each; an empty list if nothing is."""
+    model = network.model
+    before = copy.deepcopy(model)
+    result = torchfuse.fuse(model, network.inputs(0))
+    found = [f"the original changed: {line}" for line in _changes(before, model)]
+    torchfuse.plan(model, network.inputs(0)).to_json()
+    found += [f"planning changed the model: {line}" for line in _changes(before, model)]
+    restored = torchfuse.unfuse(copy.deepcopy(result.model))
+    found += [f"unfuse did not restore: {line}" for line in _changes(before, restored)]
+    found += _different_outputs(network, before, result.model)
+    return found
+
+
+def _different_outputs(network: Network, reference: nn.Module, fused: nn.Module) -> list[str]:
+    found = []
+    calls = [("forward", seed, batch, None) for seed, batch in ((1, 2), (2, 2), (3, 3), (4, 1))]
+    calls += [("forward", seed, 2, shape) for seed, shape in enumerate(network.shapes(), 5)]
+    calls += [(method, seed, 2, None) for method in network.methods for seed in (1, 2)]
+    for method, seed, batch, shape in calls:
+        inputs = network.inputs(seed, batch, shape)
+        case = f"{method}, seed {seed}, shape {tuple(inputs.shape)}"
+        try:
+            expected = _run(reference, method, inputs)
+        except (RuntimeError, ValueError, IndexError):
+            continue  # the original does not take this size
+        try:
+            got = _run(fused, method, inputs)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is a finding
+            found.append(f"{case}: the fused model raises {type(error).__name__}: {error}")
+            continue
+        for index, (a, b) in enumerate(zip(expected, got, strict=True)):
+            difference = _relative(a, b)
+            if difference > _tolerance(network, reference, method, inputs, index, difference):
+                found.append(f"{case}: value {index} differs by {difference:.2g}")
+    return found
+
+
+def _run(model: nn.Module, method: str, inputs: Tensor) -> list[Tensor]:
+    """Return the outputs, and what hooks and attributes keep of the pass."""
+    call = model if method == "forward" else getattr(model, method)
+    with torch.no_grad():
+        output = call(inputs.clone())
+    outputs = list(output) if isinstance(output, tuple) else [output]
+    seen = [torch.tensor(m.seen) for _, m in model.named_modules() if hasattr(m, "seen")]
+    kept = [model.kept] if hasattr(model, "kept") else []
+    return [value.detach().clone() for value in (*outputs, *seen, *kept)]
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return float("inf")
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    return ((a - b).abs().max() / a.abs().max().clamp(min=1e-2)).item()
+
+
+def _tolerance(
+    network: Network, model: nn.Module, method: str, inputs: Tensor, index: int, difference: float
+) -> float:
+    """Return RELATIVE, or ten times the rounding of the original itself, against float64."""
+    if network.rough:
+        return RELATIVE_ROUGH
+    if difference <= RELATIVE:
+        return RELATIVE
+    exact = _run(copy.deepcopy(model).double(), method, inputs.double())[index]
+    rounded = _run(copy.deepcopy(model), method, inputs)[index]
+    return max(RELATIVE, 10 * _relative(exact, rounded.double()))
+
+
+def _changes(before: nn.Module, after: nn.Module) -> list[str]:
+    """Return how `after` is not, bit for bit, what `before` is."""
+    found = []
+    old, new = dict(before.named_modules()), dict(after.named_modules())
+    if list(old) != list(new):
+        found.append(f"modules {sorted({*old} ^ {*new})}")
+    for name in old.keys() & new.keys():
+        if type(old[name]) is not type(new[name]):
+            found.append(f"{name} is {type(new[name]).__name__}, was {type(old[name]).__name__}")
+        if old[name].training != new[name].training:
+            found.append(f"{name}.training is {new[name].training}")
+        if len(old[name]._forward_hooks) != len(new[name]._forward_hooks):
+            found.append(f"{name} has {len(new[name]._forward_hooks)} forward hooks")
+        if hasattr(old[name], "seen") != hasattr(new[name], "seen"):
+            found.append(f"{name}.seen")
+    if hasattr(before, "kept") != hasattr(after, "kept"):
+        found.append("kept")
+    old_state, new_state = before.state_dict(), after.state_dict()
+    if list(old_state) != list(new_state):
+        found.append(f"state_dict keys {sorted({*old_state} ^ {*new_state})}")
+    found += [
+        f"state_dict()[{key!r}]"
+        for key in old_state.keys() & new_state.keys()
+        if not _identical(old_state[key], new_state[key])
+    ]
+    grads = {n: p.requires_grad for n, p in before.named_parameters(remove_duplicate=False)}
+    if grads != {n: p.requires_grad for n, p in after.named_parameters(remove_duplicate=False)}:
+        found.append("requires_grad, or which parameters are shared")
+    return found
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
