@@ -17,6 +17,8 @@ from torch import Tensor
 
 __all__ = ["ChannelAffine", "fold_into_weight"]
 
+_BLOCK_ELEMENTS = 1 << 20  # weights folded at a time: a large layer is never whole in float64
+
 
 @dataclass(frozen=True)
 class ChannelAffine:
@@ -54,14 +56,21 @@ def fold_into_weight(
     (tensor([[2.],
             [3.]]), tensor([0., 1.]))
     """
-    wide = weight.detach().double()
-    if transposed_groups:
-        blocks = wide.unflatten(0, (transposed_groups, -1))
-        per_block = affine.scale.reshape(transposed_groups, 1, -1, *[1] * (weight.dim() - 2))
-        scaled = (blocks * per_block).flatten(0, 1)
-    else:
-        scaled = wide * affine.scale.reshape(-1, *[1] * (weight.dim() - 1))
+    folded = torch.empty_like(weight, requires_grad=False)  # keeps the layout (channels_last)
+    scale = _scale_per_row(weight, affine.scale, transposed_groups)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
+    for block, wide, scales in zip(
+        folded.split(rows), weight.detach().split(rows), scale.split(rows), strict=True
+    ):
+        block.copy_(wide.double() * scales)
     shift = affine.shift if bias is None else bias.detach().double() * affine.scale + affine.shift
-    folded = torch.empty_like(weight)  # keeps the weight's own layout (channels_last)
-    folded.copy_(scaled)
     return folded, shift.to(weight.dtype)
+
+
+def _scale_per_row(weight: Tensor, scale: Tensor, transposed_groups: int) -> Tensor:
+    """Return `[rows of weight, 1 or out/groups, 1, …]`, to multiply each row of `weight` with."""
+    ones = [1] * (weight.dim() - 2)
+    if not transposed_groups:
+        return scale.reshape(-1, 1, *ones)
+    per_group = scale.reshape(transposed_groups, -1, *ones)
+    return per_group.repeat_interleave(weight.shape[0] // transposed_groups, 0)
