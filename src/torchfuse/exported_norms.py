@@ -72,6 +72,7 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> bool:
         found = True
     if found:
         graph_module.graph.eliminate_dead_code()
+        _delete_unused(graph_module)
         graph_module.recompile()
     return found
 
@@ -148,6 +149,16 @@ def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node
     node = graph_module.graph.get_attr(name)
     node.meta["val"] = value
     return node
+
+
+def _delete_unused(graph_module: fx.GraphModule) -> None:
+    # Exported again, they would be inputs of the program that nothing reads.
+    used = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+    names = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
+    for name in set(names) - used:
+        owner, _, attribute = name.rpartition(".")
+        delattr(graph_module.get_submodule(owner), attribute)
 
 
 def _tensor(graph_module: fx.GraphModule, node: Any) -> Tensor:
