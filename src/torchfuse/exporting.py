@@ -311,12 +311,7 @@ def _other_sizes(program: torch.export.ExportedProgram, case: Case) -> Iterator[
     }
     if not ranges:
         return
-    user_inputs = set(program.graph_signature.user_inputs)
-    shapes = [
-        getattr(node.meta.get("val"), "shape", None)
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in user_inputs
-    ]
+    shapes = executorch.input_shapes(program)
     leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs)))
     for share in (0.0, 0.4, 1.0):
         sizes = {s: low + round(share * (high - low)) for s, (low, high) in ranges.items()}

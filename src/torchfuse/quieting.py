@@ -4,6 +4,7 @@ Only what is listed here is dropped. Any other warning, log record or line comes
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -49,7 +50,7 @@ _RECORDS = {
 }
 
 # What ExecuTorch's runtime and the libraries inside it write to file descriptor 2.
-_RUNTIME_LINES = re.compile(rb"\[(cpuinfo_utils|threadpool|cpuinfo)\.cpp:\d+\]|Error in cpuinfo: ")
+_RUNTIME_LINES = re.compile(r"\[(cpuinfo_utils|threadpool|cpuinfo)\.cpp:\d+\]|Error in cpuinfo: ")
 
 
 class _Drop(logging.Filter):
@@ -75,22 +76,25 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_runtime() -> Iterator[None]:
-    """Drop the listed lines that ExecuTorch's runtime writes to stderr, past Python.
+def quiet_runtime() -> Iterator[list[str]]:
+    """Drop the listed lines that ExecuTorch's runtime writes to stderr.
 
-    Everything else that was written meanwhile appears on stderr at the end.
+    Everything else that was written meanwhile is in the list at the end, and on stderr, unless an
+    exception ends the block: then the list says more than the exception does.
     """
+    lines: list[str] = []
     sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
+    # Its bindings send some of it to Python's stderr, the rest goes to the file descriptor.
+    to_python, descriptor = io.StringIO(), os.dup(2)
+    with tempfile.TemporaryFile() as to_descriptor, contextlib.redirect_stderr(to_python):
+        os.dup2(to_descriptor.fileno(), 2)
         try:
-            yield
+            yield lines
         finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            caught.seek(0)
-            for line in caught:
-                if not _RUNTIME_LINES.match(line):
-                    os.write(2, line)
+            os.dup2(descriptor, 2)
+            os.close(descriptor)
+            to_descriptor.seek(0)
+            written = to_descriptor.read().decode(errors="replace") + to_python.getvalue()
+            lines += [line for line in written.splitlines() if not _RUNTIME_LINES.match(line)]
+    for line in lines:
+        print(line, file=sys.stderr)

@@ -1,6 +1,8 @@
 """Today's mobile target: an ExecuTorch program (`.pte`) for XNNPACK, and the runtime it runs on."""
 
+import copy
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,16 @@ from torchfuse.inputs import Case
 from torchfuse.quieting import quiet, quiet_runtime
 from torchfuse.targets.fast_lowering import without_waste
 
-__all__ = ["ExecutorchModel", "Lowered", "capture", "lower", "set_threads", "threads"]
+__all__ = [
+    "ExecutorchModel",
+    "Lowered",
+    "capture",
+    "input_shapes",
+    "lower",
+    "set_threads",
+    "size_range",
+    "threads",
+]
 
 _DELEGATE = "XNNPACK"
 
@@ -40,6 +51,14 @@ def capture(
     Raises:
         UnsupportedError: torch.export cannot capture the model, or not with these dynamic shapes.
     """
+    if any(not _is_contiguous(tensor) for tensor in model.state_dict().values()):
+        # XNNPACK lays out its weights itself, and its partitioner takes contiguous ones only.
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.contiguous()
+    args, kwargs = pytree.tree_map(_contiguous, (case.args, dict(case.kwargs)))
+    case = Case(args, kwargs)
     program = _export(model, case, dynamic_shapes)
     if any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes):
         with quiet():
@@ -47,6 +66,14 @@ def capture(
         if fold_batch_norms(graph_module):
             program = _export(graph_module, case, dynamic_shapes)
     return program
+
+
+def _is_contiguous(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.is_contiguous()
+
+
+def _contiguous(value: Any) -> Any:
+    return value if _is_contiguous(value) else value.contiguous()
 
 
 def _export(model: nn.Module, case: Case, dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -130,13 +157,39 @@ def _check_operators(program: Any) -> None:
 
 
 def _signature(program: torch.export.ExportedProgram) -> dict[str, Any]:
+    signature: dict[str, Any] = {"sizes": [_sizes(program, s) for s in input_shapes(program)]}
     try:
-        return {
-            "in_spec": pytree.treespec_dumps(program.call_spec.in_spec),
-            "out_spec": pytree.treespec_dumps(program.call_spec.out_spec),
-        }
+        signature["in_spec"] = pytree.treespec_dumps(program.call_spec.in_spec)
+        signature["out_spec"] = pytree.treespec_dumps(program.call_spec.out_spec)
     except NotImplementedError:  # a container without a registered name: results come flat
-        return {}
+        pass
+    return signature
+
+
+def input_shapes(program: torch.export.ExportedProgram) -> list[Sequence[Any] | None]:
+    """Return the shapes of the user's inputs, sizes as int or SymInt; None for a number."""
+    user_inputs = set(program.graph_signature.user_inputs)
+    return [
+        getattr(node.meta.get("val"), "shape", None)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in user_inputs
+    ]
+
+
+def size_range(program: torch.export.ExportedProgram, size: Any) -> tuple[int, int]:
+    """Return the smallest and the largest value that a size may have."""
+    if isinstance(size, int):
+        return size, size
+    allowed = program.range_constraints.get(size.node.expr)
+    if allowed is None:  # derived from another size
+        allowed = size.node.shape_env.bound_sympy(size.node.expr)
+    return max(int(allowed.lower), 1), int(allowed.upper)
+
+
+def _sizes(
+    program: torch.export.ExportedProgram, shape: Sequence[Any] | None
+) -> list[tuple[int, int]] | None:
+    return None if shape is None else [size_range(program, size) for size in shape]
 
 
 def _runtime() -> Any:
@@ -187,6 +240,8 @@ class ExecutorchModel:
         self._out_spec = load(signature["out_spec"]) if "out_spec" in signature else None
         self._bytes = program
         self._load()
+        self._inputs = _inputs(self._method.metadata, signature.get("sizes"))
+        self._ran = False
 
     def _load(self) -> None:
         try:
@@ -206,17 +261,13 @@ class ExecutorchModel:
 
         Raises:
             InputError: other inputs than it was made for.
+            UnsupportedError: a kernel of the runtime refuses them.
         """
         if self._pool != _pool:
             self._load()
         inputs = self._flat(args, kwargs)
         self._check(inputs)
-        try:
-            outputs: Sequence[Any] = self._method.execute(inputs)
-        except RuntimeError as error:
-            raise InputError(
-                f"The program cannot run on {_described(inputs)}: {first_line(error)}."
-            ) from error
+        outputs: Sequence[Any] = self._method.execute(inputs) if self._ran else self._first(inputs)
         if self._out_spec is not None:
             return pytree.tree_unflatten(outputs, self._out_spec)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -243,19 +294,65 @@ class ExecutorchModel:
         # The runtime takes default strides only.
         return [leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
 
+    def _first(self, inputs: list[Any]) -> Sequence[Any]:
+        # The runtime's exceptions hold an error number, and the reason is what it prints.
+        lines: list[str] = []
+        try:
+            with quiet_runtime() as lines:
+                outputs: Sequence[Any] = self._method.execute(inputs)
+        except RuntimeError as error:
+            reasons = [re.sub(r"^\[.*?\] (Check failed \(.*?\): )?", "", line) for line in lines]
+            raise UnsupportedError(
+                f"ExecuTorch cannot run the program on {_described(inputs)}: "
+                f"{(reasons or [first_line(error)])[0].rstrip('.')}."
+            ) from error
+        self._ran = True
+        return outputs
+
     def _check(self, inputs: list[Any]) -> None:
-        # The runtime only gives an error number, and may run on sizes above what was declared.
-        described = self._method.metadata
-        expected = [_tensor_info(described, index) for index in range(described.num_inputs())]
-        if len(inputs) == len(expected) and all(map(_accepts, expected, inputs)):
+        # The runtime only gives an error number, and runs on sizes that were not declared.
+        if len(inputs) == len(self._inputs) and all(map(_Input.takes, self._inputs, inputs)):
             return
-        shown = ", ".join(
-            "a number" if info is None else f"{_shown(info.sizes())} {_shown_dtype(info)}"
-            for info in expected
-        )
         raise InputError(
-            f"Expected {shown} (where a size is dynamic, at most that), got {_described(inputs)}."
+            f"The program takes {', '.join(map(str, self._inputs))}; got {_described(inputs)}."
         )
+
+
+@dataclass(frozen=True)
+class _Input:
+    dtype: torch.dtype | None  # None: a number, not a tensor
+    sizes: tuple[tuple[int, int], ...] = ()  # smallest and largest
+
+    def takes(self, value: Any) -> bool:
+        if self.dtype is None or not isinstance(value, torch.Tensor):
+            return self.dtype is None and not isinstance(value, torch.Tensor)
+        return (
+            value.dtype is self.dtype
+            and value.dim() == len(self.sizes)
+            and all(
+                low <= size <= high
+                for size, (low, high) in zip(value.shape, self.sizes, strict=True)
+            )
+        )
+
+    def __str__(self) -> str:
+        if self.dtype is None:
+            return "a number"
+        sizes = [str(low) if low == high else f"({low}…{high})" for low, high in self.sizes]
+        return f"{'×'.join(sizes) or 'a scalar'} {str(self.dtype).removeprefix('torch.')}"
+
+
+def _inputs(described: Any, sizes: Sequence[Any] | None) -> tuple[_Input, ...]:
+    """Return what the program takes; without `sizes`, any size up to the program's own."""
+    inputs = []
+    for index in range(described.num_inputs()):
+        info = _tensor_info(described, index)
+        if info is None:
+            inputs.append(_Input(None))
+        else:
+            ranges = sizes[index] if sizes else [(0, size) for size in info.sizes()]
+            inputs.append(_Input(SCALAR_TYPES.get(info.dtype()), tuple(map(tuple, ranges))))
+    return tuple(inputs)
 
 
 def _tensor_info(described: Any, index: int) -> Any:
@@ -265,28 +362,9 @@ def _tensor_info(described: Any, index: int) -> Any:
         return None
 
 
-def _accepts(info: Any, value: Any) -> bool:
-    if info is None or not isinstance(value, torch.Tensor):
-        return info is None and not isinstance(value, torch.Tensor)
-    sizes = info.sizes()
-    return (
-        value.dtype is SCALAR_TYPES.get(info.dtype())
-        and value.dim() == len(sizes)
-        and all(size <= most for size, most in zip(value.shape, sizes, strict=True))
-    )
-
-
-def _shown(sizes: Sequence[int]) -> str:
-    return "×".join(map(str, sizes)) or "a scalar"
-
-
-def _shown_dtype(info: Any) -> str:
-    return str(SCALAR_TYPES.get(info.dtype(), "another type")).removeprefix("torch.")
-
-
 def _described(inputs: list[Any]) -> str:
     return ", ".join(
-        f"{_shown(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+        str(_Input(leaf.dtype, tuple((size, size) for size in leaf.shape)))
         if isinstance(leaf, torch.Tensor)
         else repr(leaf)
         for leaf in inputs

@@ -1,0 +1,210 @@
+"""Programs for ExecuTorch: lowered, run by its runtime, and equal to the model."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchfuse.delegation import DelegationWarning
+from torchfuse.errors import ArtifactError, InputError, UnsupportedError
+from torchfuse.inputs import Case
+from torchfuse.targets import executorch
+from torchfuse.targets.executorch import ExecutorchModel, capture, lower
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def settled(norm: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        norm.running_mean.copy_(image(norm.num_features, seed=1))
+        norm.running_var.copy_(image(norm.num_features, seed=2).abs() + 0.5)
+        norm.weight.copy_(image(norm.num_features, seed=3))
+        norm.bias.copy_(image(norm.num_features, seed=4))
+    return norm
+
+
+def made(model: nn.Module, case: Case, dynamic_shapes: Any = None) -> ExecutorchModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DelegationWarning)
+        lowered = lower(capture(model.eval(), case, dynamic_shapes))
+    return ExecutorchModel(lowered.program, lowered.signature)
+
+
+class Residual(nn.Module):
+    """The conv's output has two users, so its batch norm cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = settled(nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.relu(self.bn(y) + y)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> dict[str, Any]:
+        y = self.linear(x)
+        return {"scaled": y * scale, "all": [y, (y.relu(),)]}
+
+
+RIGHT = {
+    # fails in ExecuTorch 1.4.1's FuseBatchNormPass unless the batch norm is gone first
+    "a bare Sequential with a batch norm": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4)), nn.ReLU()),
+        (1, 3, 8, 8),
+    ),
+    "a conv output with two users": (Residual(), (1, 3, 8, 8)),
+    "grouped transposed conv and a batch norm": (
+        nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), settled(nn.BatchNorm2d(6))),
+        (1, 4, 5, 5),
+    ),
+    "channels_last weights": (
+        nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last),
+        (1, 3, 8, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_computes_what_the_model_computes(name: str) -> None:
+    model, shape = RIGHT[name]
+    run = made(model, Case((image(*shape),)))
+    for seed in (5, 6):
+        x = image(*shape, seed=seed)
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_takes_inputs_in_channels_last() -> None:
+    model = nn.Conv2d(3, 4, 3).eval()
+    x = image(1, 3, 8, 8)
+    run = made(model, Case((x,)))
+    torch.testing.assert_close(run(x.to(memory_format=torch.channels_last)), model(x))
+
+
+def test_results_and_keywords_are_nested_as_the_models() -> None:
+    model = Nested().eval()
+    x, scale = image(2, 4), torch.tensor(3.0)
+    run = made(model, Case((x,), {"scale": scale}))
+    torch.testing.assert_close(run(x, scale=scale), model(x, scale=scale))
+
+
+def test_without_a_signature_results_come_as_a_tuple() -> None:
+    model = Nested().eval()
+    x, scale = image(2, 4), torch.tensor(3.0)
+    lowered = lower(capture(model, Case((x,), {"scale": scale})))
+    run = ExecutorchModel(lowered.program)
+    results = run(x, scale)
+    assert isinstance(results, tuple)
+    torch.testing.assert_close(results[0], model(x, scale=scale)["scaled"])
+    with pytest.raises(InputError, match="give all inputs by position"):
+        run(x, scale=scale)
+
+
+@pytest.fixture(scope="module")
+def of_any_size() -> ExecutorchModel:
+    sizes = {0: torch.export.Dim("n", max=4), 2: torch.export.Dim("h", min=4, max=16)}
+    return made(nn.Conv2d(3, 4, 3), Case((image(2, 3, 8, 8),)), (sizes,))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "got"),
+    [
+        ((image(5, 3, 8, 8),), "got 5×3×8×8 float32"),
+        ((image(3, 8, 8),), "got 3×8×8 float32"),
+        ((image(2, 3, 8, 8).double(),), "got 2×3×8×8 float64"),
+        ((image(2, 3, 8, 6),), "got 2×3×8×6 float32"),
+        ((image(2, 3, 3, 8),), "got 2×3×3×8 float32"),
+        ((4,), "got 4"),
+    ],
+)
+def test_other_inputs_are_an_error_that_says_what_is_expected(
+    of_any_size: ExecutorchModel, inputs: tuple[Any, ...], got: str
+) -> None:
+    with pytest.raises(InputError, match=rf"takes \(1…4\)×3×\(4…16\)×8 float32; {got}\."):
+        of_any_size(*inputs)
+
+
+def test_another_number_of_inputs_is_an_error(of_any_size: ExecutorchModel) -> None:
+    with pytest.raises(InputError, match=r"takes 1 inputs by position .* got 2 and \[\]"):
+        of_any_size(image(2, 3, 8, 8), image(1))
+
+
+def test_without_a_signature_sizes_are_checked_against_the_programs_largest() -> None:
+    sizes = ({0: torch.export.Dim("n", max=4)},)
+    lowered = lower(capture(nn.Conv2d(3, 4, 3).eval(), Case((image(2, 3, 8, 8),)), sizes))
+    run = ExecutorchModel(lowered.program)
+    assert run(image(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+    with pytest.raises(InputError, match=r"takes \(0…4\)×\(0…3\)×\(0…8\)×\(0…8\) float32"):
+        run(image(5, 3, 8, 8))
+
+
+def test_a_kernel_that_refuses_is_an_error_with_the_runtimes_reason(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"on 1×2×6×6×6 .*: Expect input .* 3-D or 4-D"):
+        made(nn.Conv3d(2, 4, 3), Case((image(1, 2, 6, 6, 6),)))(image(1, 2, 6, 6, 6))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_loaded_before_the_threads_change_still_runs() -> None:
+    # The method points at the thread pool it was loaded with, which set_threads frees.
+    model = nn.Conv2d(3, 8, 3).eval()
+    x = image(1, 3, 32, 32)
+    before = executorch.threads()
+    run = made(model, Case((x,)))
+    try:
+        for count in (1, 2, 1):
+            executorch.set_threads(count)
+            assert executorch.threads() == count
+            torch.testing.assert_close(run(x), model(x))
+    finally:
+        executorch.set_threads(before)
+
+
+def test_an_operator_that_no_kernel_has_is_an_error_with_its_name() -> None:
+    class Unsupported(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.svdvals(x)
+
+    with pytest.raises(UnsupportedError, match=r"svd"):
+        lower(capture(Unsupported(), Case((image(3, 3),))))
+
+
+def test_what_torch_export_cannot_capture_is_an_error() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedError, match=r"cannot capture Branch for forward\(2×2\): \w+"):
+        capture(Branch(), Case((image(2, 2),)))
+
+
+def test_a_program_that_the_runtime_refuses_is_an_error() -> None:
+    with pytest.raises(ArtifactError, match="runtime cannot load the program"):
+        ExecutorchModel(bytes(1000))
+
+
+def test_nothing_is_written_to_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    made(nn.Conv2d(3, 4, 3), Case((image(1, 3, 8, 8),)))(image(1, 3, 8, 8))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_program_needs_nothing_of_ours(tmp_path: Path) -> None:
+    from executorch.runtime import Runtime
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))).eval()
+    x = image(1, 3, 8, 8)
+    (tmp_path / "model.pte").write_bytes(lower(capture(model, Case((x,)))).program)
+    program = Runtime.get().load_program(tmp_path / "model.pte")
+    torch.testing.assert_close(program.load_method("forward").execute([x])[0], model(x))
