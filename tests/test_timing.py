@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from torchfuse.errors import InputError
+from torchfuse.exporting import load
+from torchfuse.targets import executorch
 from torchfuse.timing import Measurement, measure, measure_interleaved, ratio
 
 X = torch.ones(1, 4)
@@ -36,7 +38,7 @@ def test_each_call_is_one_sample_in_the_order_of_the_calls() -> None:
     clock = FakeClock()
     model = clock.taking(9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 100.0)
     measured = measure(model, X, name="m", warmup=2, runs=5, clock=clock)
-    assert measured == Measurement("m", (1.0, 2.0, 3.0, 4.0, 100.0), 2, settled=True, threads=1)
+    assert measured == Measurement("m", (1.0, 2.0, 3.0, 4.0, 100.0), 2, settled=None, threads=1)
     assert measured.runs == 5
     assert measured.median_s == 3.0
     assert measured.iqr_s == 2.0
@@ -134,6 +136,17 @@ def test_progress_is_told_after_every_round() -> None:
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_the_measurements_so_far_are_given_after_every_round() -> None:
+    clock = FakeClock()
+    given: list[dict[str, Measurement]] = []
+    variants = {"a": clock.taking(1.0, 2.0), "b": clock.taking(3.0)}
+    measured = measure_interleaved(
+        variants, X, warmup=0, runs=2, clock=clock, on_partial=given.append
+    )
+    assert [so_far["a"].samples_s for so_far in given] == [(1.0,), (1.0, 2.0)]
+    assert given[-1] == measured
+
+
 def test_models_run_in_inference_mode_on_one_thread_with_no_garbage_collection() -> None:
     seen: list[tuple[bool, int, bool]] = []
 
@@ -203,3 +216,31 @@ def test_several_cases_are_refused_since_a_time_belongs_to_one_input() -> None:
 def test_no_variants_are_refused() -> None:
     with pytest.raises(InputError, match="at least one variant"):
         measure_interleaved({}, X)
+
+
+def test_a_path_is_loaded_and_measured_under_its_file_name(
+    model_files: Callable[[str], str],
+) -> None:
+    measured = measure(model_files("third.pt"), X, runs=3)
+    assert (measured.name, measured.runs) == ("third.pt", 3)
+
+
+def test_executorch_runs_on_the_threads_asked_for_and_on_its_own_afterwards(
+    model_files: Callable[[str], str],
+) -> None:
+    model = load(model_files("third.pte"))
+    before = executorch.threads()
+    seen: list[int] = []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.append(executorch.threads())
+        result: torch.Tensor = model(x)
+        return result
+
+    x = torch.ones(1, 3, 4, 4)
+    for threads in (before + 1, 1):
+        measure(watched, x, warmup=0, runs=1, threads=threads)
+    # A program that was loaded for another pool must follow, or it would wait for it for ever.
+    assert torch.equal(model(x), x * 0.333333)
+    assert seen == [before + 1, 1]
+    assert executorch.threads() == before

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import secrets
 import statistics
 import sys
 import time
@@ -35,7 +36,7 @@ class Measurement:
     name: str
     samples_s: tuple[float, ...]
     warmup_runs: int
-    settled: bool  # whether the warm-up ended because the times had settled
+    settled: bool | None  # whether the warm-up ended because the times had; None: not looked at
     threads: int
     round_id: str | None = None  # the same for measurements whose i-th samples were taken together
 
@@ -88,7 +89,7 @@ class Measurement:
     def cautions(self) -> tuple[str, ...]:
         """What makes these samples less trustworthy, each with what to change."""
         cautions = []
-        if not self.settled:
+        if self.settled is False:
             cautions.append(
                 f"the times had not settled after {self.warmup_runs} warm-up runs; "
                 "close other programs, or give more warm-up runs"
@@ -153,11 +154,13 @@ def measure_interleaved(
     seed: int = 0,
     clock: Clock = time.perf_counter,
     on_round: Callable[[int, int], object] | None = None,
+    on_partial: Callable[[dict[str, Measurement]], object] | None = None,
 ) -> dict[str, Measurement]:
     """Return one measurement per variant, all taken in this process, in the same rounds.
 
     In each round every variant is called once, in random order, so that what slows the machine
-    down for a while slows all of them. `on_round(done, all)` is told after every round.
+    down for a while slows all of them. After every round, `on_round(done, all)` is told, and
+    `on_partial` is given the measurements so far, so that a caller can show or save them.
 
     Raises:
         InputError: no variants, no runs, no threads, or several cases.
@@ -185,14 +188,27 @@ def measure_interleaved(
             name: _timed(runnable, case.args, case.kwargs, clock)
             for name, runnable in loaded.items()
         }
+        round_id = secrets.token_hex(8) if len(calls) > 1 else None
+        samples_s: dict[str, list[float]] = {name: [] for name in calls}
+
+        def so_far() -> dict[str, Measurement]:
+            return {
+                name: Measurement(name, tuple(times), warmup_runs, settled, threads, round_id)
+                for name, times in samples_s.items()
+                for warmup_runs, settled in [warmups[name]]
+            }
+
         with _no_garbage_collection():
             warmups = {name: _warm_up(call, warmup) for name, call in calls.items()}
-            samples = _sample(calls, runs, random.Random(seed), on_round)  # noqa: S311 # an order, no secret
-    round_id = f"{seed}-{time.time_ns()}" if len(calls) > 1 else None
-    return {
-        name: Measurement(name, tuple(samples[name]), *warmups[name], threads, round_id)
-        for name in calls
-    }
+            order = random.Random(seed)  # noqa: S311  # an order, not a secret
+            for done in range(1, runs + 1):
+                for name in order.sample(list(calls), len(calls)):
+                    samples_s[name].append(calls[name]())
+                if on_round is not None:
+                    on_round(done, runs)
+                if on_partial is not None:
+                    on_partial(so_far())
+    return so_far()
 
 
 @contextlib.contextmanager
@@ -274,11 +290,11 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _warm_up(call: Callable[[], float], count: int | None) -> tuple[int, bool]:
+def _warm_up(call: Callable[[], float], count: int | None) -> tuple[int, bool | None]:
     if count is not None:
         for _ in range(count):
             call()
-        return count, True
+        return count, None
     times: list[float] = []
     while not _settled(times):
         if sum(times) > _LONGEST_WARMUP_S and len(times) >= 2 * _SETTLING_WINDOW:
@@ -293,18 +309,3 @@ def _settled(times: list[float]) -> bool:
     before = statistics.median(times[-2 * _SETTLING_WINDOW : -_SETTLING_WINDOW])
     now = statistics.median(times[-_SETTLING_WINDOW:])
     return abs(now - before) <= _SETTLED_WITHIN * before
-
-
-def _sample(
-    calls: Mapping[str, Callable[[], float]],
-    runs: int,
-    order: random.Random,
-    on_round: Callable[[int, int], object] | None,
-) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for done in range(runs):
-        for name in order.sample(list(calls), len(calls)):
-            samples[name].append(calls[name]())
-        if on_round is not None:
-            on_round(done + 1, runs)
-    return samples

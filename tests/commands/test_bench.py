@@ -1,0 +1,290 @@
+"""`torchfuse bench` on real model files."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from torchfuse import timing
+from torchfuse.cli import main
+
+Files = Callable[[str], str]
+Bench = Callable[..., tuple[int, str, str]]
+
+DIMS = "--input_dims=1,3,4,4"
+NUMBER = r"[0-9.e+]+"
+TIME = rf"{NUMBER} (s|ms|µs|ns)"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Run `torchfuse bench …` in this process; status, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["torchfuse", "bench", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        printed, errors = capsys.readouterr()
+        return ended.value.code, printed, errors
+
+    return run
+
+
+def test_with_model_it_is_speed_benchmark_torch(bench: Bench, model_files: Files) -> None:
+    status, printed, errors = bench(
+        f"--model={model_files('third.pt')}", DIMS, "--input_type=float"
+    )
+    assert (status, errors) == (0, "")
+    assert re.fullmatch(
+        r"Starting benchmark\.\nRunning warmup runs\.\nMain runs\.\n"
+        rf"Main run finished\. Microseconds per iter: {NUMBER}\. Iters per second: {NUMBER}\n",
+        printed,
+    )
+
+
+def test_with_model_there_are_ten_runs_and_no_warm_up_unless_said_otherwise(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    saved = tmp_path / "out.json"
+    flags = ["--model", model_files("third.pt"), DIMS, "--input_type=float", "--json", str(saved)]
+    assert bench(*flags)[0] == 0
+    (result,) = json.loads(saved.read_text())["results"]
+    assert (len(result["samples_s"]), result["warmup_runs"]) == (10, 0)
+    assert bench(*flags, "--iter", "3", "--warmup=2", "--threads=2", "--report_pep=true")[0] == 0
+    (result,) = json.loads(saved.read_text())["results"]
+    assert (len(result["samples_s"]), result["warmup_runs"], result["threads"]) == (3, 2, 2)
+
+
+def test_one_artifact_is_a_block(bench: Bench, model_files: Files) -> None:
+    path = model_files("third.pte")
+    status, printed, _ = bench(path, DIMS)
+    assert status == 0
+    assert re.fullmatch(
+        rf"{re.escape(path)}\n"
+        rf"  Time \(median ± IQR\):   {TIME} ± {TIME}    {NUMBER} per second\n"
+        rf"  Range \(min … max\):     {TIME} … {TIME}    p5 … p95: {TIME} … {TIME}\n"
+        r"  50 runs after \d+ warm-up runs, 1 thread\n\n",
+        printed,
+    )
+
+
+def test_several_artifacts_are_compared_in_a_closing_sentence(
+    bench: Bench, model_files: Files
+) -> None:
+    paths = [model_files(name) for name in ("third.pt", "third.ptl", "third.pte")]
+    status, printed, _ = bench(*paths, DIMS, "--iter=5", "--warmup=1")
+    assert status == 0
+    assert printed.count("Time (median ± IQR)") == 3
+    assert printed.count("5 runs after 1 warm-up runs, 1 thread") == 3
+    *_, first, second, third = printed.splitlines()
+    assert re.fullmatch(r".*/third\.pt[le]? ran", first)
+    for line in (second, third):
+        assert re.fullmatch(
+            r"  (with no measurable difference \(95% interval [0-9.]+ … [0-9.]+\) to"
+            r"|[0-9.]+ times \(95% interval [0-9.]+ … [0-9.]+\) as fast as) .*/third\.pt[le]?",
+            line,
+        )
+
+
+def test_an_artifact_given_twice_is_measured_against_itself(
+    bench: Bench, model_files: Files
+) -> None:
+    path = model_files("third.pt")
+    _, printed, _ = bench(path, path, DIMS, "--iter=5")
+    assert f"\n{path} (2)\n  Time" in printed
+
+
+def test_json_holds_every_sample_the_machine_and_the_ratio(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    saved = tmp_path / "out.json"
+    paths = [model_files("third.pt"), model_files("third.pte")]
+    status, _, _ = bench(*paths, DIMS, "--iter=4", f"--json={saved}", "--threads=2")
+    report = json.loads(saved.read_text())
+    assert status == 0
+    assert [result["name"] for result in report["results"]] == paths
+    assert all(len(result["samples_s"]) == 4 for result in report["results"])
+    assert all(result["threads"] == 2 for result in report["results"])
+    assert report["versions"]["torch"].startswith("2.13")
+    assert {report["times_as_fast"][0]["fastest"], report["times_as_fast"][0]["other"]} == {*paths}
+
+
+def test_what_was_measured_is_saved_when_the_run_is_interrupted(
+    bench: Bench, model_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "out.json"
+    monkeypatch.setattr("torchfuse.commands.bench._SAVE_AND_SHOW_EVERY_S", 0.0)
+    rounds = 0
+
+    def interrupted(_progress: object, _done: int, _all: int) -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchfuse.commands.bench._Progress.show", interrupted)
+    status, _, errors = bench(model_files("third.pt"), DIMS, f"--json={saved}")
+    assert (status, errors.splitlines()[-1]) == (1, "Aborted!")
+    (result,) = json.loads(saved.read_text())["results"]
+    assert len(result["samples_s"]) == 2
+
+
+def test_types_formats_and_flags_of_the_tool_are_taken(bench: Bench, model_files: Files) -> None:
+    status, printed, _ = bench(
+        model_files("sum.pt"),
+        "--input_dims=1,2,3,4;5",
+        "--input_type=float;int64",
+        "--input_memory_format=channels_last;contiguous_format",
+        "--print_output=true",
+        "--report_pep",
+        "1",
+        "--iter=2",
+    )
+    assert status == 0
+    assert printed.startswith(f"{model_files('sum.pt')} returned\n29\n[ CPUFloatType{{}} ]\n")
+    assert printed.count('PyTorchObserver {"type": "NET"') == 2
+
+
+@pytest.mark.parametrize("name", ["bundled.pt", "bundled.ptl"])
+def test_bundled_inputs_and_no_inputs_need_no_dims(
+    bench: Bench, model_files: Files, name: str
+) -> None:
+    status, printed, _ = bench(
+        model_files(name), "--use_bundled_input=1", "--print_output=1", "--iter=1"
+    )
+    assert (status, "[ CPUFloatType{1,2} ]" in printed) == (0, True)
+    assert bench(model_files("constant.pt"), "--no_inputs=true", "--iter=1")[0] == 0
+
+
+def failure(result: tuple[int, str, str]) -> str:
+    """What an error says: one line on stderr, nothing on stdout, a status that is not zero."""
+    status, printed, errors = result
+    assert (status, printed) == (1, "")
+    (line,) = errors.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("third.pt", [], r"^torchfuse: error: --input_dims is missing; give the shape"),
+        ("third.pt", ["--input_dims=1,x"], r"Input dims should be numbers separated by commas"),
+        ("third.pt", [DIMS, "--input_type=half"], r"Unsupported input type: half"),
+        ("third.pt", [DIMS, "--threads=0"], r"threads must be 1 or more, got 0\."),
+        ("third.pt", [DIMS, "--iter=0"], r"runs must be 1 or more, got 0\."),
+        ("third.pt", [DIMS, "--warmup=-1"], r"warmup must be zero or more, got -1\."),
+        ("third.pt", [DIMS, "--vulkan=true"], r"have no Vulkan; leave out --vulkan\."),
+        ("third.pt", [DIMS, "--model=m.pt"], r"either ARTIFACT names or --model, got both"),
+        (
+            "fixed.pt",
+            [DIMS],
+            r"fixed\.pt' cannot run on these inputs: RuntimeError: mat2 must be a",
+        ),
+        ("third.pte", ["--input_dims=2,2"], r"1×3×4×4 float32.* got 2×2 float32"),
+        ("root.pt", ["--input_dims=2,2"], r"root\.pt' returns NaN for these inputs, so its time"),
+        ("third.pt", [DIMS, "--use_bundled_input=0"], r"Model does not have bundled inputs\. "),
+        ("bundled.pt", ["--use_bundled_input=9"], r"Model has only 2 bundled inputs\."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_a_one_line_error(
+    bench: Bench, model_files: Files, name: str, flags: list[str], message: str
+) -> None:
+    assert re.search(message, failure(bench(model_files(name), *flags)))
+
+
+def test_neither_artifact_nor_model_is_an_error(bench: Bench) -> None:
+    assert "either ARTIFACT names or --model, got neither" in failure(bench())
+
+
+def test_a_missing_file_an_unknown_suffix_and_a_damaged_file_are_errors(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    assert "none.pte' does not exist" in failure(bench(str(tmp_path / "none.pte"), DIMS))
+    assert "with suffix '.onnx'" in failure(bench("model.onnx", DIMS))
+    for name in ("third.pt", "third.ptl", "third.pte"):
+        data = bytearray(Path(model_files(name)).read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        damaged = tmp_path / name
+        damaged.write_bytes(data)
+        assert "is damaged or of another kind" in failure(bench(str(damaged), DIMS))
+        damaged.write_bytes(os.urandom(4000))
+        assert "is damaged or of another kind" in failure(bench(str(damaged), DIMS))
+
+
+def test_a_json_file_that_cannot_be_written_is_known_before_measuring(
+    bench: Bench, model_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("measured before the file was known to be writable")
+
+    monkeypatch.setattr(timing, "measure_interleaved", measured)
+    path = tmp_path / "missing" / "out.json"
+    assert "does not exist; create it first" in failure(
+        bench(model_files("third.pt"), DIMS, f"--json={path}")
+    )
+    read_only = tmp_path / "out.json"
+    read_only.write_text("earlier")
+    read_only.chmod(0o444)
+    if not os.access(read_only, os.W_OK):  # root may write anywhere
+        assert "read-only" in failure(bench(model_files("third.pt"), DIMS, f"--json={read_only}"))
+
+
+def test_a_full_disk_is_a_one_line_error_and_leaves_the_earlier_report(
+    model_files: Files, tmp_path: Path
+) -> None:
+    saved = tmp_path / "out.json"
+    saved.write_text("earlier")
+
+    def small_files_only() -> None:
+        # The limit on a file's size fails a write as a full disk does, with no disk to fill.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    child = subprocess.run(
+        [
+            *(sys.executable, "-m", "torchfuse", "bench"),
+            *(model_files("third.pt"), DIMS, f"--json={saved}"),
+        ],
+        preexec_fn=small_files_only,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 1
+    assert child.stderr.splitlines()[-1].startswith("torchfuse: error: Cannot write ")
+    assert saved.read_text() == "earlier"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_bad_artifact_leaves_the_earlier_report(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    saved = tmp_path / "out.json"
+    saved.write_text("earlier")
+    failure(bench(str(tmp_path / "none.pt"), DIMS, f"--json={saved}"))
+    failure(
+        bench("--model", str(tmp_path / "none.pt"), DIMS, "--input_type=float", f"--json={saved}")
+    )
+    assert saved.read_text() == "earlier"
+
+
+def test_help_names_every_flag_and_needs_no_torch() -> None:
+    program = (
+        "import sys; sys.argv = ['torchfuse', 'bench', '--help']\n"
+        "from torchfuse.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (child.returncode, child.stderr) == (0, "")
+    for flag in ("--model", "--input_dims", "--pytext_len", "--vulkan", "--threads", "--json"):
+        assert flag in child.stdout
+    assert "torchfuse bench plain.pt fused.pt model.pte --input_dims=1,3,224,224\n" in child.stdout

@@ -1,0 +1,87 @@
+"""Model files that several tests run."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from torchfuse.artifacts import seal_pte, seal_zip, write_atomically
+from torchfuse.inputs import Case
+from torchfuse.quieting import quiet
+from torchfuse.targets import executorch, torchscript
+
+
+class Third(nn.Module):
+    """A third of x, nearly."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 0.333333
+
+
+class Sum(nn.Module):
+    """The sum of both inputs' elements."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.sum() + y.sum()
+
+
+class Root(nn.Module):
+    """NaN on every input that is positive."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (-x).sqrt()
+
+
+class Constant(nn.Module):
+    """Takes nothing."""
+
+    def forward(self) -> torch.Tensor:
+        return torch.arange(3)
+
+
+class Fixed(nn.Module):
+    """Takes 2×7 and nothing else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(torch.ones(2, 2), x) + torch.ones(2, 7)
+
+
+class Bundled(Third):
+    """A third of x, with two inputs saved along, as torch.utils.bundled_inputs does."""
+
+    @torch.jit.export
+    def get_all_bundled_inputs(self) -> list[tuple[torch.Tensor]]:
+        return [(torch.ones(2, 3),), (torch.full((1, 2), 2.0),)]
+
+
+@pytest.fixture(scope="session")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The path of a model file by its name: third.pt, third.ptl, third.pte, sum.pt, root.pt, ..."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {
+        "third": Third(),
+        "sum": Sum(),
+        "root": Root(),
+        "constant": Constant(),
+        "fixed": Fixed(),
+        "bundled": Bundled(),
+    }
+    with quiet():
+        scripted = {name: torch.jit.script(model) for name, model in models.items()}
+
+    def made(name: str) -> str:
+        path = folder / name
+        if not path.exists():
+            form = path.suffix[1:]
+            # Sealed, since the first load of any other file starts a process.
+            if form == "pte":
+                case = Case((torch.ones(1, 3, 4, 4),))
+                lowered = executorch.lower(executorch.capture(models[path.stem], case))
+                data = seal_pte(lowered.program, {"signature": dict(lowered.signature)})
+            else:
+                data = seal_zip(torchscript.serialize(scripted[path.stem], form), {})
+            write_atomically(path, data)
+        return str(path)
+
+    return made
