@@ -158,9 +158,11 @@ def measure_interleaved(
 ) -> dict[str, Measurement]:
     """Return one measurement per variant, all taken in this process, in the same rounds.
 
-    In each round every variant is called once, in random order, so that what slows the machine
-    down for a while slows all of them. After every round, `on_round(done, all)` is told, and
-    `on_partial` is given the measurements so far, so that a caller can show or save them.
+    In each round every variant is timed once, in random order, so that what slows the machine
+    down for a while slows all of them; a call that is not timed comes before, so that each finds
+    the caches as it left them itself, not as another variant did. After every round,
+    `on_round(done, all)` is told, and `on_partial` is given the measurements so far, so that a
+    caller can show or save them.
 
     Raises:
         InputError: no variants, no runs, no threads, or several cases.
@@ -203,6 +205,8 @@ def measure_interleaved(
             order = random.Random(seed)  # noqa: S311  # an order, not a secret
             for done in range(1, runs + 1):
                 for name in order.sample(list(calls), len(calls)):
+                    if len(calls) > 1:
+                        calls[name]()  # not kept: it brings back what the one before pushed out
                     samples_s[name].append(calls[name]())
                 if on_round is not None:
                     on_round(done, runs)
