@@ -43,6 +43,20 @@ class Lowered:
     signature: Mapping[str, Any]  # how arguments and results are nested, for ExecutorchModel
 
 
+def with_default_strides(value: Any) -> Any:
+    """Return a tensor with the strides that its shape has by default; other values as they are.
+
+    The runtime takes no others. `contiguous()` does not do: it leaves the strides of dimensions of
+    size 1 alone, by which ExecuTorch takes `[1, 1, 8, 8]` from a slice for channels_last.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    strides = torch.empty(value.shape, device="meta").stride()
+    if value.stride() == strides:
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
+
+
 def capture(
     model: nn.Module, case: Case, dynamic_shapes: Any = None
 ) -> torch.export.ExportedProgram:
@@ -51,13 +65,13 @@ def capture(
     Raises:
         UnsupportedError: torch.export cannot capture the model, or not with these dynamic shapes.
     """
-    if any(not _is_contiguous(tensor) for tensor in model.state_dict().values()):
+    if any(with_default_strides(t) is not t for t in model.state_dict(keep_vars=True).values()):
         # XNNPACK lays out its weights itself, and its partitioner takes contiguous ones only.
         model = copy.deepcopy(model)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.contiguous()
-    args, kwargs = pytree.tree_map(_contiguous, (case.args, dict(case.kwargs)))
+                tensor.data = with_default_strides(tensor.data)
+    args, kwargs = pytree.tree_map(with_default_strides, (case.args, dict(case.kwargs)))
     case = Case(args, kwargs)
     program = _export(model, case, dynamic_shapes)
     if any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes):
@@ -66,14 +80,6 @@ def capture(
         if fold_batch_norms(graph_module):
             program = _export(graph_module, case, dynamic_shapes)
     return program
-
-
-def _is_contiguous(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or value.is_contiguous()
-
-
-def _contiguous(value: Any) -> Any:
-    return value if _is_contiguous(value) else value.contiguous()
 
 
 def _export(model: nn.Module, case: Case, dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -291,8 +297,7 @@ class ExecutorchModel:
                     f"and {list(names)} by name; got {len(args)} and {list(kwargs)}, or other "
                     "nesting."
                 )
-        # The runtime takes default strides only.
-        return [leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
+        return [with_default_strides(leaf) for leaf in flat]
 
     def _first(self, inputs: list[Any]) -> Sequence[Any]:
         # The runtime's exceptions hold an error number, and the reason is what it prints.
