@@ -81,6 +81,7 @@ class Artifact:
     sha256: str  # of the whole file, as `sha256sum` prints it
     delegation: "Delegation | None" = None  # only for formats that have delegates
     equivalence: "Equivalence | None" = None  # with the model it was made from
+    notes: tuple[str, ...] = ()  # what was done otherwise than asked, and why
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ _INT8_MIN_SQNR_DB = 10.0  # against the quantized model
 _INT8_LOSS_DB = 3.0  # against the model, compared with the quantized model's
 _INT8_NO_LOSS_DB = 40.0  # above this, nobody asks which of the two is closer
 
+_FP16_MACS_SHARE = 0.98  # the least that the delegate must run
+
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -63,6 +65,7 @@ class _Made:
     reference: nn.Module  # the model given, or the quantized one made of it
     delegation: Delegation | None = None
     other_cases: tuple[Case, ...] = ()  # at other sizes
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -73,6 +76,7 @@ def export(
     precision: Precision | None = None,
     calibration: Any = None,
     dynamic_shapes: Any = None,
+    optimize: bool = True,
 ) -> Artifact:
     """Write `model` to `path`, and return what was written.
 
@@ -89,6 +93,8 @@ def export(
         calibration: for int8, the inputs on which the ranges of the activations are measured.
         dynamic_shapes: torch.export's, every size with a maximum; the file is run at several
             sizes. For `.pte` only: TorchScript takes any sizes.
+        optimize: False leaves what is not fused as it is, to compare with. For `.pt` and `.ptl`
+            only: ExecuTorch folds batch norms whenever it lowers a model.
 
     Raises:
         ArtifactError: unknown suffix, or the file cannot be written.
@@ -111,11 +117,16 @@ def export(
             "precision='int8', or no calibration data."
         )
     if form == "pte":
+        if not optimize:
+            raise InputError(
+                "ExecuTorch folds batch norms whenever it lowers a model, so there is no non-fused "
+                "'.pte'; compare with eager mode, or with optimize=False and '.pt'."
+            )
         made = _executorch(model, examples[0], precision, calibration, dynamic_shapes)
     else:
         if dynamic_shapes is not None:
             raise InputError(f"'.{form}' takes inputs of any size; leave dynamic_shapes out.")
-        made = _torchscript(model, examples[0], form, precision, calibration)
+        made = _torchscript(model, examples[0], form, precision, calibration, optimize)
     examples = [*examples, *made.other_cases]
     equivalence = _compared(model, made, form, examples)
     metadata = {
@@ -205,6 +216,7 @@ def _torchscript(
     form: Format,
     precision: Precision | None,
     calibration: list[Case] | None,
+    optimize: bool,
 ) -> _Made:
     if precision == "fp16":
         raise UnsupportedError(
@@ -218,14 +230,20 @@ def _torchscript(
     # Batch norms are folded by the optimizer for mobile. In int8 they must be fused before, by
     # their owner's choice of modules, since QuantStubs are placed around them by hand too.
     reference = model if calibration is None else torchscript.quantize(model, calibration)
+    made: Precision = "int8" if torchscript.is_quantized(reference) else "fp32"
+    if precision not in (None, made):
+        raise InputError(f"Expected a model that can be saved in {precision}, got one in {made}.")
     scripted = torchscript.script(reference, case)
-    payload = torchscript.serialize(torchscript.optimize_for_mobile(scripted.module), form)
+    optimized = torchscript.optimize_for_mobile(scripted.module, fold=optimize)
+    payload = torchscript.serialize(optimized, form)
+    traced = scripted.traced_because
     return _Made(
         payload=payload,
-        precision=precision or "fp32",
+        precision=made,
         metadata={},
         run=torchscript.deserialize(payload, form),
         reference=reference,
+        notes=() if traced is None else (f"traced, since scripting fails: {traced}",),
     )
 
 
@@ -287,7 +305,8 @@ def _half_inside(model: nn.Module) -> nn.Module:
 
 
 def _require_delegated(delegation: Delegation) -> None:
-    if delegation.warning is not None:
+    # Converting the arguments and results is never delegated; what counts is where the work is.
+    if delegation.macs_share is not None and delegation.macs_share < _FP16_MACS_SHARE:
         raise UnsupportedError(f"In fp16 the model would be slow: {delegation.warning}")
 
 

@@ -27,6 +27,7 @@ from torchfuse.quieting import quiet
 __all__ = [
     "Scripted",
     "deserialize",
+    "is_quantized",
     "op_counts",
     "optimize_for_mobile",
     "quantize",
@@ -124,7 +125,15 @@ def optimize_for_mobile(
     if fold:
         torch._C._jit_pass_remove_dropout(frozen._c)
         torch._C._jit_pass_fuse_add_relu(frozen.graph)  # type: ignore[attr-defined]  # not in its stub
+    else:
+        kept, before = op_counts(frozen)["aten::batch_norm"], op_counts(module)["aten::batch_norm"]
+        assert bool(kept) == bool(before), "freezing folded the batch norms of a non-fused model"
     return frozen
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether torch.ao has converted a part of `model` to int8."""
+    return any(".quantized." in f"{type(m).__module__}." for m in model.modules())
 
 
 def op_counts(module: torch.jit.ScriptModule) -> Counter[str]:
