@@ -11,6 +11,7 @@ from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
 INPUT_SHAPE = (1, 1, 8, 8)
+EPOCHS = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ MODULES_TO_FUSE = [
 
 
 def train(
-    digits: Digits, *, epochs: int = 8, seed: int = 0, on_epoch: Callable[[int], None] | None = None
+    digits: Digits,
+    *,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> DigitsNet:
     """Return a net trained on the training part (AdamW, one-cycle), in eval mode.
 

@@ -1,0 +1,48 @@
+"""`torchfuse recipe`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command("recipe")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("out"),
+    show_default=True,
+    help="Folder for the artifacts and for comparison.json.",
+)
+@click.option(
+    "--runs", type=click.IntRange(min=2), default=50, show_default=True, help="Timed runs a row."
+)
+def command(out: Path, runs: int) -> None:
+    """Run PyTorch's "Fuse Modules" recipe end to end, on this machine."""
+    from rich.console import Console
+
+    from torchfuse import recipe
+    from torchfuse.artifacts import write_atomically
+    from torchfuse.render import comparison as render
+    from torchfuse.render.json import to_json
+    from torchfuse.render.progress import progress
+
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+    with progress() as step:
+        comparisons = recipe.run(
+            out,
+            say=lambda text: console.print(text, end="\n\n", soft_wrap=True),
+            progress=step,
+            runs=runs,
+        )
+    console.print(render.table(comparisons))
+    for comparison in comparisons:
+        console.print("\n" + render.closing_sentence(comparison))
+    console.print()
+    for comparison in comparisons:
+        for note in comparison.notes:
+            console.print(f"Note, {comparison.model}: {note}")
+    write_atomically(out / "comparison.json", to_json(comparisons).encode())
+    console.print(f"The artifacts and comparison.json are in {out}.", soft_wrap=True)

@@ -1,0 +1,92 @@
+"""A comparison as a table, with a closing sentence on what fusing and quantizing bought."""
+
+from rich.table import Table
+from rich.text import Text
+
+from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row, gain
+from torchfuse.stats import Ratio
+
+__all__ = ["closing_sentence", "table"]
+
+
+def table(comparisons: list[Comparison]) -> Table:
+    """Return one table with a section per model; the first row of a section is its baseline."""
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for heading in ("variant", "target"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("median", "IQR", "speed-up", "size", "max rel", "accuracy"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for comparison in comparisons:
+        shown.add_row(Text(comparison.model, style="bold"))
+        for row in comparison.rows:
+            shown.add_row(*_cells(row, is_baseline=row is comparison.baseline))
+        shown.add_section()
+    return shown
+
+
+def _cells(row: Row, *, is_baseline: bool) -> list[str]:
+    return [
+        f" {row.variant}",
+        f"{row.target} {row.precision}",
+        _duration(row.latency.median_s),
+        _duration(row.latency.iqr_s),
+        "baseline" if is_baseline else _times(row.speedup),
+        "" if row.size_bytes is None else _size(row.size_bytes),
+        "" if is_baseline else _difference(row),
+        "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %",
+    ]
+
+
+def _times(ratio: Ratio) -> str:
+    if not ratio.measurable:
+        return "no measurable difference"
+    return f"{ratio.value:.2f}× ({ratio.low:.2f}…{ratio.high:.2f})"
+
+
+def _difference(row: Row) -> str:
+    return "–" if row.difference.max_rel is None else f"{row.difference.max_rel:.1e}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} kB"
+
+
+def closing_sentence(comparison: Comparison) -> str:
+    """Return what fusing and what quantizing bought, each as a ratio between two rows."""
+    fused = [
+        (
+            place,
+            comparison.find(NOT_FUSED, target, "fp32"),
+            comparison.find("fused", target, "fp32"),
+        )
+        for place, target in (("eager mode", "eager"), ("TorchScript", ".pt"))
+    ]
+    quantized = [
+        (place, comparison.find(variant, target, "fp32"), comparison.find(variant, target, "int8"))
+        for place, variant, target in (
+            ("ExecuTorch", FOLDED, ".pte"),
+            ("TorchScript", "fused", ".pt"),
+        )
+    ]
+    return (
+        f"{comparison.model}: fusing bought {_bought(fused)}; "
+        f"quantizing bought {_bought(quantized)}."
+    )
+
+
+def _bought(pairs: list[tuple[str, Row | None, Row | None]]) -> str:
+    gains = [_gain(place, before, after) for place, before, after in pairs if before and after]
+    return " and ".join(gains) or "nothing that was compared"
+
+
+def _gain(place: str, before: Row, after: Row) -> str:
+    more = []
+    if before.size_bytes and after.size_bytes and before.precision != after.precision:
+        more.append(f"{100 * after.size_bytes / before.size_bytes:.0f} % of the size")
+    if before.accuracy is not None and after.accuracy is not None:
+        more.append(f"{100 * (after.accuracy - before.accuracy):+.2f} points of accuracy")
+    return f"{_times(gain(before, after))} in {place}" + (f" ({', '.join(more)})" if more else "")

@@ -1,0 +1,73 @@
+"""A comparison as text: every figure with its unit, and what was bought in one sentence."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row
+from torchfuse.equivalence import Equivalence, OutputDifference
+from torchfuse.render.comparison import closing_sentence, table
+from torchfuse.timing import Measurement, ratio
+
+GOLDEN = (Path(__file__).parent / "comparison.golden.txt").read_text()
+
+
+def row(variant, target, precision, median_s, size_bytes, max_rel, accuracy):
+    def latency(seconds):
+        return Measurement(
+            "m", tuple(seconds * f for f in (0.99, 0.995, 1, 1.005, 1.01)), 1, True, 1
+        )
+
+    difference = OutputDifference("output", max_rel, max_rel, 60.0, True)
+    return Row(
+        variant,
+        target,
+        precision,
+        latency(median_s),
+        ratio(latency(4e-3), latency(median_s)),
+        size_bytes,
+        Equivalence((difference,)),
+        accuracy,
+        None,
+    )
+
+
+ROWS = (
+    row(NOT_FUSED, "eager", "fp32", 4e-3, None, 0.0, 0.99),
+    row("fused", "eager", "fp32", 2e-3, None, 1e-7, 0.99),
+    row(FOLDED, ".pte", "fp32", 1e-3, 1_200_000, 2e-7, 0.99),
+    row(FOLDED, ".pte", "int8", 5e-4, 300_000, 1e-2, 0.985),
+)
+
+
+def text(comparisons):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table(comparisons))
+    return "".join(line.rstrip() + "\n" for line in console.file.getvalue().splitlines())
+
+
+def test_the_table():
+    assert text([Comparison("Net", ROWS, ())]) == GOLDEN
+
+
+def test_the_closing_sentence_says_what_fusing_and_what_quantizing_bought():
+    assert closing_sentence(Comparison("Net", ROWS, ())) == (
+        "Net: fusing bought 2.00× (1.97…2.03) in eager mode "
+        "(+0.00 points of accuracy); quantizing bought 2.00× "
+        "(1.97…2.03) in ExecuTorch (25 % of the size, -0.50 points of accuracy)."
+    )
+
+
+@pytest.mark.parametrize("rows", [ROWS[:1], (ROWS[0], ROWS[2])])
+def test_what_was_not_compared_bought_nothing(rows):
+    assert "quantizing bought nothing that was compared" in closing_sentence(
+        Comparison("Net", rows, ())
+    )
+
+
+def test_an_interval_that_includes_1_is_no_measurable_difference():
+    rows = (ROWS[0], row("fused", "eager", "fp32", 4e-3, None, 0.0, None))
+    assert "fusing bought no measurable difference" in closing_sentence(Comparison("Net", rows, ()))
+    assert "no measurable difference" in text([Comparison("Net", rows, ())])

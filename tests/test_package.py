@@ -1,0 +1,63 @@
+"""The package as a whole: light to import, every verb reachable, no name taken twice."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+import torchfuse
+
+SUBMODULES = [
+    module.name
+    for module in pkgutil.walk_packages(torchfuse.__path__, "torchfuse.")
+    if not module.name.endswith("__main__")
+]
+
+
+def modules_loaded_by(code):
+    report = f"{code}\nimport sys; print(*(name for name in sys.modules if '.' not in name))"
+    run = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
+    return set(run.stdout.splitlines()[-1].split())
+
+
+HELP = "from torchfuse.cli import cli; cli.main({!r}, standalone_mode=False)"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torchfuse",
+        "import torchfuse; dir(torchfuse)",
+        HELP.format(["--help"]),
+        *(HELP.format([command, "--help"]) for command in ("recipe", "plan", "bench")),
+        "import torchfuse.comparison, torchfuse.planning, torchfuse.equivalence, torchfuse.timing",
+    ],
+)
+def test_does_not_import_torch(code):
+    assert not {"torch", "executorch", "torchao"} & modules_loaded_by(code)
+
+
+def test_every_submodule_can_be_imported_and_every_verb_stays_a_verb():
+    for _ in range(2):
+        for name in SUBMODULES:
+            importlib.import_module(name)
+        for name in torchfuse.__all__:
+            assert callable(getattr(torchfuse, name)), name
+            assert not isinstance(getattr(torchfuse, name), types.ModuleType), name
+
+
+def test_no_submodule_has_the_name_of_a_public_name():
+    top_level = {name.split(".")[1] for name in SUBMODULES}
+    assert not top_level & set(torchfuse.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'torchfuse' has no attribute 'fusee'"):
+        torchfuse.fusee  # noqa: B018  # looking it up is the test
+
+
+def test_every_submodule_says_what_it_is():
+    assert not [name for name in SUBMODULES if not importlib.import_module(name).__doc__]
