@@ -4,6 +4,7 @@ Define a model, fuse it, quantize it, script it, optimize it for mobile, save it
 fused with the non-fused one.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from torchfuse import speed_benchmark
 from torchfuse.comparing import compare
 from torchfuse.comparison import Comparison
 from torchfuse.eager import fuse_modules
 from torchfuse.models import annotated, digits, mobilenet_v2
+from torchfuse.timing import pinned_threads
 
 __all__ = ["example_model", "run"]
 
@@ -50,7 +53,7 @@ def example_model(folder: Path, *, say: Say, progress: Say, runs: int) -> Compar
     inputs = calibration[:1]
     fused = fuse_modules(model, WHOLE_LIST, example_inputs=inputs)
     say(f"After fuse_modules(model, {WHOLE_LIST}), the conv included:\n{fused}")
-    return compare(
+    comparison = compare(
         model,
         inputs,
         fused={"bn-relu fused": as_in_recipe, "fused": fused},
@@ -59,6 +62,21 @@ def example_model(folder: Path, *, say: Say, progress: Say, runs: int) -> Compar
         runs=runs,
         progress=partial(_prefixed, progress, "example"),
     )
+    for name in ("int8_not_fused.pt", "int8_bn-relu_fused.pt", "int8_fused.pt"):
+        progress(f"example: speed_benchmark_torch on {name}")
+        say(_speed_benchmark(folder / name))
+    return comparison
+
+
+def _speed_benchmark(path: Path) -> str:
+    """Return the recipe's benchmark command for `path` and what it prints."""
+    dims = ",".join(map(str, annotated.INPUT_SHAPE))
+    output = io.StringIO()
+    options = speed_benchmark.Options(model=str(path), input_dims=dims, input_type="float")
+    with pinned_threads(1):
+        speed_benchmark.run(options, output)
+    command = f"speed_benchmark_torch --model={path} --input_dims={dims} --input_type=float"
+    return f"$ {command}\n{output.getvalue().rstrip()}"
 
 
 def digits_net(folder: Path, *, say: Say, progress: Say, runs: int) -> Comparison:
