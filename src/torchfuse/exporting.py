@@ -7,6 +7,7 @@ import copy
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,7 @@ from torchfuse.artifacts import (
     write_atomically,
 )
 from torchfuse.checking import Equivalence, verify
-from torchfuse.delegation import Delegation
+from torchfuse.delegation import Delegation, DelegationWarning
 from torchfuse.errors import (
     ArtifactError,
     InputError,
@@ -43,13 +44,13 @@ from torchfuse.targets import executorch, torchscript
 __all__ = ["export", "load"]
 
 _FP16_MIN_SQNR_DB = 30.0
+_FP16_MIN_SHARE = 0.98  # of the multiply-accumulates, below which it would be slower than fp32
 # Kernels round int8 otherwise than torchao's simulation does, and dozens of layers multiply it:
 # the program may be as far from the quantized model as that is from the model.
 _INT8_MIN_SQNR_DB = 10.0  # against the quantized model
 _INT8_LOSS_DB = 3.0  # against the model, compared with the quantized model's
 _INT8_NO_LOSS_DB = 40.0  # above this, nobody asks which of the two is closer
 
-_FP16_MACS_SHARE = 0.98  # the least that the delegate must run
 
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16"}
 
@@ -129,6 +130,8 @@ def export(
         made = _torchscript(model, examples[0], form, precision, calibration, optimize)
     examples = [*examples, *made.other_cases]
     equivalence = _compared(model, made, form, examples)
+    if made.delegation is not None and made.delegation.warning is not None:
+        warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
     metadata = {
         "format": form,
         "precision": made.precision,
@@ -306,8 +309,9 @@ def _half_inside(model: nn.Module) -> nn.Module:
 
 def _require_delegated(delegation: Delegation) -> None:
     # Converting the arguments and results is never delegated; what counts is where the work is.
-    if delegation.macs_share is not None and delegation.macs_share < _FP16_MACS_SHARE:
-        raise UnsupportedError(f"In fp16 the model would be slow: {delegation.warning}")
+    share = delegation.macs_share
+    if not delegation.calls_delegated or (share is not None and share < _FP16_MIN_SHARE):
+        raise UnsupportedError(f"XNNPACK does not run this model in fp16: {delegation.warning}")
 
 
 def _precision(program: torch.export.ExportedProgram) -> Precision:

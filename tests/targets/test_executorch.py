@@ -1,6 +1,5 @@
 """Programs for ExecuTorch: lowered, run by its runtime, and equal to the model."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfuse.delegation import DelegationWarning
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.targets import executorch
@@ -29,9 +27,7 @@ def settled(norm: nn.Module) -> nn.Module:
 
 
 def made(model: nn.Module, case: Case, dynamic_shapes: Any = None) -> ExecutorchModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DelegationWarning)
-        lowered = lower(capture(model.eval(), case, dynamic_shapes))
+    lowered = lower(capture(model.eval(), case, dynamic_shapes))
     return ExecutorchModel(lowered.program, lowered.signature)
 
 

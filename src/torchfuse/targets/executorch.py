@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-import warnings
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchfuse.delegation import Delegation, DelegationWarning, delegation_of
+from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
 from torchfuse.exported_norms import fold_batch_norms
 from torchfuse.first_load import SCALAR_TYPES
@@ -71,8 +71,7 @@ def capture(
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = with_default_strides(tensor.data)
-    args, kwargs = pytree.tree_map(with_default_strides, (case.args, dict(case.kwargs)))
-    case = Case(args, kwargs)
+    case = _traceable(case, dynamic_shapes)
     program = _export(model, case, dynamic_shapes)
     if any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes):
         with quiet():
@@ -80,6 +79,38 @@ def capture(
         if fold_batch_norms(graph_module):
             program = _export(graph_module, case, dynamic_shapes)
     return program
+
+
+def _traceable(case: Case, dynamic_shapes: Any) -> Case:
+    """Return the case with default strides, and no 1 where a size is dynamic.
+
+    torch.export takes a size of 1 in the example for a constant, whatever was declared.
+    """
+
+    def traceable(value: Any, sizes: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        dynamic = dict(enumerate(sizes) if isinstance(sizes, tuple | list) else sizes or {})
+        ones = [
+            isinstance(size, torch.export.Dim) and value.shape[dim] == 1 and size.max > 1
+            for dim, size in dynamic.items()
+        ]
+        repeats = [1] * value.dim()
+        for dim, is_one in zip(dynamic, ones, strict=True):
+            repeats[dim] += is_one
+        return with_default_strides(value.repeat(repeats) if any(ones) else value)
+
+    names = list(case.kwargs)
+    if isinstance(dynamic_shapes, Mapping):
+        declared = list(dynamic_shapes.values())[: len(case.args)]
+        by_name = {name: dynamic_shapes.get(name) for name in names}
+    else:
+        declared = [*(dynamic_shapes or ()), *[None] * len(case.args)][: len(case.args)]
+        by_name = dict.fromkeys(names)
+    return Case(
+        tuple(map(traceable, case.args, declared)),
+        {name: traceable(value, by_name[name]) for name, value in case.kwargs.items()},
+    )
 
 
 def _export(model: nn.Module, case: Case, dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -91,19 +122,35 @@ def _export(model: nn.Module, case: Case, dynamic_shapes: Any) -> torch.export.E
     except Exception as error:
         raise UnsupportedError(
             f"torch.export cannot capture {type(model).__name__} for {case}"
-            f"{' with these dynamic shapes' if dynamic_shapes else ''}: {first_line(error)}"
+            f"{' with these dynamic shapes' if dynamic_shapes else ''}: {_export_reason(error)}."
         ) from error
+
+
+def _export_reason(error: Exception) -> str:
+    text = str(error)
+    if "Constraints violated" in text:  # the first line only names the sizes
+        reasons = re.findall(r"^\s+- (.*)$", text, re.MULTILINE)
+        fixes = re.findall(r"^\s+(\w+ = .*)$", text, re.MULTILINE)
+        advice = f"; torch.export suggests {', '.join(fixes)}" if fixes else ""
+        return " ".join(reasons).rstrip(".") + advice
+    return first_line(error)
 
 
 def lower(program: torch.export.ExportedProgram) -> Lowered:
     """Return `program` as an ExecuTorch program that runs on XNNPACK as far as XNNPACK can.
 
-    What XNNPACK does not take runs on ExecuTorch's portable kernels; a DelegationWarning says so
-    if it matters.
+    What XNNPACK does not take runs on ExecuTorch's portable kernels.
 
     Raises:
+        InputError: a dynamic size without a maximum.
         UnsupportedError: ExecuTorch cannot lower it, or this runtime lacks an operator it needs.
     """
+    for symbol, allowed in program.range_constraints.items():
+        if not allowed.upper.is_finite or allowed.upper >= sys.maxsize - 1:
+            raise InputError(
+                f"Expected a maximum for every dynamic size, but {symbol} has none; ExecuTorch "
+                "plans memory for the largest: torch.export.Dim('batch', max=8)."
+            )
     with quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
@@ -120,8 +167,6 @@ def lower(program: torch.export.ExportedProgram) -> Lowered:
                 f"ExecuTorch cannot lower the model: {first_line(error)}"
             ) from error
     _check_operators(executorch_program.executorch_program)
-    if delegation.warning:
-        warnings.warn(delegation.warning, DelegationWarning, stacklevel=3)
     return Lowered(bytes(executorch_program.buffer), delegation, _signature(program))
 
 

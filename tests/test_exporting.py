@@ -1,0 +1,319 @@
+"""A file is written once it was run and compared; what cannot be is an error, and no file."""
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchfuse
+from torchfuse.delegation import DelegationWarning
+from torchfuse.errors import (
+    ArtifactError,
+    CalibrationError,
+    InputError,
+    TorchfuseError,
+    UnsupportedError,
+)
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            self.bn.running_mean.copy_(image(8, seed=1))
+            self.bn.running_var.copy_(image(8, seed=2).abs() + 0.5)
+            self.bn.weight.copy_(image(8, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return image(1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["model.pte", "model.pt", "model.ptl"])
+def test_a_file_is_what_the_artifact_says_and_computes_what_the_model_does(
+    model: nn.Module, x: Tensor, tmp_path: Path, name: str
+) -> None:
+    artifact = torchfuse.export(model, x, tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    assert artifact.path == tmp_path / name
+    assert f".{artifact.format}" == artifact.path.suffix
+    assert artifact.precision == "fp32"
+    assert artifact.size_bytes == len(data)
+    assert artifact.sha256 == hashlib.sha256(data).hexdigest()
+    assert artifact.equivalence is not None
+    assert artifact.equivalence.passed
+    other = image(1, 3, 16, 16, seed=7)
+    torch.testing.assert_close(torchfuse.load(artifact.path)(other), model(other))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_int8_is_near_the_model_and_much_smaller_in_its_weights(x: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    calibration = [image(2, 3, 16, 16, seed=seed) for seed in range(4)]
+    whole = torchfuse.export(model, x, tmp_path / "fp32.pte")
+    small = torchfuse.export(
+        model, x, tmp_path / "int8.pte", precision="int8", calibration=calibration
+    )
+    assert small.precision == "int8"
+    assert small.size_bytes < whole.size_bytes / 3
+    assert small.equivalence is not None
+    assert small.equivalence.sqnr_db is not None
+    assert small.equivalence.sqnr_db > 25
+    assert small.delegation is not None
+    assert small.delegation.calls_left == 0
+
+
+def test_what_quantize_returns_is_exported_as_int8(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    quantized = torchfuse.quantize(model, x, image(8, 3, 16, 16)).model
+    artifact = torchfuse.export(quantized, x, tmp_path / "model.pte")
+    assert artifact.precision == "int8"
+    run = torchfuse.load(artifact.path)
+    assert torchfuse.verify(quantized, run, x, min_sqnr_db=40).passed
+
+
+def test_fp16_computes_in_half_and_takes_and_returns_float32(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DelegationWarning)  # in a model this small, casts matter
+        artifact = torchfuse.export(model, x, tmp_path / "model.pte", precision="fp16")
+    assert artifact.precision == "fp16"
+    assert artifact.delegation is not None
+    assert artifact.delegation.macs_share == 1
+    y = torchfuse.load(artifact.path)(x)
+    assert y.dtype is torch.float32
+    difference = (y - model(x)).abs().max() / model(x).abs().max()
+    assert 1e-5 < difference < 1e-2  # more than float32 rounds, no more than half does
+    assert next(model.parameters()).dtype is torch.float32
+
+
+def test_fp16_where_the_delegate_would_leave_the_work_is_an_error(tmp_path: Path) -> None:
+    model = nn.Conv3d(2, 4, 3).eval()
+    with pytest.raises(UnsupportedError, match=r"does not run this model in fp16: .* 1D \+ 2D"):
+        torchfuse.export(model, image(1, 2, 5, 5, 5), tmp_path / "m.pte", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_example_batch_of_one_does_not_fix_a_dynamic_size(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    sizes = ({0: torch.export.Dim("n", max=8)},)
+    run = torchfuse.load(torchfuse.export(model, x, tmp_path / "m.pte", dynamic_shapes=sizes).path)
+    for batch in (1, 3, 8):
+        y = image(batch, 3, 16, 16)
+        torch.testing.assert_close(run(y), model(y))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_batch_and_spatial_sizes_can_be_dynamic_and_are_tried_below_the_bound(
+    model: nn.Module, tmp_path: Path, precision: Any
+) -> None:
+    dim = torch.export.Dim
+    sizes = ({0: dim("n", max=4), 2: dim("h", min=4, max=24), 3: dim("w", min=4, max=24)},)
+    artifact = torchfuse.export(
+        model,
+        image(2, 3, 16, 16),
+        tmp_path / "model.pte",
+        precision=precision,
+        calibration=image(4, 3, 16, 16) if precision == "int8" else None,
+        dynamic_shapes=sizes,
+    )
+    assert artifact.equivalence is not None
+    assert len(artifact.equivalence.outputs) == 4  # the example, smallest, middle, largest
+    run = torchfuse.load(artifact.path)
+    for shape in ((1, 3, 5, 9), (3, 3, 24, 4)):
+        y = image(*shape)
+        assert torchfuse.verify(model, run, y, min_sqnr_db=60 if precision == "fp32" else 20).passed
+    with pytest.raises(InputError, match=r"takes \(1…4\)×3×\(4…24\)×\(4…24\) float32"):
+        run(image(5, 3, 8, 8))
+
+
+def test_a_size_that_specializes_is_an_error_with_the_reason(tmp_path: Path) -> None:
+    class Reshapes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 12) * 2
+
+    sizes = ({0: torch.export.Dim("n", max=8)},)
+    with pytest.raises(UnsupportedError, match=r"with these dynamic shapes: .*constant"):
+        torchfuse.export(Reshapes().eval(), image(2, 12), tmp_path / "m.pte", dynamic_shapes=sizes)
+
+
+def test_a_size_without_a_maximum_is_an_error(tmp_path: Path) -> None:
+    sizes = ({0: torch.export.Dim("n")},)
+    with pytest.raises(InputError, match="Expected a maximum for every dynamic size"):
+        torchfuse.export(
+            nn.Linear(3, 3).eval(), image(2, 3), tmp_path / "m.pte", dynamic_shapes=sizes
+        )
+
+
+def test_work_left_outside_the_delegate_is_warned_about_where_export_was_called(
+    x: Tensor, tmp_path: Path
+) -> None:
+    class Sine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.asinh(torch.relu(x))
+
+    with pytest.warns(DelegationWarning, match="does not run 1× asinh") as caught:
+        torchfuse.export(Sine().eval(), x, tmp_path / "m.pte")
+    assert caught[0].filename == __file__
+
+
+class ReturnsNaN(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(-x.abs())
+
+
+class Raises(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("not today")
+
+
+def network() -> nn.Module:
+    return Network().eval()
+
+
+ERRORS = {
+    "training mode": (
+        Network,
+        {},
+        InputError,
+        "but the model itself and 3 more modules are in training mode; call model",
+    ),
+    "NaN": (
+        lambda: ReturnsNaN().eval(),
+        {},
+        InputError,
+        r"ReturnsNaN returns NaN or Inf \(its outp",
+    ),
+    "raises": (lambda: Raises().eval(), {}, InputError, "Raises cannot run on .*: not today"),
+    "no calibration": (
+        network,
+        {"precision": "int8"},
+        CalibrationError,
+        "Expected calibration data, got None",
+    ),
+    "calibration without int8": (
+        network,
+        {"calibration": torch.ones(1)},
+        InputError,
+        "Calibration data is for int8, but the precision is None",
+    ),
+    "other precision": (
+        lambda: network().half(),
+        {"precision": "fp32"},
+        InputError,
+        "Network cannot run on its example inputs, .*: Input type",
+    ),
+    "double": (
+        lambda: nn.Sequential(nn.Flatten(), Cast(), nn.Linear(768, 2).double()).eval(),
+        {},
+        UnsupportedError,
+        "got torch.float64, for which XNNPACK has no kernels; call model.float",
+    ),
+}
+
+
+class Cast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_model_that_cannot_be_exported_is_an_error_and_no_file(
+    name: str, x: Tensor, tmp_path: Path
+) -> None:
+    build, options, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        torchfuse.export(build(), x, tmp_path / "model.pte", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_path_is_looked_at_before_any_work(x: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"'\.pte', '\.pt', '\.ptl'"):
+        torchfuse.export(Raises(), x, tmp_path / "model.tflite")
+    with pytest.raises(ArtifactError, match="does not exist; create it first"):
+        torchfuse.export(Raises(), x, tmp_path / "none" / "model.pte")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"precision": "fp16"}, UnsupportedError, r"'\.pt' has no fp16"),
+        ({"dynamic_shapes": ({},)}, InputError, "inputs of any size; leave dynamic_shapes out"),
+    ],
+)
+def test_what_torchscript_does_not_have_is_an_error(
+    model: nn.Module,
+    x: Tensor,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[TorchfuseError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        torchfuse.export(model, x, tmp_path / "model.pt", **options)
+
+
+def test_a_file_that_computes_something_else_is_not_written(
+    model: nn.Module, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchfuse import exported_norms
+
+    fold = exported_norms.fold_into_weight
+
+    def one_percent_off(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        weight, bias = fold(*args, **options)
+        return weight * 1.01, bias
+
+    monkeypatch.setattr(exported_norms, "fold_into_weight", one_percent_off)
+    with pytest.raises(
+        UnsupportedError, match=r"does not compute the same: .* Nothing was written"
+    ):
+        torchfuse.export(model, x, tmp_path / "model.pte")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_an_error_when_loaded(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    path = torchfuse.export(model, x, tmp_path / "model.pte").path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="do not have the SHA-256 they were sealed with"):
+        torchfuse.load(path)
+
+
+def test_the_model_is_left_as_it_was(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torchfuse.export(
+        model, x, tmp_path / "m.pte", precision="int8", calibration=image(4, 3, 16, 16)
+    )
+    assert isinstance(model.bn, nn.BatchNorm2d)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

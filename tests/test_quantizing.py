@@ -1,0 +1,170 @@
+"""Static int8 is close to the model, and unfit calibration data is an error."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchfuse.checking import verify
+from torchfuse.errors import CalibrationError, InputError
+from torchfuse.quantizing import QuantizedLayer, quantize
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Residual(nn.Module):
+    """The conv's output feeds a batch norm and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            self.bn.running_mean.copy_(image(8, seed=1))
+            self.bn.running_var.copy_(image(8, seed=2).abs() + 0.5)
+            self.bn.weight.copy_(image(8, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y = self.up(torch.relu(self.bn(y) + y))
+        return self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return image(1, 3, 8, 8)
+
+
+def images() -> list[Tensor]:
+    return [image(4, 3, 8, 8, seed=seed) for seed in range(4)]
+
+
+def test_is_close_to_the_model_where_a_conv_output_has_two_users(
+    model: nn.Module, x: Tensor
+) -> None:
+    # torchao's prepare_pt2e folds this batch norm into the conv that the addition reads too.
+    quantized = quantize(model, x, images()).model
+    assert verify(model, quantized, image(1, 3, 8, 8, seed=9), min_sqnr_db=25).passed
+
+
+def test_every_layer_is_listed_with_its_precision(model: nn.Module, x: Tensor) -> None:
+    assert quantize(model, x, images()).layers == (
+        QuantizedLayer("conv", "conv2d", int8=True),
+        QuantizedLayer("bn", "conv2d", int8=True),
+        QuantizedLayer("up", "conv_transpose2d", int8=True),
+        QuantizedLayer("head", "linear", int8=True),
+    )
+
+
+def test_a_layer_that_has_no_int8_form_is_listed_as_such() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Conv2d(4, 4, 3)).eval()
+    layers = quantize(model, image(1, 4, 6, 6), image(4, 4, 6, 6)).layers
+    assert layers == (
+        QuantizedLayer("0", "conv_transpose2d", int8=False),
+        QuantizedLayer("1", "conv2d", int8=True),
+    )
+
+
+def test_weights_have_a_scale_per_channel() -> None:
+    conv = nn.Conv2d(1, 2, 1, bias=False).eval()
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([1000.0, 1.0]).reshape(2, 1, 1, 1))
+    quantized = quantize(conv, image(1, 1, 8, 8), image(8, 1, 8, 8)).model
+    (weight,) = [t for t in quantized.state_dict().values() if t.dtype is torch.int8]
+    assert weight.flatten().tolist() == [127, 127]  # with one scale for both: [127, 0]
+
+
+def generated() -> Iterator[Tensor]:
+    yield from images()
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        images(),
+        image(8, 3, 8, 8),
+        (image(1, 3, 8, 8),),
+        {"x": image(1, 3, 8, 8)},
+        generated(),
+        [image(4, 3, 12, 10), image(2, 3, 8, 8)],
+    ],
+    ids=["list", "tensor", "tuple", "dict", "generator", "other sizes"],
+)
+def test_calibration_data_may_be(calibration: Any, model: nn.Module, x: Tensor) -> None:
+    example = {"x": x} if isinstance(calibration, dict) else x
+    quantized = quantize(model, example, calibration).model
+    assert verify(model, quantized, example, min_sqnr_db=15).passed
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (None, "Expected calibration data, got None: static int8 needs the ranges"),
+        ([], "The calibration data is empty"),
+        (iter([]), "The calibration data is empty"),
+        (torch.zeros(0, 3, 8, 8), r"case 0, forward\(0×3×8×8\), has a tensor without elements"),
+        (torch.full((2, 3, 8, 8), 7.0), r"constant \(every value is 7.0\)"),
+        ([torch.zeros(1, 3, 8, 8)] * 3, r"constant \(every value is 0.0\)"),
+        ([image(1, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan)], "case 1, .*, holds NaN or Inf"),
+        (torch.full((1, 3, 8, 8), torch.inf), "case 0, .*, holds NaN or Inf"),
+        (image(2, 4, 8, 8), r"Residual cannot run on forward\(2×4×8×8\), .*: Given groups=1"),
+        ([image(2, 3, 8, 8), image(1, 3)], r"cannot run on calibration case 1, forward\(1×3\)"),
+    ],
+)
+def test_unfit_calibration_data_is_an_error(
+    calibration: Any, message: str, model: nn.Module, x: Tensor
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        quantize(model, x, calibration)
+
+
+def test_a_model_that_overflows_on_the_calibration_data_is_an_error() -> None:
+    class Exponential(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.exp(x)
+
+    with pytest.raises(CalibrationError, match="returns NaN or Inf for calibration case 0"):
+        quantize(Exponential().eval(), image(2, 3), image(2, 3) * 1e4)
+
+
+def test_one_constant_input_among_others_is_fine() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.linear(x) * scale
+
+    case = (image(2, 3), torch.ones(1))
+    assert len(quantize(Scaled().eval(), case, case).layers) == 1
+
+
+def test_a_model_in_training_mode_is_an_error(x: Tensor) -> None:
+    with pytest.raises(InputError, match=r"in training mode; call model\.eval"):
+        quantize(Residual(), x, images())
+
+
+def test_an_unknown_backend_is_an_error(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(InputError, match="Expected backend 'xnnpack', got 'qnnpack'"):
+        quantize(model, x, images(), backend="qnnpack")
+
+
+def test_the_model_is_left_as_it_was(model: nn.Module, x: Tensor) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quantize(model, x, images())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not model.training
