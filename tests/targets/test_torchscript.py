@@ -1,6 +1,8 @@
 """The legacy target: fused is fused, non-fused is not, both run after loading and are right."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -200,3 +202,16 @@ def test_the_engine_is_put_back():
     before = torch.backends.quantized.engine
     quantized(AnnotatedConvBnReLUModel(), [])
     assert torch.backends.quantized.engine == before
+
+
+def test_loading_an_int8_file_says_nothing(tmp_path):
+    path = tmp_path / "int8.pt"
+    model = quantized(AnnotatedConvBnReLUModel(), [])
+    path.write_bytes(torchscript.serialize(torchscript.script(model, CASE).module, "pt"))
+    code = (
+        "import sys; from torchfuse.targets.torchscript import deserialize; "
+        "deserialize(open(sys.argv[1], 'rb').read(), 'pt')"
+    )
+    command = [sys.executable, "-c", code, path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout == run.stderr == ""

@@ -171,10 +171,19 @@ def deserialize(data: bytes, form: str, *, engine: str = "qnnpack") -> Callable[
     load: Callable[..., Any] = _load_for_lite_interpreter if form == "ptl" else torch.jit.load
     try:
         with quiet(), _engine(engine):
+            _use_up_deprecation()
             module: Callable[..., Any] = load(io.BytesIO(data))
     except RuntimeError as error:
         raise ArtifactError(f"torch cannot load it as '.{form}': {first_line(error)}") from error
     return module
+
+
+def _use_up_deprecation() -> None:
+    """Have torch say once, where it can be silenced, that quantized tensors are deprecated.
+
+    The loader says it from C++, straight to stderr, unless it was said before in this process.
+    """
+    torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)
 
 
 def _make_scales_scalar(model: nn.Module) -> None:
