@@ -36,7 +36,7 @@ _WARNINGS = (
     _NoisyWarning(r"torch\.ao\.quantization is deprecated", r"", DeprecationWarning),
     _NoisyWarning(r"Lite Interpreter is deprecated", r"", DeprecationWarning),
     _NoisyWarning(r"`torch\.jit\.\w+` is (deprecated|not supported)", r"", DeprecationWarning),
-    _NoisyWarning(r"torch\.quantize_per_tensor, .* are deprecated", r"torch\.", UserWarning),
+    _NoisyWarning(r"torch\.quantize_per_tensor, .* are deprecated", r"torch", UserWarning),
     _NoisyWarning(r"Please use quant_min and quant_max", r"torch\.ao\.", UserWarning),
     # importing ExecuTorch's runtime
     _NoisyWarning(r"This API is experimental", r"executorch\.extension\.pybindings", Warning),
