@@ -7,14 +7,15 @@ import pytest
 from rich.console import Console
 
 from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row
+from torchfuse.delegation import Delegation, OperatorDelegation
 from torchfuse.equivalence import Equivalence, OutputDifference
-from torchfuse.render.comparison import closing_sentence, table
+from torchfuse.render.comparison import closing_sentence, delegation_lines, table
 from torchfuse.timing import Measurement, ratio
 
 GOLDEN = (Path(__file__).parent / "comparison.golden.txt").read_text()
 
 
-def row(variant, target, precision, median_s, size_bytes, max_rel, accuracy):
+def row(variant, target, precision, median_s, size_bytes, max_rel, accuracy, delegation=None):
     def latency(seconds):
         return Measurement(
             "m", tuple(seconds * f for f in (0.99, 0.995, 1, 1.005, 1.01)), 1, True, 1
@@ -30,7 +31,7 @@ def row(variant, target, precision, median_s, size_bytes, max_rel, accuracy):
         size_bytes,
         Equivalence((difference,)),
         accuracy,
-        None,
+        delegation,
     )
 
 
@@ -71,3 +72,13 @@ def test_an_interval_that_includes_1_is_no_measurable_difference():
     rows = (ROWS[0], row("fused", "eager", "fp32", 4e-3, None, 0.0, None))
     assert "fusing bought no measurable difference" in closing_sentence(Comparison("Net", rows, ()))
     assert "no measurable difference" in text([Comparison("Net", rows, ())])
+
+
+def test_the_share_that_the_delegate_runs_is_told():
+    conv = OperatorDelegation("convolution", 3, 1, 900, 100, 64, ("Conv3d",))
+    relu = OperatorDelegation("relu", 4, 0, 0, 0, 0, ())
+    delegation = Delegation("XNNPACK", 1, (conv, relu), 1000, 0)
+    rows = (*ROWS, row(FOLDED, ".pte", "fp16", 1e-3, 1, 1e-3, None, delegation))
+    assert delegation_lines(Comparison("Net", rows, ())) == [
+        "Net, fp16 .pte: XNNPACK runs 90.0 % of the multiply-accumulates and 7 of 8 operator calls."
+    ]

@@ -42,7 +42,9 @@ def command(out: Path, runs: int) -> None:
         console.print("\n" + render.closing_sentence(comparison))
     console.print()
     for comparison in comparisons:
+        for line in render.delegation_lines(comparison):
+            console.print(line)
         for note in comparison.notes:
-            console.print(f"Note, {comparison.model}: {note}")
+            console.print(f"Note, {comparison.model}, {note}")
     write_atomically(out / "comparison.json", to_json(comparisons).encode())
     console.print(f"The artifacts and comparison.json are in {out}.", soft_wrap=True)

@@ -6,7 +6,7 @@ from rich.text import Text
 from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row, gain
 from torchfuse.stats import Ratio
 
-__all__ = ["closing_sentence", "table"]
+__all__ = ["closing_sentence", "delegation_lines", "table"]
 
 
 def table(comparisons: list[Comparison]) -> Table:
@@ -90,3 +90,18 @@ def _gain(place: str, before: Row, after: Row) -> str:
     if before.accuracy is not None and after.accuracy is not None:
         more.append(f"{100 * (after.accuracy - before.accuracy):+.2f} points of accuracy")
     return f"{_times(gain(before, after))} in {place}" + (f" ({', '.join(more)})" if more else "")
+
+
+def delegation_lines(comparison: Comparison) -> list[str]:
+    """Return, for each row with a delegate, how much of the model it runs."""
+    lines = []
+    for row in comparison.rows:
+        if row.delegation is not None:
+            share = row.delegation.macs_share
+            macs = "" if share is None else f"{100 * share:.1f} % of the multiply-accumulates and "
+            calls = row.delegation.calls_delegated + row.delegation.calls_left
+            lines.append(
+                f"{comparison.model}, {row.precision} {row.target}: {row.delegation.delegate} runs "
+                f"{macs}{row.delegation.calls_delegated} of {calls} operator calls."
+            )
+    return lines
