@@ -1,0 +1,470 @@
+"""Fusing in an exported program: batch norms are folded into the calls before them, by rewriting.
+
+There every use of a tensor is an edge of the graph, so "reads it alone" is exact, whatever the
+original model's Python did; and each call gets weights of its own, so that a weight which others
+use too, or a convolution that is called twice, is no obstacle.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from torchfuse.errors import InputError
+from torchfuse.folding import ChannelAffine, fold_into_weight
+from torchfuse.planning import Fusion, FusionPlan, Skip
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Folded", "fold"]
+
+RULE = "conv_bn"
+aten = torch.ops.aten
+
+_CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+}
+_TRANSPOSED = {
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+}
+_WEIGHTED = {*_CONVOLUTIONS, *_TRANSPOSED, aten.linear.default}
+_NEUTRAL = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+}
+_RESHAPES = {
+    aten.flatten.using_ints,
+    aten.reshape.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+# They read sizes and dtypes, not values: all of them, and those whose second argument does.
+_READ_NO_VALUES = {aten.sym_size.int, aten._assert_tensor_metadata.default}
+_SIZES_OF_SECOND = {aten.reshape_as.default, aten.view_as.default, aten.expand_as.default}
+
+
+# What rounding may do to max|a − b| / max|a| at one batch norm.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+class _LeftAlone(Exception):  # noqa: N818  # an answer, not an error
+    """Why a batch norm is not folded, and what could be changed."""
+
+    def __init__(self, reason: str, hint: str = "", layer: Node | None = None):
+        super().__init__(reason)
+        self.reason, self.hint, self.layer = reason, hint, layer
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A new program, what was done to make it, and where each key of the old one went."""
+
+    program: ExportedProgram
+    plan: FusionPlan
+    key_map: dict[str, str | None]  # old state_dict key → new one; None: taken in
+
+
+def fold(program: ExportedProgram, *, prove: bool) -> Folded:
+    """Return `program` without the batch norms that can be folded; it is itself left as it was.
+
+    With `prove`, both are run on the program's own example inputs, what each fusion puts out is
+    compared, and a fusion that differs is left out and becomes a skip.
+
+    Raises:
+        InputError: `prove`, and the program was saved without example inputs.
+    """
+    refuted: dict[str, float] = {}  # batch norm → relative difference
+    while True:
+        edit = _Edit(program, refuted)
+        folded = edit.folded()
+        differences = _differences(program, folded.program, edit.pairs) if prove else {}
+        wrong = [name for name, value in differences.items() if not value <= 1]
+        if not wrong:
+            return folded
+        # The first in running order: what follows it may differ only because it does.
+        refuted[wrong[0]] = differences[wrong[0]]
+
+
+class _Edit:
+    """A copy of a program's graph and tensors, while batch norms are folded in it."""
+
+    def __init__(self, program: ExportedProgram, refuted: Mapping[str, float]) -> None:
+        self.old = program
+        self.graph: Graph = copy.deepcopy(program.graph)
+        self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        self.order = [spec.arg.name for spec in program.graph_signature.input_specs]
+        self.state: dict[str, Tensor] = dict(program.state_dict)
+        self.pairs: dict[str, str] = {}  # old batch norm → node that stands for it
+        self.fusions: list[Fusion] = []
+        self.skips: list[Skip] = []
+        for node in list(self.graph.nodes):
+            if node.target is aten.batch_norm.default:
+                self._consider(node, refuted)
+
+    def _consider(self, norm: Node, refuted: Mapping[str, float]) -> None:
+        try:
+            layer = self._layer(norm)
+            if norm.name in refuted:
+                raise _LeftAlone(
+                    f"Folding it changed what it puts out by {refuted[norm.name]:.2g} times what "
+                    "rounding explains.",
+                    layer=layer,
+                )
+        except _LeftAlone as answer:
+            names = [_path(node) for node in (answer.layer, norm) if node is not None]
+            self.skips.append(Skip(tuple(names), answer.reason, answer.hint, RULE))
+        else:
+            self._fold(layer, norm)
+
+    # Conditions
+
+    def _layer(self, norm: Node) -> Node:
+        """Return the call that can take `norm` in, or raise why there is none."""
+        _, gamma, beta, mean, variance, training, *_ = _args(norm)
+        if training or mean is None or variance is None:
+            raise _LeftAlone(
+                "It normalises by the statistics of each batch, which no weight can hold.",
+                "Export the model in evaluation mode, with running statistics.",
+            )
+        layer, axis = self._producer(norm)
+        value = layer.meta["val"]
+        weight, bias = _weight_and_bias(layer)
+        spatial = weight.meta["val"].ndim - 2
+        channels = value.ndim - 1 - (0 if layer.target is aten.linear.default else spatial)
+        if axis != channels:
+            raise _LeftAlone(
+                f"It normalises another axis than the one of {_path(layer)}'s output channels.",
+                layer=layer,
+            )
+        if value.dtype != norm.meta["val"].dtype:
+            raise _LeftAlone("The dtype changes between the two.", layer=layer)
+        for tensor in (weight, bias, gamma, beta, mean, variance):
+            if tensor is not None:
+                self._check_constant(tensor, layer)
+        return layer
+
+    def _producer(self, norm: Node) -> tuple[Node, int]:
+        """Return the layer whose output reaches `norm`, and which axis of it the channels are."""
+        node, axis, reader = _args(norm)[0], 1, norm
+        while True:
+            others = [_word(user) for user in _value_readers(node) if user is not reader]
+            if node.target in _WEIGHTED:
+                if others:
+                    raise _LeftAlone(
+                        f"The output of {_path(node)} is read by {' and '.join(others)} as well.",
+                        "Let them read what the batch norm puts out, if that is what is meant.",
+                        node,
+                    )
+                return node, axis
+            if node.op == "placeholder":
+                raise _LeftAlone("Its input is an input of the program.")
+            before = _axis_before(node, axis)
+            if before is None:
+                raise _LeftAlone(
+                    f"Its input is the output of {_word(node)}, which cannot take a batch norm in."
+                )
+            if others:
+                raise _LeftAlone(f"Its input is read by {' and '.join(others)} as well.")
+            node, axis, reader = _args(node)[0], before, node
+
+    def _check_constant(self, node: Node, layer: Node) -> None:
+        if node.op != "placeholder" or self._tensor(node) is None:
+            raise _LeftAlone(f"{node.name} is computed, not a stored tensor.", layer=layer)
+        mutated = [s.target for s in self.old.graph_signature.output_specs if s.target is not None]
+        changed = any(_changes_its_inputs(user) for user in node.users)
+        if changed or self.specs[node.name].target in mutated:
+            target = self.specs[node.name].target
+            raise _LeftAlone(f"The program changes {target} when it runs.", layer=layer)
+
+    def _tensor(self, node: Node) -> Tensor | None:
+        target = self.specs[node.name].target
+        if target is None:
+            return None
+        found = self.state.get(target, self.old.constants.get(target))
+        return found if isinstance(found, Tensor) else None
+
+    # The edit
+
+    def _fold(self, layer: Node, norm: Node) -> None:
+        _, gamma, beta, mean, variance, _, _, eps, *_ = _args(norm)
+        weight, bias = _weight_and_bias(layer)
+        values = {
+            node: tensor.detach()
+            for node in (weight, bias, gamma, beta, mean, variance)
+            if node is not None and (tensor := self._tensor(node)) is not None
+        }
+        affine = ChannelAffine.of_batch_norm(
+            values[mean], values[variance], eps, values.get(gamma), values.get(beta)
+        )
+        groups = 0
+        if layer.target in _TRANSPOSED:
+            groups = _args(layer)[6] if len(_args(layer)) > 6 else 1
+        new_weight, new_bias = fold_into_weight(
+            values[weight], values.get(bias), affine, transposed_groups=groups
+        )
+        owner = str(self.specs[weight.name].target).rpartition(".")[0]
+        before = sum(values[node].numel() for node in (weight, bias, gamma, beta) if node in values)
+        layer.args = (
+            _args(layer)[0],
+            self._stored(new_weight, weight, f"{owner}.weight", layer, weight),
+            self._stored(new_bias, bias, f"{owner}.bias", layer, weight),
+            *_args(layer)[3:],
+        )
+        stands = _args(norm)[0].name
+        # Two batch norms in a row: what the first put out is no longer there to compare.
+        self.pairs = {name: node for name, node in self.pairs.items() if node != stands}
+        self.pairs[norm.name] = stands
+        elements, size = _elements(norm), values[weight].element_size()
+        self.fusions.append(
+            Fusion(
+                RULE,
+                (_path(layer), _path(norm)),
+                before - new_weight.numel() - new_bias.numel(),
+                None if elements is None else 2 * elements * size,
+                elements,
+            )
+        )
+        norm.replace_all_uses_with(_args(norm)[0])
+        self.graph.erase_node(norm)
+        tracked = str(self.specs[mean.name].target).rpartition(".")[0] + ".num_batches_tracked"
+        self._drop_unused({*(node.name for node in values), *self._named(tracked)})
+
+    def _stored(
+        self, tensor: Tensor, old: Node | None, target: str, layer: Node, beside: Node
+    ) -> Node:
+        """Return the placeholder of `tensor`: the old one if nobody else reads it, or a new one."""
+        template = self._tensor(beside)
+        assert template is not None
+        if isinstance(template, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
+        if old is not None and list(old.users) == [layer]:
+            stored = str(self.specs[old.name].target)
+            shared = [spec for spec in self.specs.values() if spec.target == stored]
+            if len(shared) == 1 and stored in self.state:
+                self.state[stored] = tensor
+                return old
+        while target in self.state or target in self.old.constants:
+            target += "_folded"
+        with self.graph.inserting_before(beside):
+            node = self.graph.placeholder(f"p_{target.replace('.', '_')}")
+        node.meta["val"] = beside.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+        self.state[target] = tensor
+        self.order.insert(self.order.index(beside.name), node.name)
+        self.specs[node.name] = InputSpec(
+            InputKind.PARAMETER if isinstance(tensor, nn.Parameter) else InputKind.BUFFER,
+            TensorArgument(node.name),
+            target,
+            None if isinstance(tensor, nn.Parameter) else True,
+        )
+        return node
+
+    def _named(self, target: str) -> list[str]:
+        return [name for name, spec in self.specs.items() if spec.target == target]
+
+    def _drop_unused(self, names: set[str]) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and node.name in names and not node.users:
+                self.graph.erase_node(node)
+                self.order.remove(node.name)
+                target = self.specs.pop(node.name).target
+                if not self._named(str(target)):
+                    self.state.pop(str(target), None)
+
+    # The result
+
+    def folded(self) -> Folded:
+        """Return the new program with its plan; the order of inputs is the graph's."""
+        self.graph.lint()
+        old = self.old
+        signature = copy.copy(old.graph_signature)
+        signature.input_specs = [self.specs[name] for name in self.order]
+        signature.output_specs = [
+            dataclasses.replace(spec, arg=self._renamed(spec.arg))
+            for spec in old.graph_signature.output_specs
+        ]
+        targets = {spec.target for spec in signature.input_specs}
+        program = ExportedProgram(
+            torch.fx.GraphModule(old.graph_module, self.graph),
+            self.graph,
+            signature,
+            self.state,
+            old.range_constraints,
+            [self._renamed_entry(entry) for entry in old.module_call_graph],
+            old.example_inputs,
+            {name: value for name, value in old.constants.items() if name in targets
+             or not isinstance(value, Tensor)},
+            verifiers=old.verifiers,
+        )  # fmt: skip
+        plan = FusionPlan("ExportedProgram", _scope(old), tuple(self.fusions), tuple(self.skips))
+        key_map = {key: key if key in self.state else None for key in old.state_dict}
+        return Folded(program, plan, key_map)
+
+    def _renamed(self, argument: Any) -> Any:
+        """Return the output `argument`, naming the node that stands for a folded batch norm."""
+        if isinstance(argument, TensorArgument) and argument.name in self.pairs:
+            return TensorArgument(self.pairs[argument.name])
+        return argument
+
+    def _renamed_entry(self, entry: ModuleCallEntry) -> ModuleCallEntry:
+        if entry.signature is None:
+            return entry
+        outputs = [self._renamed(argument) for argument in entry.signature.outputs]
+        return dataclasses.replace(
+            entry, signature=dataclasses.replace(entry.signature, outputs=outputs)
+        )
+
+
+# ── the graph ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _weight_and_bias(layer: Node) -> tuple[Node, Node | None]:
+    _, weight, *rest = _args(layer)
+    bias = rest[0] if rest else None
+    assert isinstance(weight, Node)
+    assert bias is None or isinstance(bias, Node)
+    return weight, bias
+
+
+def _changes_its_inputs(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _value_readers(node: Node) -> list[Node]:
+    """Return the nodes that read the values of `node`, not only its sizes."""
+    return [
+        user
+        for user in node.users
+        if not (user.target in _SIZES_OF_SECOND and _args(user)[0] is not node)
+        and user.target not in _READ_NO_VALUES
+    ]
+
+
+def _axis_before(node: Node, axis: int) -> int | None:
+    """Return which axis of the node's input is `axis` of its output; None: no single one."""
+    source = _args(node)[0] if node.args else None
+    if not isinstance(source, Node) or not isinstance(source.meta.get("val"), Tensor):
+        return None
+    if node.target in _NEUTRAL:
+        trains = node.target in (aten.dropout.default, aten.feature_dropout.default)
+        return None if trains and _args(node)[2] else axis
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    if node.target in (aten.transpose.int, aten.permute.default):
+        order = list(range(len(before)))
+        if node.target is aten.permute.default:
+            order = [dim % len(order) for dim in _args(node)[1]]
+        else:
+            first, second = _args(node)[1], _args(node)[2]
+            order[first], order[second] = order[second], order[first]
+        return order[axis]
+    if node.target in _RESHAPES:
+        for candidate, size in enumerate(before):
+            inside = prod(before[candidate + 1 :]) == prod(after[axis + 1 :])
+            if statically_known_true(size == after[axis]) and statically_known_true(inside):
+                return candidate
+    return None
+
+
+def _path(node: Node) -> str:
+    """Return the module that `node` ran in, or the node's own name outside of all modules."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack and stack[-1][0] else node.name
+
+
+def _word(node: Node) -> str:
+    """Return the operator in a reader's words: `add`, `relu`, `the program's output`."""
+    if node.op == "output":
+        return "the program's output"
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
+
+
+def _elements(node: Node) -> int | None:
+    shape = node.meta["val"].shape
+    return prod(shape) if all(isinstance(size, int) for size in shape) else None
+
+
+def _scope(program: ExportedProgram) -> tuple[str, ...]:
+    sentences = ["The exported method, in the modes it was exported in."]
+    for symbol, bounds in program.range_constraints.items():
+        upper = "any size" if bounds.upper > 1 << 40 else bounds.upper
+        sentences.append(f"{symbol}, a declared dynamic size, from {bounds.lower} to {upper}.")
+    return tuple(sentences)
+
+
+# ── the proof ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _differences(
+    old: ExportedProgram, new: ExportedProgram, pairs: Mapping[str, str]
+) -> dict[str, float]:
+    """Return per batch norm how far its output moved, in units of what rounding explains."""
+    if not pairs:
+        return {}
+    if old.example_inputs is None:
+        raise InputError(
+            "The exported program holds no example inputs to prove the fusions on; export it with "
+            "them, or pass verify=False."
+        )
+    expected = _values_of(old, set(pairs))
+    got = _values_of(new, set(pairs.values()))
+    return {norm: _difference(expected[norm], got[node]) for norm, node in pairs.items()}
+
+
+def _values_of(program: ExportedProgram, names: set[str]) -> dict[str, Tensor]:
+    """Return what the named nodes put out on the example inputs."""
+    found: dict[str, Tensor] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            if n.name in names:
+                found[n.name] = value.detach().clone()  # it may be changed in place later
+            return value
+
+    assert program.example_inputs is not None
+    args, kwargs = copy.deepcopy(program.example_inputs)
+    stored = {**program.constants, **program.state_dict}
+    specs = program.graph_signature.input_specs
+    given = iter(torch.utils._pytree.tree_leaves((args, kwargs)))
+    inputs = [
+        next(given) if spec.kind is InputKind.USER_INPUT else copy.deepcopy(stored[spec.target])
+        for spec in specs
+    ]
+    with torch.no_grad():
+        Recorder(program.graph_module).run(*inputs, enable_io_processing=False)
+    return found
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    tolerance = _TOLERANCE[a.dtype]
+    scale = a.double().abs().max().clamp(min=torch.finfo(a.dtype).tiny)
+    return ((a.double() - b.double()).abs().max() / scale / tolerance).item()

@@ -1,0 +1,267 @@
+"""In an exported program batch norms are folded by rewriting the graph, and each one is proved."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from as_if_trained import as_if_trained
+from foldable import count
+from fusing_checks import IMAGE, ROW, assert_same, like
+from torchfuse import exported_fusing
+from torchfuse.errors import InputError
+from torchfuse.exported_fusing import Folded, fold
+from zoo import HAND_WRITTEN, Entry
+
+# torch.export deep-copies its own pytree specs when it makes a module of a program.
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+
+
+class Model(nn.Module):
+    """Some layers, used as `body` says."""
+
+    def __init__(self, body: Callable[["Model", Tensor], object]):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.up = nn.ConvTranspose2d(4, 4, 2, 2, groups=2)
+        self.linear = nn.Linear(8, 8)
+        self.drop = nn.Dropout()
+        self.bn = nn.BatchNorm2d(4)
+        self.bn2 = nn.BatchNorm2d(4, affine=False)
+        self.bn1d = nn.BatchNorm1d(8)
+        self.bn_rows = nn.BatchNorm1d(5)
+        self.rows = nn.Linear(5, 5, bias=False)
+        self.body = body
+
+    def forward(self, x: Tensor) -> object:
+        return self.body(self, x)
+
+
+def exported(body: Callable[[Model, Tensor], object], inputs: Tensor = IMAGE) -> ExportedProgram:
+    torch.manual_seed(0)
+    model = as_if_trained(Model(body), lambda m: m(like(inputs, 5, 4)))
+    return export(model, (inputs,))
+
+
+def proved(program: ExportedProgram, inputs: Tensor = IMAGE) -> Folded:
+    """Return the folded program, having compared it with the given one, which must not change."""
+    before = {name: value.clone() for name, value in program.state_dict.items()}
+    text = str(program.graph)
+    folded = fold(program, prove=True)
+    for case in (inputs, like(inputs, 1)):
+        assert_same(program.module()(case.clone()), folded.program.module()(case.clone()))
+    assert str(program.graph) == text
+    assert all(torch.equal(before[name], value) for name, value in program.state_dict.items())
+    return folded
+
+
+def tied(m: Model, x: Tensor) -> Tensor:
+    return m.bn2(F.conv2d(m.bn(m.conv(x)), m.conv.weight, m.conv.bias, padding=1))
+
+
+FUSES = {
+    "a conv": (1, lambda m, x: m.bn(m.conv(x))),
+    "a conv without a bias": (1, lambda m, x: m.bn(m.conv2(x))),
+    "no gamma and beta": (1, lambda m, x: m.bn2(m.conv(x))),
+    "a grouped transposed conv": (1, lambda m, x: m.bn(m.up(x))),
+    "a functional conv and batch norm": (
+        1,
+        lambda m, x: F.batch_norm(
+            F.conv2d(x, m.conv.weight), m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias
+        ),
+    ),
+    "dropout between": (1, lambda m, x: m.bn(m.drop(m.conv(x)))),
+    "a linear flattened to rows": (1, lambda m, x: m.bn1d(m.linear(x).flatten(0, 2))),
+    "a linear whose shape is read": (
+        1,
+        lambda m, x: m.bn1d((y := m.linear(x)).flatten(0, 2)).reshape_as(y),
+    ),
+    "a linear transposed to channels": (1, lambda m, x: m.bn1d(m.linear(x[:, 0]).transpose(1, 2))),
+    "a conv called twice": (2, lambda m, x: m.bn2(m.conv(m.bn(m.conv(x))))),
+    "a conv called twice, once with a batch norm": (1, lambda m, x: m.conv(m.bn(m.conv(x)))),
+    "a batch norm called twice": (2, lambda m, x: m.bn(m.conv2(m.bn(m.conv(x))))),
+    "two batch norms in a row": (2, lambda m, x: m.bn2(m.bn(m.conv(x)))),
+    "tied weights": (2, tied),
+    "a weight that is read as a value": (1, lambda m, x: m.bn(m.conv(x)) + m.conv.weight.mean()),
+    "a change in place afterwards": (1, lambda m, x: m.bn(m.conv(x)).add_(1).relu_()),
+}
+
+
+@pytest.mark.parametrize("name", FUSES)
+def test_it_folds(name: str) -> None:
+    times, body = FUSES[name]
+    folded = proved(exported(body))
+    assert len(folded.plan.fusions) == times, str(folded.plan)
+    assert folded.plan.skips == ()
+    assert "batch_norm" not in str(folded.program.graph)
+
+
+def test_it_folds_a_linear_on_rows() -> None:
+    folded = proved(exported(lambda m, x: m.bn_rows(m.rows(x)), ROW), ROW)
+    assert [fusion.modules for fusion in folded.plan.fusions] == [("rows", "bn_rows")]
+    assert "rows.bias" in folded.program.state_dict
+
+
+LEFT_ALONE = {
+    "another reader": (
+        r"The output of conv is read by add as well\.",
+        lambda m, x: m.bn(y := m.conv(x)) + y,
+    ),
+    "an output of the program": (
+        r"is read by the program's output as well\.",
+        lambda m, x: (m.bn(y := m.conv(x)), y),
+    ),
+    "a view that is read": (
+        "read by view as well",
+        lambda m, x: (m.bn(y := m.conv(x)), y.view(-1)),
+    ),
+    "an activation between": ("the output of relu", lambda m, x: m.bn(F.relu(m.conv(x)))),
+    "a change in place between": ("the output of add", lambda m, x: m.bn(m.conv(x).add_(1))),
+    "no layer before": ("an input of the program", lambda m, x: m.bn(x)),
+    "a computed weight": (
+        "is computed, not a stored tensor",
+        lambda m, x: m.bn(F.conv2d(x, m.conv.weight * 2)),
+    ),
+    "another axis": (
+        "another axis than the one of linear's output channels",
+        lambda m, x: m.bn1d(m.linear(x[:, 0].repeat(1, 2, 1)[:, :8])),
+    ),
+    "a reshape that mixes channels": (
+        "the output of reshape",
+        lambda m, x: m.bn(m.conv(x).transpose(1, 2).reshape(-1, 4, 8, 8)),
+    ),
+    "a dtype change": (
+        "the output of to",
+        lambda m, x: m.bn(m.conv(x).to(torch.float16).to(torch.float32)),
+    ),
+    "batch statistics": (
+        "statistics of each batch",
+        lambda m, x: F.batch_norm(m.conv(x), None, None, m.bn.weight, m.bn.bias, training=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_it_leaves_alone_and_says_why(name: str) -> None:
+    reason, body = LEFT_ALONE[name]
+    folded = proved(exported(body))
+    assert folded.plan.fusions == ()
+    (skip,) = folded.plan.skips
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(skip.reason)
+
+
+def test_statistics_that_the_program_changes_are_left_alone() -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        y = m.bn(m.conv(x))
+        m.bn.running_mean.add_(1)
+        return y
+
+    program = exported(body)
+    folded = fold(program, prove=False)
+    assert folded.plan.fusions == ()
+    assert "changes bn.running_mean when it runs" in folded.plan.skips[0].reason
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")  # nn.LSTM's own
+@pytest.mark.parametrize("entry", HAND_WRITTEN, ids=lambda entry: entry.name)
+def test_every_foldable_batch_norm_of_the_zoo_is_folded(entry: Entry) -> None:
+    model = entry.model()
+    program = export(model, (entry.inputs(),), strict=False)
+    folded = fold(program, prove=True)
+    assert len(folded.plan.fusions) == count(model, entry.inputs()).foldable
+    inputs = entry.inputs(seed=7)
+    expected, got = program.module()(inputs), folded.program.module()(inputs)
+    for a, b in zip([*expected], [*got], strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
+def test_declared_dynamic_sizes_are_the_scope_and_stay_dynamic() -> None:
+    model = as_if_trained(Model(lambda m, x: m.bn(m.conv(x))), lambda m: m(IMAGE))
+    sizes = {0: Dim("batch", min=1, max=16), 2: Dim("height", min=4, max=64)}
+    program = export(model, (IMAGE,), dynamic_shapes={"x": sizes})
+    folded = proved(program)
+    assert len(folded.plan.fusions) == 1
+    assert any("from 4 to 64" in sentence for sentence in folded.plan.scope)
+    for shape in ((1, 4, 4, 8), (7, 4, 30, 8)):
+        other = torch.randn(shape)
+        assert_same(program.module()(other), folded.program.module()(other))
+    with pytest.raises(AssertionError):
+        folded.program.module()(torch.randn(17, 4, 8, 8))
+
+
+def test_a_shape_dependent_branch_is_decided_at_export_and_folded() -> None:
+    folded = proved(exported(lambda m, x: m.bn(y := m.conv(x)) if x.shape[-1] <= 8 else y))
+    assert len(folded.plan.fusions) == 1
+
+
+def test_the_folded_program_can_be_saved_loaded_and_decomposed() -> None:
+    program = exported(lambda m, x: m.bn(m.conv2(x)))
+    folded = fold(program, prove=True).program
+    buffer = io.BytesIO()
+    torch.export.save(folded, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer)
+    assert_same(program.module()(IMAGE), loaded.module()(IMAGE))
+    assert_same(program.module()(IMAGE), folded.run_decompositions().module()(IMAGE))
+
+
+def test_the_state_dict_keeps_the_keys_of_what_stayed() -> None:
+    class ConvBn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, bias=False)
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x))
+
+    folded = fold(export(ConvBn().eval(), (IMAGE,)), prove=True)
+    assert folded.program.state_dict.keys() == {"conv.weight", "conv.bias"}
+    assert folded.key_map == {
+        "conv.weight": "conv.weight",
+        "bn.weight": None,
+        "bn.bias": None,
+        "bn.running_mean": None,
+        "bn.running_var": None,
+        "bn.num_batches_tracked": None,
+    }
+    assert isinstance(folded.program.state_dict["conv.bias"], nn.Parameter)
+    (fusion,) = folded.plan.fusions
+    assert fusion.parameters_saved == 4  # γ and β go, a bias comes
+    assert fusion.macs_saved == 2 * 4 * 6 * 6
+    assert fusion.traffic_saved_bytes == 2 * 4 * 2 * 4 * 6 * 6
+
+
+def test_a_fold_that_is_one_percent_off_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = exported_fusing.fold_into_weight
+    calls = []
+
+    def one_percent_off(weight: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        folded, bias = right(weight, *args, **kwargs)
+        calls.append(weight.shape)
+        wrong = weight.shape == (4, 4, 3, 3)
+        return folded * 1.01 if wrong else folded, bias
+
+    program = exported(lambda m, x: m.bn2(m.up(F.relu(m.bn(m.conv(x))))))
+    monkeypatch.setattr(exported_fusing, "fold_into_weight", one_percent_off)
+    folded = proved(program)
+    assert [fusion.modules for fusion in folded.plan.fusions] == [("up", "bn2")]
+    (skip,) = folded.plan.skips
+    assert skip.modules == ("conv", "bn")
+    assert "Folding it changed what it puts out by" in skip.reason
+
+
+def test_a_program_without_example_inputs_cannot_be_proved() -> None:
+    program = exported(lambda m, x: m.bn(m.conv(x)))
+    program = copy.copy(program)
+    program._example_inputs = None
+    with pytest.raises(InputError, match="holds no example inputs to prove the fusions on"):
+        fold(program, prove=True)
+    assert len(fold(program, prove=False).plan.fusions) == 1
