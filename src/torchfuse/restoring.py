@@ -19,12 +19,12 @@ __all__ = ["CopyOnWrite", "restored"]
 # How deep plain objects in a module's attributes are entered (module → cache → its list → …).
 _DEPTH = 4
 
-# Batch norms write their running statistics, but these operators' schemas do not say so.
-_STATISTICS = {
-    "aten::native_batch_norm": (3, 4, 5),
-    "aten::cudnn_batch_norm": (3, 4, 5),
-    "aten::miopen_batch_norm": (3, 4, 5),
-}
+# Batch norms write their running statistics (arguments 3 and 4) when argument 5, `training`, is
+# set, but these operators' schemas do not say so.
+_BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
+
+# Dictionaries that every module has; nearly always empty, and what they hold is not entered.
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 class CopyOnWrite(TorchDispatchMode):
@@ -38,7 +38,7 @@ class CopyOnWrite(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._backups: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._fresh: set[int] = set()
-        self._written: dict[Any, tuple[int, ...]] = {}
+        self._positions: dict[Any, tuple[int, ...]] = {}
 
     def __torch_dispatch__(
         self, func: Any, classes: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -50,13 +50,17 @@ class CopyOnWrite(TorchDispatchMode):
 
     def back_up(self, func: Any, args: tuple[Any, ...]) -> None:
         """Copies what `func` is about to write, unless it was made under this mode."""
-        written = self._written.get(func)
-        if written is None:
-            written = self._written[func] = _written_arguments(func)
-        for index in written:
-            if index < len(args):
-                for tensor in _flat((args[index],)):
-                    self._copy(tensor)
+        for tensor in self.written(func, args):
+            self._copy(tensor)
+
+    def written(self, func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The tensors among `args` that `func` writes to."""
+        positions = self._positions.get(func)
+        if positions is None:
+            positions = self._positions[func] = _written_arguments(func)
+        if not positions or (func._schema.name in _BATCH_NORMS and not args[5]):
+            return []
+        return list(_flat(args[p] for p in positions if p < len(args)))
 
     def note_fresh(self, args: tuple[Any, ...], result: Any) -> None:
         """Remembers the memory of `result` as made under this mode, unless `args` brought it."""
@@ -147,48 +151,78 @@ def _tensors(modules: list[nn.Module]) -> list[Callable[[], object]]:
 
 def _attributes(modules: list[nn.Module]) -> list[Callable[[], object]]:
     """Undoes what assignments, and changes to plain containers and objects, did to attributes."""
-    undo: list[Callable[[], object]] = []
-    seen: set[int] = set()
+    kept = _Attributes()
     for module in modules:
-        _keep(vars(module), _DEPTH, seen, undo)
-    return undo
+        kept.keep_module(module)
+    return [kept.put_back]
 
 
-def _keep(value: Any, depth: int, seen: set[int], undo: list[Callable[[], object]]) -> None:
-    if isinstance(value, _ATOMS) or id(value) in seen or depth < 0:
-        return
-    if isinstance(value, MutableMapping):
-        entries = dict(value)
-        undo.append(lambda: _refill(value, entries))
-        children: Any = entries.values()
-    elif isinstance(value, (list, deque)):
-        items = list(value)
-        undo.append(lambda: _refill_sequence(value, items))
-        children = items
-    elif isinstance(value, set):
-        members = set(value)
-        undo.append(lambda: value.symmetric_difference_update(value ^ members))
-        children = ()
-    elif isinstance(value, torch.Generator):
-        state = value.get_state()
-        undo.append(lambda: value.set_state(state))
-        return
-    elif isinstance(value, tuple):
-        children = value
-    elif isinstance(getattr(value, "__dict__", None), dict):
-        children = (vars(value),)
-    else:
-        return
-    seen.add(id(value))
-    for child in children:
-        if not isinstance(child, _ATOMS):
-            _keep(child, depth - 1, seen, undo)
+class _Attributes:
+    """Shallow copies of the modules' attributes, and of the plain containers below them."""
+
+    def __init__(self) -> None:
+        self.mappings: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
+        self.sequences: list[tuple[Any, list[Any]]] = []
+        self.sets: list[tuple[set[Any], set[Any]]] = []
+        self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self.seen: set[int] = set()
+
+    def keep_module(self, module: nn.Module) -> None:
+        attributes = dict(vars(module))
+        self.mappings.append((vars(module), attributes))
+        for name, value in attributes.items():
+            if name in _HOOKS:
+                self.mappings.append((value, dict(value)))
+            elif not isinstance(value, _ATOMS):
+                self.keep(value, _DEPTH)
+
+    def keep(self, value: Any, depth: int) -> None:
+        if id(value) in self.seen or depth < 0:
+            return
+        children: Any
+        if isinstance(value, MutableMapping):
+            entries = dict(value)
+            self.mappings.append((value, entries))
+            children = entries.values()
+        elif isinstance(value, (list, deque)):
+            children = list(value)
+            self.sequences.append((value, children))
+        elif isinstance(value, set):
+            children = ()
+            self.sets.append((value, set(value)))
+        elif isinstance(value, torch.Generator):
+            self.generators.append((value, value.get_state()))
+            return
+        elif isinstance(value, tuple):
+            children = value
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            children = (vars(value),)
+        else:
+            return
+        self.seen.add(id(value))
+        for child in children:
+            if not isinstance(child, _ATOMS):
+                self.keep(child, depth - 1)
+
+    def put_back(self) -> None:
+        for mapping, entries in self.mappings:
+            if mapping or entries:
+                _refill(mapping, entries)
+        for sequence, items in self.sequences:
+            _refill_sequence(sequence, items)
+        for value, members in self.sets:
+            if value != members:
+                value.clear()
+                value.update(members)
+        for generator, state in self.generators:
+            generator.set_state(state)
 
 
 # Modules are kept one by one, tensors by `_tensors`; the rest has no state that a call changes.
 _ATOMS = (
     *(str, bytes, int, float, complex, type(None), type, nn.Module, torch.Tensor),
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType),
+    *(torch.dtype, torch.device, torch.Size),
 )
 
 
@@ -215,12 +249,12 @@ def _written_arguments(func: Any) -> tuple[int, ...]:
 
     `out=` arguments are keyword-only; torch's own functions pass new tensors there.
     """
-    schema = func._schema
-    by_name = _STATISTICS.get(schema.name, ())
+    if func._schema.name in _BATCH_NORMS:
+        return (3, 4)
     return tuple(
         index
-        for index, argument in enumerate(schema.arguments)
-        if index in by_name or (argument.alias_info is not None and argument.alias_info.is_write)
+        for index, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
     )
 
 

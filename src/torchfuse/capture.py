@@ -1,0 +1,547 @@
+"""Records what a model does in one call per case: a Graph.
+
+Two views of the same pass are laid over each other. A `TorchFunctionMode` sees the torch functions
+that Python calls, with the module they run in; a `TorchDispatchMode` sees every ATen operator of
+the thread. An operator that reads memory which the function around it was not given, or that runs
+in no recorded function at all (scripted code), is a reader too.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from torchfuse.errors import CaptureError
+from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
+from torchfuse.kinds import DATA_READS, METADATA, SHAPE_READS, kind_of, name_of, roles
+from torchfuse.nesting import named_leaves
+from torchfuse.restoring import CopyOnWrite, restored
+
+if TYPE_CHECKING:
+    from torchfuse.inputs import Case
+
+__all__ = ["record"]
+
+# The kinds whose way from the module's call is remembered: rules ask who passed their arguments.
+_TRACED = frozenset({"conv", "conv_transpose", "linear", "batch_norm"})
+
+# torch's own pre-hooks that recompute a weight and do not look at the inputs.
+_WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+
+
+def record(model: nn.Module, cases: Sequence[Case]) -> Graph:
+    """The graph of what `model` does on `cases`; the model and its inputs are left as they were."""
+    recording = _Recording(model, cases)
+    for index, case in enumerate(cases):
+        recording.run(index, case)
+    return recording.finish()
+
+
+class _Recording:
+    """The graph while it grows."""
+
+    def __init__(self, model: nn.Module, cases: Sequence[Case]) -> None:
+        self.model = model
+        self.graph = Graph(type(model).__name__, tuple(map(str, cases)))
+        self.ids: dict[int, int] = {}  # address of a storage → value
+        # A weak reference frees the memory but keeps the address from being used again.
+        self.weak: list[StorageWeakRef | None] = []
+        self.ranges: list[tuple[int, int]] = []
+        self.twins: list[StorageWeakRef] = []
+        self.kept: list[Tensor] = []  # tensors without storage, identified as objects
+        self.case = 0
+        self.current: _Open | None = None
+        self.running = False
+        self.stack: list[int] = []  # open module calls
+        self.path_of: dict[int, str] = {}
+        self._name_modules()
+        self._name_tensors()
+
+    # The model's own modules and tensors
+
+    def _name_modules(self) -> None:
+        paths: dict[str, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            first = self.path_of.setdefault(id(module), path)
+            paths.setdefault(first, []).append(path)
+        self.graph.paths = {first: tuple(names) for first, names in paths.items()}
+
+    def _name_tensors(self) -> None:
+        names: dict[int, list[str]] = {}
+        attributes: dict[int, list[str]] = {}
+        seen: set[int] = set()
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if is_lazy(tensor):
+                    raise CaptureError(
+                        f"{prefix}{name} has no shape yet (lazy module): run the model once on "
+                        "real inputs before planning."
+                    )
+                if tensor is not None:
+                    names.setdefault(self.value_of(tensor, "model"), []).append(prefix + name)
+            if id(module) not in seen:
+                seen.add(id(module))
+                for name, value in vars(module).items():
+                    for tensor in _tensors(value) if not isinstance(value, nn.Module) else ():
+                        index = self.value_of(tensor, "model")
+                        attributes.setdefault(index, []).append(prefix + name)
+        for index in {*names, *attributes}:
+            self.graph.values[index] = Value(
+                index, "model", tuple(names.get(index, ())), tuple(attributes.get(index, ()))
+            )
+
+    # Values
+
+    def value_of(self, tensor: Tensor, origin: str) -> int:
+        """The value that `tensor` views; a new one, of the given origin, if it is not known."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse, functorch wrappers, …
+            known = self.ids.get(-id(tensor))
+            if known is None:
+                self.kept.append(tensor)
+                known = self._new_value(-id(tensor), None, (0, 0), "unknown")
+            return known
+        key = storage._cdata
+        known = self.ids.get(key)
+        if known is not None:
+            return known
+        start = storage.data_ptr()
+        extent = (start, start + storage.nbytes())
+        if origin == "unknown" and (twin := self._overlapping(extent)) is not None:
+            # The same memory behind another storage (DLPack, numpy): the same value.
+            self.ids[key] = twin
+            self.twins.append(StorageWeakRef(storage))
+            return twin
+        return self._new_value(key, StorageWeakRef(storage), extent, origin)
+
+    def _new_value(
+        self, key: int, weak: StorageWeakRef | None, extent: tuple[int, int], origin: str
+    ) -> int:
+        index = len(self.graph.values)
+        self.ids[key] = index
+        self.weak.append(weak)
+        self.ranges.append(extent)
+        self.graph.values.append(Value(index, origin))
+        return index
+
+    def _overlapping(self, extent: tuple[int, int]) -> int | None:
+        start, end = extent
+        if start == 0:
+            return None
+        for index in range(len(self.ranges) - 1, -1, -1):
+            low, high = self.ranges[index]
+            weak = self.weak[index]
+            if start < high and low < end and weak is not None and not weak.expired():
+                return index
+        return None
+
+    def operand(self, tensor: Tensor, origin: str) -> Operand:
+        index = self.value_of(tensor, origin)
+        if tensor.layout is torch.strided:
+            try:
+                stride, offset = tensor.stride(), tensor.storage_offset()
+            except RuntimeError:  # a nested tensor has no strides
+                stride, offset = (), 0
+        else:
+            stride, offset = (), 0
+        return Operand(
+            index,
+            tuple(tensor.shape),
+            tuple(stride),
+            int(offset),
+            str(tensor.dtype)[len("torch.") :],
+        )
+
+    # Calls
+
+    def add(self, kind: str, target: str, values: Sequence[int], module: str | None) -> None:
+        """Adds a reader that is no torch function: an output, a hook, something that holds."""
+        if values:
+            operands = {str(i): Operand(v, (), (), 0, "") for i, v in enumerate(values)}
+            self.graph.calls.append(
+                Call(len(self.graph.calls), self.case, kind, target, module, operands)
+            )
+
+    def module_path(self) -> str | None:
+        return self.graph.module_calls[self.stack[-1]].path if self.stack else None
+
+    def values_in(self, value: Any) -> tuple[int, ...]:
+        with torch._C.DisableTorchFunction():  # our own questions are not the model's
+            return tuple(dict.fromkeys(self.value_of(t, "unknown") for t in _tensors(value)))
+
+    def run(self, index: int, case: Case) -> None:
+        self.case = index
+        for tensor in _tensors((case.args, dict(case.kwargs))):
+            self.value_of(tensor, "input")
+        before = len(self.graph.values)
+        mode = _Operators(self)
+        with restored(self.model, mode), ExitStack() as stack:
+            stack.enter_context(_patched(self))
+            stack.enter_context(_Functions(self))
+            self.running = True
+            try:
+                called = (
+                    self.model if case.method == "forward" else getattr(self.model, case.method)
+                )
+                output = called(*case.args, **case.kwargs)
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise CaptureError(
+                    f"{type(self.model).__name__} failed on {case}: {type(error).__name__}: {error}"
+                ) from error
+            finally:
+                self.stack.clear()
+                self.current = None
+                self.running = False
+            stack.close()
+            leaves = [leaf for _, leaf in named_leaves(output)]
+            self.add("output", "output", self.values_in(leaves), "")
+            del output, leaves
+            self.ids = {key: index for key, index in self.ids.items() if key >= 0}
+            self.kept.clear()
+            self._note_held(before)
+
+    def _note_held(self, before: int) -> None:
+        """Marks what outlives the pass (before attributes are put back) as read."""
+        held = self._alive(before)
+        if held:
+            gc.collect()  # a reference cycle is nobody's
+            held = self._alive(before)
+        self.add("held", "held after the pass", held, None)
+
+    def _alive(self, before: int) -> list[int]:
+        return [
+            index
+            for index in range(before, len(self.weak))
+            if (weak := self.weak[index]) is not None and not weak.expired()
+        ]
+
+    def finish(self) -> Graph:
+        return self.graph
+
+
+class _Open:
+    """A recorded function while it runs: the memory it was given or made, and what else it read."""
+
+    __slots__ = ("extra", "ignored", "known", "written")
+
+    def __init__(self, known: set[int], *, ignored: bool = False) -> None:
+        self.known = known
+        self.ignored = ignored
+        self.extra: list[Operand] = []
+        self.written: set[int] = set()
+
+
+class _Functions(TorchFunctionMode):
+    """The torch functions that Python calls."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recording = self.recording
+        name = name_of(func)
+        if recording.current is not None:  # inside a function that is already recorded
+            return func(*args, **kwargs)
+        if name in METADATA:
+            recording.current = _Open(set(), ignored=True)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                recording.current = None
+                if name in SHAPE_READS:
+                    self._note_read("shape")
+        known: set[int] = set()
+        operands: dict[str, Operand] = {}
+        seen_args = _replaced(args, recording, known, operands)
+        positions = roles(func)
+        attributes: dict[str, Any] = {}
+        named: dict[str, Operand] = {}
+        for position, value in enumerate(seen_args):
+            role = positions[position] if position < len(positions) else str(position)
+            _assign(role, value, named, attributes)
+        seen_kwargs = {
+            key: _replaced(value, recording, known, operands) for key, value in kwargs.items()
+        }
+        for key, value in seen_kwargs.items():
+            _assign(key, value, named, attributes)
+        current = recording.current = _Open(known)
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            recording.current = None
+        kind = kind_of(func)
+        if name in DATA_READS:
+            self._note_read("data")
+        results = tuple(recording.operand(t, "call") for t in _tensors(result))
+        for number, operand in enumerate(current.extra):
+            named[f"unseen{number}"] = operand
+        graph = recording.graph
+        graph.calls.append(
+            Call(
+                index=len(graph.calls),
+                case=recording.case,
+                kind=kind,
+                target=name,
+                module_path=recording.module_path(),
+                operands=named,
+                results=results,
+                written=frozenset(recording.ids[key] for key in current.written),
+                attributes=attributes,
+                function=func,
+                args=seen_args,
+                kwargs=seen_kwargs,
+                frames=_frames() if kind in _TRACED else (),
+            )
+        )
+        return result
+
+    def _note_read(self, kind: str) -> None:
+        frame = sys._getframe(2)
+        module = frame.f_globals.get("__name__", "")
+        if kind == "shape" and module.startswith("torch."):
+            return  # torch's own layers do not hand sizes on to anyone's branch
+        where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        self.recording.graph.reads.append(Read(kind, where, self.recording.module_path()))
+
+
+class _Operators(CopyOnWrite):
+    """The ATen operators of this thread, laid over the functions."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_dispatch__(
+        self, func: Any, classes: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction():
+            self.back_up(func, args)
+            result = func(*args, **(kwargs or {}))
+            self.note_fresh(args, result)
+        recording = self.recording
+        current = recording.current
+        if current is None:
+            with torch._C.DisableTorchFunction():
+                self._unseen(func, args, kwargs, result)
+        elif not current.ignored:  # (no function mode is active here)
+            known = current.known
+            for tensor in _tensors((args, kwargs)):
+                key = _key(tensor)
+                if key not in known:
+                    known.add(key)
+                    current.extra.append(recording.operand(tensor, "unknown"))
+            for tensor in _tensors(result):
+                known.add(_key(tensor))
+            for tensor in self.written(func, args):
+                if (key := _key(tensor)) in recording.ids:
+                    current.written.add(key)
+        return result
+
+    def _unseen(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        recording = self.recording
+        if not recording.running:
+            return  # our own work after the call
+        reads = {
+            str(i): recording.operand(t, "unknown") for i, t in enumerate(_tensors((args, kwargs)))
+        }
+        if func is torch.ops.aten._local_scalar_dense.default:
+            recording.graph.reads.append(Read("data", "scripted code", recording.module_path()))
+        results = tuple(recording.operand(t, "call") for t in _tensors(result))
+        written = frozenset(
+            recording.value_of(tensor, "unknown") for tensor in self.written(func, args)
+        )
+        graph = recording.graph
+        graph.calls.append(
+            Call(
+                index=len(graph.calls),
+                case=recording.case,
+                kind="unseen",
+                target=str(func),
+                module_path=recording.module_path(),
+                operands=reads,
+                results=results,
+                written=written,
+            )
+        )
+
+
+@contextmanager
+def _patched(recording: _Recording) -> Iterator[None]:
+    """Watches module calls, and work handed to other threads, by wrapping the entry points."""
+    original = nn.Module.__call__
+    thread = threading.get_ident()
+
+    def _torchfuse_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        path = recording.path_of.get(id(module))
+        if threading.get_ident() != thread:
+            recording.graph.threads = True
+            return original(module, *args, **kwargs)
+        if path is None or recording.current is not None:
+            return original(module, *args, **kwargs)
+        return _module_call(recording, original, module, path, args, kwargs)
+
+    def watched(function: Any) -> Any:
+        def handed_over(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                recording.graph.threads = True
+            return function(*args, **kwargs)
+
+        return handed_over
+
+    entries: list[tuple[Any, str]] = [
+        (threading.Thread, "start"),
+        (ThreadPoolExecutor, "submit"),
+        (queue.Queue, "put"),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in entries]
+    nn.Module.__call__ = _torchfuse_call  # type: ignore[method-assign]  # put back below
+    for owner, name, function in originals:
+        setattr(owner, name, watched(function))
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]  # as it was
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+
+
+def _module_call(
+    recording: _Recording,
+    original: Any,
+    module: nn.Module,
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    graph = recording.graph
+    caller = _frame(sys._getframe(2))
+    graph.codes.add(caller.code)
+    position = len(graph.module_calls)
+    parent = recording.stack[-1] if recording.stack else None
+    first = len(graph.calls)
+    inputs = recording.values_in((args, kwargs))
+    entry = ModuleCall(
+        path, type(module).__name__, recording.case, parent, inputs, (), first, first, caller
+    )
+    graph.module_calls.append(entry)
+    recording.stack.append(position)
+    hooks = _hooks_of(module)
+    if hooks:
+        recording.add("hook", f"{hooks} of {path or 'the model'}", inputs, path)
+    try:
+        result = original(module, *args, **kwargs)
+        outputs = recording.values_in(result)
+        if hooks and "forward_pre_hook" not in hooks:
+            recording.add("hook", f"{hooks} of {path or 'the model'}", outputs, path)
+    finally:
+        if recording.stack:
+            recording.stack.pop()
+    graph.module_calls[position] = ModuleCall(
+        path,
+        entry.type_name,
+        entry.case,
+        parent,
+        inputs,
+        outputs,
+        first,
+        len(graph.calls),
+        caller,
+    )
+    return result
+
+
+def _hooks_of(module: nn.Module) -> str:
+    """The kind of hook that sees what goes in or out of `module`; empty if there is none."""
+    for hooks, name in (
+        (module._forward_hooks, "forward_hook"),
+        (module._backward_hooks, "backward_hook"),
+        (module._backward_pre_hooks, "backward_pre_hook"),
+        (nn.modules.module._global_forward_hooks, "global forward_hook"),
+        (nn.modules.module._global_forward_pre_hooks, "global hook before forward"),
+        (nn.modules.module._global_backward_hooks, "global backward_hook"),
+    ):
+        if hooks:
+            return name
+    own = [h for h in module._forward_pre_hooks.values() if type(h).__module__ not in _WEIGHT_HOOKS]
+    return "forward_pre_hook" if own else ""
+
+
+def _frame(frame: Any) -> Frame:
+    return Frame(frame.f_code, frame.f_lineno, frame.f_globals.get("__name__", ""))
+
+
+def _frames() -> tuple[Frame, ...]:
+    frames = []
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_torchfuse_call":
+        if frame.f_code.co_name != "_call_impl" and frame.f_code.co_name != "_wrapped_call_impl":
+            frames.append(_frame(frame))
+        frame = frame.f_back
+    return tuple(frames)
+
+
+def _key(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return -id(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        for entry in value:
+            yield from _tensors(entry)
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+
+
+def _replaced(value: Any, recording: _Recording, known: set[int], operands: dict[str, Any]) -> Any:
+    """`value` with operands in place of tensors; notes their memory in `known`."""
+    if isinstance(value, Tensor):
+        known.add(_key(value))
+        return recording.operand(value, "unknown")
+    if isinstance(value, (list, tuple)):
+        entries = [_replaced(entry, recording, known, operands) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    if isinstance(value, dict):
+        return {key: _replaced(v, recording, known, operands) for key, v in value.items()}
+    return value
+
+
+def _assign(
+    role: str, value: Any, operands: dict[str, Operand], attributes: dict[str, Any]
+) -> None:
+    if isinstance(value, Operand):
+        operands[role] = value
+    elif isinstance(value, (list, tuple)) and any(isinstance(v, Operand) for v in value):
+        for number, entry in enumerate(value):
+            _assign(f"{role}.{number}", entry, operands, attributes)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _assign(f"{role}.{key}", entry, operands, attributes)
+    else:
+        attributes[role] = value

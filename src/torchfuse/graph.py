@@ -1,0 +1,163 @@
+"""The small dataflow graph that rules read: calls, and the memory they read and write.
+
+A *value* is one block of memory, however many tensors view it: a view, an in-place change and the
+tensor itself are the same value. That is what makes "nobody else reads it" a safe statement.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+__all__ = ["Call", "Frame", "Graph", "ModuleCall", "Operand", "Read", "Value"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor as a call saw it."""
+
+    value: int  # index into Graph.values
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]  # in elements
+    offset: int  # in elements
+    dtype: str  # "float32"
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Value:
+    """One block of memory."""
+
+    index: int
+    origin: str  # "model", "input", "call", or "unknown" (made where the recording cannot see)
+    names: tuple[str, ...] = ()  # the parameters and buffers (dotted names) that live in it
+    attributes: tuple[str, ...] = ()  # plain attributes (dotted names) that hold it as well
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A Python function on the way from a module's call to a torch function."""
+
+    code: CodeType
+    line: int
+    module: str  # the Python module the function is defined in
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One torch function call, or something else that read memory (`kind` says what).
+
+    Beside the field's own words (`conv`, `linear`, `batch_norm`, `relu`, `add` …) `kind` is
+    `output` (returned by the model), `hook` (seen by a module's hook), `held` (still held after
+    the pass) or `unseen` (an ATen operator outside any recorded function: scripted code).
+    """
+
+    index: int
+    case: int
+    kind: str
+    target: str  # the function as torch names it
+    module_path: str | None  # innermost module of the model it ran in; None outside of all
+    operands: dict[str, Operand]  # by role: "input", "weight", …; by position for other kinds
+    results: tuple[Operand, ...] = ()
+    written: frozenset[int] = frozenset()  # values changed in place
+    attributes: dict[str, Any] = field(default_factory=dict)  # the arguments that are no tensors
+    function: Any = None
+    args: tuple[Any, ...] = ()  # as called, tensors replaced by operands
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    frames: tuple[Frame, ...] = ()  # innermost first, up to the module's call
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Values read, each once."""
+        return tuple(dict.fromkeys(operand.value for operand in self.operands.values()))
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Values returned or written, each once."""
+        return tuple(dict.fromkeys([*(r.value for r in self.results), *sorted(self.written)]))
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """One call of a module of the model, and the range of `Graph.calls` made inside it."""
+
+    path: str
+    type_name: str
+    case: int
+    parent: int | None  # index into Graph.module_calls
+    inputs: tuple[int, ...]  # values
+    outputs: tuple[int, ...]
+    first: int  # calls[first:last] ran inside
+    last: int
+    caller: Frame | None  # who called it
+
+
+@dataclass(frozen=True)
+class Read:
+    """Python looked at a tensor's values ("data": bool, item, …) or at its sizes ("shape")."""
+
+    kind: str
+    where: str  # "file.py:12"
+    module_path: str | None
+
+
+@dataclass(eq=False)
+class Graph:
+    """Everything that was recorded, over all cases."""
+
+    model: str
+    cases: tuple[str, ...]
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    module_calls: list[ModuleCall] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)  # first path → all paths
+    codes: set[CodeType] = field(default_factory=set)  # Python functions that were seen running
+    threads: bool = False  # work was handed to another thread
+
+    def readers(self, value: int) -> tuple[Call, ...]:
+        """The calls that read `value`, through whatever view, in running order."""
+        return tuple(self._readers[value])
+
+    def writers(self, value: int) -> tuple[Call, ...]:
+        """The calls that returned or changed `value`, in running order."""
+        return tuple(self._writers[value])
+
+    def module_calls_of(self, path: str) -> tuple[ModuleCall, ...]:
+        """The calls of the module at `path` (the first of its names)."""
+        return tuple(self._module_calls[path])
+
+    @cached_property
+    def _readers(self) -> dict[int, list[Call]]:
+        table: dict[int, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            for value in call.inputs:
+                table[value].append(call)
+        return table
+
+    @cached_property
+    def _writers(self) -> dict[int, list[Call]]:
+        table: dict[int, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            for value in call.outputs:
+                table[value].append(call)
+        return table
+
+    @cached_property
+    def _module_calls(self) -> dict[str, list[ModuleCall]]:
+        table: dict[str, list[ModuleCall]] = defaultdict(list)
+        for call in self.module_calls:
+            table[call.path].append(call)
+        return table
