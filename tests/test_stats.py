@@ -21,10 +21,12 @@ def test_percentiles_are_interpolated_between_samples_in_any_order(
     assert percentile([5.0, 1.0, 4.0, 2.0, 3.0], percent) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("round_runs", [None, 1, 5, 7])
 @pytest.mark.parametrize("true_ratio", [0.5, 0.9, 1.1, 3.0])
-def test_the_interval_holds_the_true_ratio_and_not_one(true_ratio: float, paired: bool) -> None:
-    found = ratio_of_medians(noisy(true_ratio, seed=1), noisy(1.0, seed=2), paired=paired)
+def test_the_interval_holds_the_true_ratio_and_not_one(
+    true_ratio: float, round_runs: int | None
+) -> None:
+    found = ratio_of_medians(noisy(true_ratio, seed=1), noisy(1.0, seed=2), round_runs=round_runs)
     assert found.low <= true_ratio <= found.high
     assert found.low <= found.value <= found.high
     assert found.high - found.low < 0.05 * true_ratio
@@ -45,12 +47,27 @@ def test_at_95_percent_about_19_of_20_equal_pairs_show_no_difference() -> None:
     assert 1 <= wrong <= 12
 
 
-def test_pairing_cancels_what_slows_both_down_in_the_same_round() -> None:
+def test_drawing_rounds_cancels_what_slows_both_down_in_the_same_round() -> None:
     slow_moments = np.random.default_rng(0).uniform(1, 3, 60)
     above = list(slow_moments * np.asarray(noisy(1.05, spread=0.001, seed=1)))
     below = list(slow_moments * np.asarray(noisy(1.0, spread=0.001, seed=2)))
     assert not ratio_of_medians(above, below).measurable
-    assert ratio_of_medians(above, below, paired=True).measurable
+    assert ratio_of_medians(above, below, round_runs=1).measurable
+
+
+def test_neighbours_that_are_alike_do_not_count_as_independent() -> None:
+    # Twelve rounds of five equal samples each: twelve observations, not sixty.
+    above = [value for value in noisy(1.0, count=12, seed=1) for _ in range(5)]
+    below = [value for value in noisy(1.0, count=12, seed=2) for _ in range(5)]
+    one_by_one = ratio_of_medians(above, below, round_runs=1)
+    by_round = ratio_of_medians(above, below, round_runs=5)
+    assert by_round.high - by_round.low > 1.5 * (one_by_one.high - one_by_one.low)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 7])
+def test_fewer_samples_than_fill_the_rounds_still_have_a_ratio(count: int) -> None:
+    found = ratio_of_medians([2.0] * count, [1.0] * count, round_runs=5)
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
 
 
 def test_the_same_samples_give_the_same_interval() -> None:
@@ -58,11 +75,11 @@ def test_the_same_samples_give_the_same_interval() -> None:
     assert ratio_of_medians(above, below) == ratio_of_medians(above, below)
 
 
-def test_samples_of_different_numbers_can_be_compared_unless_they_claim_to_be_pairs() -> None:
+def test_samples_of_different_numbers_can_be_compared_unless_they_claim_to_be_of_one_run() -> None:
     above, below = noisy(2.0, count=40), noisy(1.0, count=30)
     assert ratio_of_medians(above, below).measurable
     with pytest.raises(InputError, match=r"equal numbers, got 40 and 30"):
-        ratio_of_medians(above, below, paired=True)
+        ratio_of_medians(above, below, round_runs=1)
 
 
 @pytest.mark.parametrize("samples", [[], [1.0, float("nan")], [1.0, 0.0], [float("inf")]])

@@ -79,9 +79,7 @@ def test_a_wide_spread_is_a_caution_and_a_narrow_one_is_not() -> None:
     assert narrow.cautions == ()
 
 
-def test_variants_are_timed_once_a_round_after_a_call_that_is_not_in_an_order_that_changes() -> (
-    None
-):
+def test_variants_have_a_turn_a_round_in_an_order_that_changes() -> None:
     called: list[str] = []
     clock = FakeClock()
 
@@ -94,14 +92,44 @@ def test_variants_are_timed_once_a_round_after_a_call_that_is_not_in_an_order_th
 
     names = ["a", "b", "c"]
     measured = measure_interleaved(
-        {name: variant(name) for name in names}, X, warmup=0, runs=20, clock=clock
+        {name: variant(name) for name in names}, X, warmup=0, runs=100, clock=clock
     )
-    assert called[::2] == called[1::2]  # one to bring back what the others pushed out of the caches
-    rounds = [tuple(called[i : i + 6 : 2]) for i in range(0, 120, 6)]
+    turns = [tuple(called[i : i + 8]) for i in range(0, len(called), 8)]
+    assert all(len(set(turn)) == 1 for turn in turns)  # three calls untimed, five timed
+    rounds = [tuple(turn[0] for turn in turns[i : i + 3]) for i in range(0, len(turns), 3)]
+    assert len(rounds) == 20
     assert all(sorted(round_) == names for round_ in rounds)
     assert len(set(rounds)) == 6  # every order occurs
-    assert {name: m.runs for name, m in measured.items()} == {"a": 20, "b": 20, "c": 20}
+    assert {name: m.runs for name, m in measured.items()} == {"a": 100, "b": 100, "c": 100}
     assert list(measured) == names
+
+
+@pytest.mark.parametrize("runs", [1, 4, 5, 7, 12])
+def test_there_are_as_many_samples_as_runs_also_where_they_do_not_fill_a_turn(runs: int) -> None:
+    clock = FakeClock()
+    variants = {"a": clock.taking(1.0), "b": clock.taking(2.0)}
+    measured = measure_interleaved(variants, X, warmup=0, runs=runs, clock=clock)
+    assert measured["a"].samples_s == (1.0,) * runs
+    assert measured["b"].samples_s == (2.0,) * runs
+    assert ratio(measured["b"], measured["a"]).value == 2.0
+
+
+def test_calls_right_after_another_variant_are_not_timed() -> None:
+    clock = FakeClock()
+    last = ""
+
+    def variant(name: str) -> Callable[[torch.Tensor], None]:
+        def model(_x: torch.Tensor) -> None:
+            nonlocal last
+            clock.now_s += 1.0 if last == name else 9.0
+            last = name
+
+        return model
+
+    measured = measure_interleaved(
+        {"a": variant("a"), "b": variant("b")}, X, warmup=0, runs=10, clock=clock
+    )
+    assert measured["a"].samples_s == measured["b"].samples_s == (1.0,) * 10
 
 
 def test_a_slow_moment_in_some_rounds_does_not_hide_a_difference() -> None:
@@ -142,11 +170,11 @@ def test_progress_is_told_after_every_round() -> None:
 def test_the_measurements_so_far_are_given_after_every_round() -> None:
     clock = FakeClock()
     given: list[dict[str, Measurement]] = []
-    variants = {"a": clock.taking(9.0, 1.0, 9.0, 2.0), "b": clock.taking(3.0)}  # 9: not kept
+    variants = {"a": clock.taking(1.0), "b": clock.taking(3.0)}
     measured = measure_interleaved(
-        variants, X, warmup=0, runs=2, clock=clock, on_partial=given.append
+        variants, X, warmup=0, runs=7, clock=clock, on_partial=given.append
     )
-    assert [so_far["a"].samples_s for so_far in given] == [(1.0,), (1.0, 2.0)]
+    assert [so_far["b"].runs for so_far in given] == [5, 7]
     assert given[-1] == measured
 
 

@@ -46,15 +46,16 @@ def ratio_of_medians(
     numerator: Sequence[float],
     denominator: Sequence[float],
     *,
-    paired: bool = False,
+    round_runs: int | None = None,
     confidence: float = 0.95,
     resamples: int = 5000,
     seed: int = 0,
 ) -> Ratio:
     """Return median(numerator) / median(denominator), with its percentile bootstrap interval.
 
-    `paired` says that the i-th samples of both were taken together, in one round: rounds are then
-    drawn as a whole, so that a slow moment of the machine, which hits both, cancels.
+    `round_runs` says that both were taken in the same rounds, this many samples of each in a row.
+    Rounds are then drawn as a whole, so that a slow moment of the machine, which hits both,
+    cancels, and neighbours, which are alike, do not count as independent.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
@@ -62,14 +63,20 @@ def ratio_of_medians(
     Ratio(value=2.0, low=2.0, high=2.0, confidence=0.95)
     """
     above, below = _checked(numerator), _checked(denominator)
-    if paired and len(above) != len(below):
+    if round_runs is not None and len(above) != len(below):
         raise InputError(
-            f"Paired samples come in equal numbers, got {len(above)} and {len(below)}; "
-            "leave out paired=True for samples of separate runs."
+            f"Samples of the same rounds come in equal numbers, got {len(above)} and {len(below)}; "
+            "leave out round_runs for samples of separate runs."
         )
     random = np.random.default_rng(seed)
-    draw_above = random.integers(len(above), size=(resamples, len(above)))
-    draw_below = draw_above if paired else random.integers(len(below), size=(resamples, len(below)))
+    if round_runs is None:
+        draw_above = random.integers(len(above), size=(resamples, len(above)))
+        draw_below = random.integers(len(below), size=(resamples, len(below)))
+    else:
+        rounds = max(len(above) // round_runs, 1)  # a last, shorter round is not drawn
+        drawn = random.integers(rounds, size=(resamples, rounds, 1))
+        within = np.arange(min(round_runs, len(above)))
+        draw_above = draw_below = (drawn * round_runs + within).reshape(resamples, -1)
     ratios = np.median(above[draw_above], axis=1) / np.median(below[draw_below], axis=1)
     tail = (1 - confidence) / 2 * 100
     low, high = np.percentile(ratios, [tail, 100 - tail])

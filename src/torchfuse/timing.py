@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 import random
 import secrets
@@ -28,6 +29,11 @@ _SETTLED_WITHIN = 0.05
 _LONGEST_WARMUP_S = 3.0
 _WIDE_SPREAD = 0.1  # of the median
 
+# MobileNetV2 in int8 takes 20 % longer on its first call after another model's; most of that is
+# gone after three.
+_UNTIMED_IN_A_TURN = 3
+_TIMED_IN_A_TURN = 5
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -38,7 +44,8 @@ class Measurement:
     warmup_runs: int
     settled: bool | None  # whether the warm-up ended because the times had; None: not looked at
     threads: int
-    round_id: str | None = None  # the same for measurements whose i-th samples were taken together
+    round_id: str | None = None  # the same for measurements that were taken in the same rounds
+    turn_runs: int = 1  # samples in a row, of which each round has as many
 
     @property
     def runs(self) -> int:
@@ -115,7 +122,11 @@ class Measurement:
 def ratio(numerator: Measurement, denominator: Measurement) -> Ratio:
     """Return how many times longer `numerator` takes than `denominator`, with its interval."""
     together = numerator.round_id is not None and numerator.round_id == denominator.round_id
-    return ratio_of_medians(numerator.samples_s, denominator.samples_s, paired=together)
+    if not together:
+        return ratio_of_medians(numerator.samples_s, denominator.samples_s)
+    return ratio_of_medians(
+        numerator.samples_s, denominator.samples_s, round_runs=numerator.turn_runs
+    )
 
 
 def measure(
@@ -158,11 +169,12 @@ def measure_interleaved(
 ) -> dict[str, Measurement]:
     """Return one measurement per variant, all taken in this process, in the same rounds.
 
-    In each round every variant is timed once, in random order, so that what slows the machine
-    down for a while slows all of them; a call that is not timed comes before, so that each finds
-    the caches as it left them itself, not as another variant did. After every round,
-    `on_round(done, all)` is told, and `on_partial` is given the measurements so far, so that a
-    caller can show or save them.
+    In each round every variant has a turn, in random order, so that what slows the machine down
+    for a while slows all of them. A turn is a few calls that are not timed, since the variant
+    before has pushed this one's weights out of the caches, and a few that are.
+
+    After every round, `on_round(done, all)` is told, and `on_partial` is given the measurements so
+    far, so that a caller can show or save them.
 
     Raises:
         InputError: no variants, no runs, no threads, or several cases.
@@ -190,12 +202,16 @@ def measure_interleaved(
             name: _timed(runnable, case.args, case.kwargs, clock)
             for name, runnable in loaded.items()
         }
-        round_id = secrets.token_hex(8) if len(calls) > 1 else None
+        alone = len(calls) == 1
+        round_id = None if alone else secrets.token_hex(8)
+        untimed, turn_runs = (0, 1) if alone else (_UNTIMED_IN_A_TURN, min(_TIMED_IN_A_TURN, runs))
         samples_s: dict[str, list[float]] = {name: [] for name in calls}
 
         def so_far() -> dict[str, Measurement]:
             return {
-                name: Measurement(name, tuple(times), warmup_runs, settled, threads, round_id)
+                name: Measurement(
+                    name, tuple(times), warmup_runs, settled, threads, round_id, turn_runs
+                )
                 for name, times in samples_s.items()
                 for warmup_runs, settled in [warmups[name]]
             }
@@ -203,13 +219,15 @@ def measure_interleaved(
         with _no_garbage_collection():
             warmups = {name: _warm_up(call, warmup) for name, call in calls.items()}
             order = random.Random(seed)  # noqa: S311  # an order, not a secret
-            for done in range(1, runs + 1):
+            rounds = math.ceil(runs / turn_runs)
+            for done in range(1, rounds + 1):
                 for name in order.sample(list(calls), len(calls)):
-                    if len(calls) > 1:
-                        calls[name]()  # not kept: it brings back what the one before pushed out
-                    samples_s[name].append(calls[name]())
+                    for _ in range(untimed):
+                        calls[name]()
+                    timed = min(turn_runs, runs - len(samples_s[name]))
+                    samples_s[name] += [calls[name]() for _ in range(timed)]
                 if on_round is not None:
-                    on_round(done, runs)
+                    on_round(done, rounds)
                 if on_partial is not None:
                     on_partial(so_far())
     return so_far()

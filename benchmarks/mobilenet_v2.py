@@ -1,0 +1,191 @@
+"""MobileNetV2 at 1×3×224×224: what fusing, quantizing and the mobile runtime buy on this machine.
+
+One thread, one process, inference mode, variants in turns in random order; medians. The
+baseline is the non-fused fp32 eager model, contiguous. ExecuTorch folds batch norms when it lowers
+a model, so a `.pte` has one row per precision, and no row that is not fused.
+
+    python benchmarks/mobilenet_v2.py --json mobilenet_v2.json
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import torchfuse
+from torchfuse.artifacts import write_atomically
+from torchfuse.errors import UnsupportedError
+from torchfuse.inputs import Case
+from torchfuse.machine import Machine, this_machine
+from torchfuse.models.mobilenet_v2 import (
+    INPUT_SHAPE,
+    ConvBnReLU6,
+    InvertedResidual,
+    MobileNetV2,
+    settle_batch_norms,
+)
+from torchfuse.render.bench import duration
+from torchfuse.targets import torchscript
+from torchfuse.timing import Measurement, measure_interleaved, ratio
+
+BASELINE = "eager fp32"
+TARGETS = {".pte int8": 5.0, ".pte fp32": 2.5}  # times as fast as the baseline, with AVX-512 VNNI
+
+Variants = dict[str, Callable[[], Any]]
+
+
+def main() -> None:
+    """Measure, print the table, and save every sample."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument(
+        "--runs", type=int, default=100, help="timed calls of each (default: %(default)s)"
+    )
+    arguments.add_argument("--json", type=Path, help="save every sample and ratio there")
+    options = arguments.parse_args()
+    if options.json:
+        write_atomically(options.json, b"{}\n")  # known to be writable before measuring
+    torch.set_num_threads(1)
+    variants = dict(made())
+    measured = measure_interleaved(
+        variants,
+        (),
+        runs=options.runs,
+        on_round=lambda done, total: progress(f"round {done} of {total}"),
+    )
+    progress("")
+    machine = this_machine()
+    print(table(measured, machine))
+    for name, measurement in measured.items():
+        for caution in measurement.cautions:
+            print(f"Warning: {name}: {caution}.", file=sys.stderr)
+    if options.json:
+        write_atomically(options.json, report(measured, machine).encode())
+
+
+def made() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield every variant by its name, as a call that takes nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(INPUT_SHAPE)
+    calibration = [torch.randn(INPUT_SHAPE) for _ in range(8)]
+    model = settle_batch_norms(MobileNetV2(), torch.cat(calibration))
+    fused = torchfuse.fuse_modules(model, conv_bn_pairs(model))
+    yield BASELINE, bound(model, x)
+    yield "eager fp32 fused", bound(fused, x)
+    channels_last: dict[str, Any] = {"memory_format": torch.channels_last}
+    for name, eager in (("eager fp32", model), ("eager fp32 fused", fused)):
+        moved = copy.deepcopy(eager).to(**channels_last)
+        yield f"{name}, channels_last", bound(moved, x.to(**channels_last))
+    scripted = torchscript.script(model, Case((x,))).module
+    for name, fold in (("TorchScript fp32", False), ("TorchScript fp32 fused", True)):
+        yield name, bound(torchscript.optimize_for_mobile(scripted, fold=fold), x)
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("fp32", "fp16", "int8"):
+            progress(f"exporting .pte {precision}")
+            path = Path(folder) / f"{precision}.pte"
+            data = calibration if precision == "int8" else None
+            try:
+                torchfuse.export(model, x, path, precision=precision, calibration=data)
+            except UnsupportedError as error:
+                progress("")
+                print(f"Left out: .pte {precision}: {error}", file=sys.stderr)
+                continue
+            yield f".pte {precision}", bound(torchfuse.load(path), x)
+
+
+def conv_bn_pairs(model: nn.Module) -> list[list[str]]:
+    """Return the names of every conv with its batch norm."""
+    pairs = []
+    for name, module in model.named_modules():
+        if isinstance(module, ConvBnReLU6):
+            pairs.append([f"{name}.0", f"{name}.1"])
+        elif isinstance(module, InvertedResidual):
+            last = len(module.conv) - 1
+            pairs.append([f"{name}.conv.{last - 1}", f"{name}.conv.{last}"])
+    return pairs
+
+
+def bound(model: Callable[..., Any], x: torch.Tensor) -> Callable[[], Any]:
+    """Return the call of `model` on its own input."""
+    return lambda: model(x)
+
+
+def table(measured: dict[str, Measurement], machine: Machine) -> str:
+    """Return a line per variant, and one on each target."""
+    baseline = measured[BASELINE]
+    width = max(map(len, measured))
+    lines = [
+        f"MobileNetV2, {'×'.join(map(str, INPUT_SHAPE))}, 1 thread, {baseline.runs} runs, "
+        f"{machine.processor}, AVX-512 VNNI: {_yes_or_no(machine.avx512_vnni)}",
+        "",
+        f"{'':{width}}  {'median':>9} {'± IQR':>9}  times as fast as {BASELINE} (95% interval)",
+    ]
+    for name, measurement in measured.items():
+        centre = measurement.median_s
+        speed_up = "1" if name == BASELINE else str(ratio(baseline, measurement))
+        lines.append(
+            f"{name:{width}}  {duration(centre):>9} {duration(measurement.iqr_s, centre):>9}  "
+            f"{speed_up}"
+        )
+    lines.append("")
+    for name, target in TARGETS.items():
+        if name in measured:
+            lines.append(verdict(name, target, ratio(baseline, measured[name]).value, machine))
+    return "\n".join(lines)
+
+
+def verdict(name: str, target: float, value: float, machine: Machine) -> str:
+    """Return the sentence on one target; it is judged only where the instructions exist."""
+    wanted = f"{name}: {value:.2f} times as fast, the target is {target:g}"
+    if not machine.avx512_vnni:
+        return f"{wanted} on a processor with AVX-512 VNNI, which this is not: not judged."
+    return f"{wanted}: {'met' if value >= target else 'missed'}."
+
+
+def _yes_or_no(flag: bool | None) -> str:
+    return {True: "yes", False: "no", None: "unknown"}[flag]
+
+
+def report(measured: dict[str, Measurement], machine: Machine) -> str:
+    """Return everything as JSON."""
+    baseline = measured[BASELINE]
+    ratios = {
+        name: {**asdict(found), "measurable": found.measurable}
+        for name, measurement in measured.items()
+        if name != BASELINE
+        for found in [ratio(baseline, measurement)]
+    }
+    return json.dumps(
+        {
+            "model": "MobileNetV2",
+            "input_shape": INPUT_SHAPE,
+            "versions": {name: version(name) for name in ("torch", "executorch", "torchao")},
+            "machine": asdict(machine),
+            "baseline": BASELINE,
+            "times_as_fast_as_baseline": ratios,
+            "targets": TARGETS,
+            "judged": bool(machine.avx512_vnni),
+            "results": [
+                {**asdict(m), "median_s": m.median_s, "iqr_s": m.iqr_s} for m in measured.values()
+            ],
+        },
+        indent=2,
+    )
+
+
+def progress(text: str) -> None:
+    """Show what is going on, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r{text:40}", end="" if text else "\r", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
