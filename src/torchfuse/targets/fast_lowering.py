@@ -1,27 +1,57 @@
-"""Lowering to ExecuTorch without work that leaves no trace in the program.
+"""Lowering to ExecuTorch without the work that leaves no trace in the program.
 
-Each piece of waste is one context manager, with what it costs and why leaving it out is safe.
-`benchmarks/lowering.py` measures them and asserts that the bytes stay the same.
+Each piece of waste is one context manager that says what is wasted and why leaving it out is safe.
+They change functions of torch and ExecuTorch for the time of one lowering, in the whole process,
+so one lowering at a time. `benchmarks/lowering.py` measures them and asserts that the bytes are
+the same; where an installed version has no such function, that piece does nothing.
 """
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import fx
+from torch.export import ExportedProgram
 from torch.fx.traceback import NodeSource
 
 __all__ = ["without_waste"]
 
+_one_at_a_time = threading.RLock()
+
 
 @contextlib.contextmanager
 def without_waste() -> Iterator[None]:
-    """Everything in this file."""
-    with _shared_node_sources():
+    """Leave out everything in this file."""
+    with _one_at_a_time, contextlib.ExitStack() as stack:
+        for piece in (
+            _sharing_node_sources,
+            _compiling_graphs_when_they_are_called,
+            _decomposing_only_what_decomposes,
+            _without_patterns_that_cannot_match,
+            _tracing_only_what_changed,
+        ):
+            stack.enter_context(piece())
         yield
 
 
 @contextlib.contextmanager
-def _shared_node_sources() -> Iterator[None]:
+def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace `owner.name` by `wrap(owner.name)`, if there is one of its own."""
+    if name not in vars(owner):
+        yield
+        return
+    original = vars(owner)[name]
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _sharing_node_sources() -> Iterator[None]:
     """Share a node's history instead of copying it.
 
     Every pass gives every new node a NodeSource, which deep-copies the history of the node it
@@ -31,12 +61,177 @@ def _shared_node_sources() -> Iterator[None]:
     if hasattr(NodeSource, "__deepcopy__"):  # nested, or torch has its own by now
         yield
         return
-
-    def itself(source: NodeSource, _memo: dict[int, Any]) -> NodeSource:
-        return source
-
-    NodeSource.__deepcopy__ = itself  # type: ignore[attr-defined]
+    NodeSource.__deepcopy__ = lambda source, _memo: source  # type: ignore[attr-defined]
     try:
         yield
     finally:
         del NodeSource.__deepcopy__  # type: ignore[attr-defined]
+
+
+class _CompiledOnAccess:
+    """A class attribute of one graph module that appears when it is asked for."""
+
+    def __init__(self, module: fx.GraphModule, name: str, compile_: Callable[..., Any]) -> None:
+        self._module = weakref.ref(module)
+        self._name = name
+        self._compile = compile_
+
+    def __get__(self, instance: fx.GraphModule | None, owner: type) -> Any:
+        module = instance if instance is not None else self._module()
+        if module is None:
+            raise AttributeError(self._name)
+        for name in _COMPILED:
+            if isinstance(vars(owner).get(name), _CompiledOnAccess):
+                delattr(owner, name)
+        self._compile(module)
+        return getattr(owner if instance is None else instance, self._name)
+
+
+# What GraphModule.recompile makes, on the class or on the module.
+_COMPILED = ("forward", "_code", "_lineno_map", "_prologue_start")
+
+
+@contextlib.contextmanager
+def _compiling_graphs_when_they_are_called() -> Iterator[None]:
+    """Generate a graph module's Python code when someone looks at it, not after every change.
+
+    The passes interpret graphs node by node, and recompile them some 500 times for nobody. Any
+    access to `forward` or `code`, also later, compiles as before.
+    """
+
+    def lazily(recompile: Callable[..., Any]) -> Callable[..., Any]:
+        def mark(module: fx.GraphModule) -> Any:
+            owner = type(module)
+            if not owner.__qualname__.endswith(".GraphModuleImpl"):  # a class of several modules
+                return recompile(module)
+            if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
+                module._in_spec = module.graph._codegen.pytree_info.in_spec
+                module._out_spec = module.graph._codegen.pytree_info.out_spec
+            for name in _COMPILED:
+                vars(module).pop(name, None)
+                setattr(owner, name, _CompiledOnAccess(module, name, recompile))
+            return None
+
+        return mark
+
+    with _replaced(fx.GraphModule, "recompile", lazily):
+        yield
+
+
+@contextlib.contextmanager
+def _decomposing_only_what_decomposes() -> Iterator[None]:
+    """Skip `run_decompositions` on a functional program that holds no operator of the table.
+
+    It traces the whole program again, and finds nothing to do the second time.
+    """
+
+    def wrap(run: Callable[..., ExportedProgram]) -> Callable[..., ExportedProgram]:
+        def run_decompositions(
+            program: ExportedProgram, decomp_table: Any = None, *args: Any, **kwargs: Any
+        ) -> ExportedProgram:
+            # An exported program is in the training dialect until it was functionalized once.
+            flat = not any(node.op == "get_attr" for node in program.graph.nodes)
+            if decomp_table and flat and program.verifier.dialect != "TRAINING":
+                targets = {node.target for node in program.graph.nodes}
+                if not any(target in decomp_table for target in targets):
+                    return program
+            return run(program, decomp_table, *args, **kwargs)
+
+        return run_decompositions
+
+    with _replaced(ExportedProgram, "run_decompositions", wrap):
+        yield
+
+
+# XNNPACK's passes that look for patterns → an operator that each of their patterns contains.
+# Making the patterns exports and lowers half a dozen small models.
+_PATTERNS = {
+    ("bilinear_2d", "get_graphs_dict"): ("index", "_unsafe_index", "upsample_bilinear2d"),
+    ("sdpa", "get_graphs"): ("_softmax", "softmax", "scaled_dot_product_attention"),
+}
+
+
+@contextlib.contextmanager
+def _without_patterns_that_cannot_match() -> Iterator[None]:
+    """Do not make patterns to look for in a graph that has none of their operators."""
+    from executorch.backends.xnnpack._passes import XNNPACKPassManager
+    from executorch.backends.xnnpack.partition import graphs
+    from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
+
+    assert graphs
+    modules = {"bilinear_2d": bilinear_2d, "sdpa": sdpa}
+
+    def wrap(transform: Callable[..., Any]) -> Callable[..., Any]:
+        def with_fewer_patterns(manager: Any) -> Any:
+            present = {
+                getattr(node.target, "__name__", "").removeprefix("aten.").split(".")[0]
+                for node in manager.exported_program.graph.nodes
+            }
+            with contextlib.ExitStack() as stack:
+                for (module, function), operators in _PATTERNS.items():
+                    if present.isdisjoint(operators):
+                        nothing = {} if function == "get_graphs_dict" else []
+                        stack.enter_context(
+                            _replaced(modules[module], function, lambda _, n=nothing: lambda: n)
+                        )
+                return transform(manager)
+
+        return with_fewer_patterns
+
+    with _replaced(XNNPACKPassManager, "transform", wrap):
+        yield
+
+
+@contextlib.contextmanager
+def _tracing_only_what_changed() -> Iterator[None]:
+    """Give back a graph that was just traced and has not changed since, instead of tracing it.
+
+    Most of XNNPACK's passes find nothing to change in a given model, and trace it again all the
+    same. A pass that hooks into the tracing itself always traces.
+    """
+    from executorch.exir.pass_base import ExportPass, _ExportPassBase
+    from torch.fx.passes.infra.pass_base import PassResult
+
+    hooks = {
+        name
+        for base in (_ExportPassBase, ExportPass)
+        for name, value in vars(base).items()
+        if callable(value) and name not in ("__init__", "call")
+    }
+    traced: weakref.WeakKeyDictionary[fx.GraphModule, list[Any]] = weakref.WeakKeyDictionary()
+
+    def only_traces(pass_: Any) -> bool:
+        return isinstance(pass_, ExportPass) and all(
+            getattr(type(pass_), name) is getattr(ExportPass, name) for name in hooks
+        )
+
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        def call_if_changed(pass_: Any, graph_module: fx.GraphModule) -> Any:
+            if only_traces(pass_) and _same(traced.get(graph_module), _state(graph_module)):
+                return PassResult(graph_module, True)
+            result = call(pass_, graph_module)
+            traced[result.graph_module] = _state(result.graph_module)
+            return result
+
+        return call_if_changed
+
+    with _replaced(_ExportPassBase, "call", wrap):
+        yield
+
+
+def _state(graph_module: fx.GraphModule) -> list[Any]:
+    # Nodes hold their arguments in tuples and dicts that are replaced, not changed.
+    state: list[Any] = []
+    for node in graph_module.graph.nodes:
+        state += [node, node.target, node.args, node.kwargs]
+        if node.op in ("placeholder", "get_attr"):
+            state.append(node.meta.get("val"))
+    return state
+
+
+def _same(before: list[Any] | None, now: list[Any]) -> bool:
+    return (
+        before is not None
+        and len(before) == len(now)
+        and all(old is new for old, new in zip(before, now, strict=True))
+    )
