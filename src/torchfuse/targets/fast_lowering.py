@@ -10,11 +10,15 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.traceback import NodeSource
+
+from torchfuse.quieting import quiet
 
 __all__ = ["without_waste"]
 
@@ -24,7 +28,7 @@ _one_at_a_time = threading.RLock()
 @contextlib.contextmanager
 def without_waste() -> Iterator[None]:
     """Leave out everything in this file."""
-    with _one_at_a_time, contextlib.ExitStack() as stack:
+    with _one_at_a_time, quiet(), contextlib.ExitStack() as stack:
         for piece in (
             _sharing_node_sources,
             _compiling_graphs_when_they_are_called,
@@ -143,43 +147,61 @@ def _decomposing_only_what_decomposes() -> Iterator[None]:
         yield
 
 
-# XNNPACK's passes that look for patterns → an operator that each of their patterns contains.
-# Making the patterns exports and lowers half a dozen small models.
-_PATTERNS = {
-    ("bilinear_2d", "get_graphs_dict"): ("index", "_unsafe_index", "upsample_bilinear2d"),
-    ("sdpa", "get_graphs"): ("_softmax", "softmax", "scaled_dot_product_attention"),
-}
+@dataclass(frozen=True)
+class _Patterns:
+    """The function that makes a pass's patterns: it exports and lowers several small models."""
+
+    module: str
+    function: str
+    nothing: Any  # what it returns when there are none
+    operators: tuple[str, ...]  # each pattern contains one of them
+
+
+_PATTERNS = (
+    _Patterns(
+        "executorch.backends.xnnpack.partition.graphs.bilinear_2d",
+        "get_graphs_dict",
+        {},
+        ("index", "_unsafe_index", "upsample_bilinear2d"),
+    ),
+    _Patterns(
+        "executorch.backends.xnnpack.partition.graphs.sdpa",
+        "get_graphs",
+        [],
+        ("_softmax", "softmax", "scaled_dot_product_attention"),
+    ),
+)
 
 
 @contextlib.contextmanager
 def _without_patterns_that_cannot_match() -> Iterator[None]:
     """Do not make patterns to look for in a graph that has none of their operators."""
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
-    from executorch.backends.xnnpack.partition import graphs
-    from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
-
-    assert graphs
-    modules = {"bilinear_2d": bilinear_2d, "sdpa": sdpa}
 
     def wrap(transform: Callable[..., Any]) -> Callable[..., Any]:
         def with_fewer_patterns(manager: Any) -> Any:
-            present = {
-                getattr(node.target, "__name__", "").removeprefix("aten.").split(".")[0]
-                for node in manager.exported_program.graph.nodes
-            }
+            present = operators(manager.exported_program.graph)
             with contextlib.ExitStack() as stack:
-                for (module, function), operators in _PATTERNS.items():
-                    if present.isdisjoint(operators):
-                        nothing = {} if function == "get_graphs_dict" else []
-                        stack.enter_context(
-                            _replaced(modules[module], function, lambda _, n=nothing: lambda: n)
-                        )
+                for patterns in _PATTERNS:
+                    if present.isdisjoint(patterns.operators):
+                        stack.enter_context(_returning_nothing(patterns))
                 return transform(manager)
 
         return with_fewer_patterns
 
     with _replaced(XNNPACKPassManager, "transform", wrap):
         yield
+
+
+def _returning_nothing(patterns: _Patterns) -> contextlib.AbstractContextManager[None]:
+    module = import_module(patterns.module)
+    return _replaced(module, patterns.function, lambda _: lambda: patterns.nothing)
+
+
+def operators(graph: fx.Graph) -> set[str]:
+    """Return the names of the operators in a graph of the edge dialect, without overloads."""
+    names = (getattr(node.target, "__name__", "") for node in graph.nodes)
+    return {name.removeprefix("aten.").split(".")[0] for name in names}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,129 @@
+"""Lowering without waste gives the same bytes, and leaves torch and ExecuTorch as they were."""
+
+import hashlib
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.traceback import NodeSource
+
+from torchfuse.inputs import Case
+from torchfuse.quantizing import quantize
+from torchfuse.quieting import quiet
+from torchfuse.targets import fast_lowering
+from torchfuse.targets.executorch import capture
+
+
+class Attention(nn.Module):
+    def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+class Network(nn.Module):
+    """Branches, a batch norm that stays, an activation, a concatenation, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.hardtanh(self.first(x), 0.0, 6.0)
+        z = torch.cat([self.bn(y) + y, self.depthwise(y)], dim=1)
+        return self.head(z.mean((2, 3)))
+
+
+def plainly(program: torch.export.ExportedProgram) -> bytes:
+    """Lower as ExecuTorch's documentation does."""
+    with quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        return bytes(edge.to_executorch().buffer)
+
+
+def network() -> tuple[nn.Module, Case, Any]:
+    return Network().eval(), Case((torch.randn(1, 3, 8, 8),)), None
+
+
+def dynamic() -> tuple[nn.Module, Case, Any]:
+    return Network().eval(), Case((torch.randn(2, 3, 8, 8),)), ({0: torch.export.Dim("n", max=4)},)
+
+
+def int8() -> tuple[nn.Module, Case, Any]:
+    x = torch.randn(1, 3, 8, 8)
+    return quantize(Network().eval(), x, torch.randn(4, 3, 8, 8)).model, Case((x,)), None
+
+
+def interpolation() -> tuple[nn.Module, Case, Any]:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear")).eval()
+    return model, Case((torch.randn(1, 3, 6, 6),)), None
+
+
+def attention() -> tuple[nn.Module, Case, Any]:
+    return Attention(), Case((torch.randn(1, 2, 8, 4), torch.zeros(8, 8))), None
+
+
+@pytest.mark.parametrize("build", [network, dynamic, int8, interpolation, attention])
+def test_the_bytes_are_those_of_the_plain_calls(build: Any) -> None:
+    torch.manual_seed(0)
+    program = capture(*build())
+    with fast_lowering.without_waste():
+        fast = plainly(program)
+    assert hashlib.sha256(fast).hexdigest() == hashlib.sha256(plainly(program)).hexdigest()
+
+
+def test_everything_is_as_before_afterwards_and_after_an_error() -> None:
+    with quiet():
+        from executorch.backends.xnnpack._passes import XNNPACKPassManager
+        from executorch.exir.pass_base import _ExportPassBase
+
+    def replaceable() -> list[Any]:
+        return [
+            fx.GraphModule.recompile,
+            torch.export.ExportedProgram.run_decompositions,
+            XNNPACKPassManager.transform,
+            _ExportPassBase.call,
+            hasattr(NodeSource, "__deepcopy__"),
+        ]
+
+    before = replaceable()
+    with fast_lowering.without_waste(), fast_lowering.without_waste():
+        assert all(ours != theirs for ours, theirs in zip(replaceable(), before, strict=True))
+    assert replaceable() == before
+
+    def fail() -> None:
+        with fast_lowering.without_waste():
+            raise ValueError
+
+    with pytest.raises(ValueError, match=r"^$"):
+        fail()
+    assert replaceable() == before
+
+
+def test_a_graph_that_was_not_compiled_is_when_someone_looks() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.relu, (graph.placeholder("x"),)))
+    with fast_lowering.without_waste():
+        module = fx.GraphModule(nn.Module(), graph)
+        module.graph.output_node().replace_input_with(
+            module.graph.output_node().args[0], next(iter(module.graph.nodes))
+        )
+        module.recompile()
+    assert "forward" not in vars(type(module)) or "return x" in module.code
+    torch.testing.assert_close(module(torch.tensor([-1.0])), torch.tensor([-1.0]))
+    assert "return x" in module.code
+
+
+@pytest.mark.parametrize("patterns", fast_lowering._PATTERNS, ids=lambda p: p.function)
+def test_a_pattern_that_is_left_out_needs_an_operator_that_is_looked_for(patterns: Any) -> None:
+    with quiet():
+        made = getattr(import_module(patterns.module), patterns.function)()
+    assert made
+    for pattern in made:
+        assert not fast_lowering.operators(pattern.graph).isdisjoint(patterns.operators)
