@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
@@ -21,9 +21,22 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+$(VENV)/installed-bench: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	touch $@
+
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/installed
+
+bench: $(VENV)/installed-bench
+	mkdir -p out
+	for script in benchmarks/*.py; do \
+		$(BIN)/python $$script --json out/$$(basename $$script .py).json || exit 1; \
+	done
+
+docs: $(VENV)/installed-bench
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) out
