@@ -212,6 +212,20 @@ def test_the_folded_program_can_be_saved_loaded_and_decomposed() -> None:
     assert_same(program.module()(IMAGE), folded.run_decompositions().module()(IMAGE))
 
 
+def test_an_input_with_the_name_of_a_builtin_keeps_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # what this test is about
+            return self.bn(self.conv(input))
+
+    folded = proved(export(Net().eval(), (IMAGE,)))
+    assert folded.program.graph_signature.user_inputs == ("input",)
+
+
 def test_the_state_dict_keeps_the_keys_of_what_stayed() -> None:
     class ConvBn(nn.Module):
         def __init__(self) -> None:

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 from torchfuse.errors import InputError
 from torchfuse.folding import ChannelAffine, fold_into_weight
@@ -111,16 +112,24 @@ def fold(program: ExportedProgram, *, prove: bool) -> Folded:
         refuted[wrong[0]] = differences[wrong[0]]
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Names in the new graph, for a batch norm of the old one."""
+
+    layer: str  # the call that took it in
+    stands: str  # the node whose value is what the batch norm put out
+
+
 class _Edit:
     """A copy of a program's graph and tensors, while batch norms are folded in it."""
 
     def __init__(self, program: ExportedProgram, refuted: Mapping[str, float]) -> None:
         self.old = program
-        self.graph: Graph = copy.deepcopy(program.graph)
+        self.graph = _copied(program.graph)
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         self.order = [spec.arg.name for spec in program.graph_signature.input_specs]
         self.state: dict[str, Tensor] = dict(program.state_dict)
-        self.pairs: dict[str, str] = {}  # old batch norm → node that stands for it
+        self.pairs: dict[str, _Pair] = {}  # by the batch norm's name
         self.fusions: list[Fusion] = []
         self.skips: list[Skip] = []
         for node in list(self.graph.nodes):
@@ -238,8 +247,8 @@ class _Edit:
         )
         stands = _args(norm)[0].name
         # Two batch norms in a row: what the first put out is no longer there to compare.
-        self.pairs = {name: node for name, node in self.pairs.items() if node != stands}
-        self.pairs[norm.name] = stands
+        self.pairs = {n: pair for n, pair in self.pairs.items() if pair.stands != stands}
+        self.pairs[norm.name] = _Pair(layer.name, stands)
         elements, size = _elements(norm), values[weight].element_size()
         self.fusions.append(
             Fusion(
@@ -328,7 +337,7 @@ class _Edit:
     def _renamed(self, argument: Any) -> Any:
         """Return the output `argument`, naming the node that stands for a folded batch norm."""
         if isinstance(argument, TensorArgument) and argument.name in self.pairs:
-            return TensorArgument(self.pairs[argument.name])
+            return TensorArgument(self.pairs[argument.name].stands)
         return argument
 
     def _renamed_entry(self, entry: ModuleCallEntry) -> ModuleCallEntry:
@@ -341,6 +350,14 @@ class _Edit:
 
 
 # ── the graph ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _copied(graph: Graph) -> Graph:
+    """Return a copy whose nodes have the same names; a plain one renames `input` to `input_1`."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        new.name = old.name
+    return copied
 
 
 def _args(node: Node) -> tuple[Any, ...]:
@@ -424,7 +441,7 @@ def _scope(program: ExportedProgram) -> tuple[str, ...]:
 
 
 def _differences(
-    old: ExportedProgram, new: ExportedProgram, pairs: Mapping[str, str]
+    old: ExportedProgram, new: ExportedProgram, pairs: Mapping[str, _Pair]
 ) -> dict[str, float]:
     """Return per batch norm how far its output moved, in units of what rounding explains."""
     if not pairs:
@@ -434,34 +451,58 @@ def _differences(
             "The exported program holds no example inputs to prove the fusions on; export it with "
             "them, or pass verify=False."
         )
-    expected = _values_of(old, set(pairs))
-    got = _values_of(new, set(pairs.values()))
-    return {norm: _difference(expected[norm], got[node]) for norm, node in pairs.items()}
+    before = _Recorder(old, outputs=set(pairs), inputs={pair.layer for pair in pairs.values()})
+    # Each folded layer is given what it was given before, so that only its own fold can differ.
+    after = _Recorder(
+        new, outputs={pair.stands for pair in pairs.values()}, replacements=before.inputs
+    )
+    return {
+        norm: _difference(before.outputs[norm], after.outputs[pair.stands])
+        for norm, pair in pairs.items()
+    }
 
 
-def _values_of(program: ExportedProgram, names: set[str]) -> dict[str, Tensor]:
-    """Return what the named nodes put out on the example inputs."""
-    found: dict[str, Tensor] = {}
+class _Recorder(torch.fx.Interpreter):
+    """One pass over a program's example inputs, and what some of its nodes were given and gave."""
 
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, n: Node) -> Any:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        outputs: set[str],
+        inputs: frozenset[str] | set[str] = frozenset(),
+        replacements: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(program.graph_module)
+        self._wanted_outputs, self._wanted_inputs = outputs, inputs
+        self._replacements = replacements or {}
+        self.outputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self.run(*_example_arguments(program), enable_io_processing=False)
+
+    def run_node(self, n: Node) -> Any:
+        if n.name in self._wanted_inputs:
+            self.inputs[n.name] = self.env[_args(n)[0]].clone()  # it may be changed in place later
+        if n.name in self._replacements:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            assert callable(n.target)
+            value = n.target(self._replacements[n.name], *args[1:], **kwargs)
+        else:
             value = super().run_node(n)
-            if n.name in names:
-                found[n.name] = value.detach().clone()  # it may be changed in place later
-            return value
+        if n.name in self._wanted_outputs:
+            self.outputs[n.name] = value.clone()
+        return value
 
+
+def _example_arguments(program: ExportedProgram) -> list[Any]:
+    """Return copies of what the graph's inputs are on the program's example inputs, in order."""
     assert program.example_inputs is not None
-    args, kwargs = copy.deepcopy(program.example_inputs)
+    given = iter(tree_leaves(copy.deepcopy(program.example_inputs)))
     stored = {**program.constants, **program.state_dict}
-    specs = program.graph_signature.input_specs
-    given = iter(torch.utils._pytree.tree_leaves((args, kwargs)))
-    inputs = [
+    return [
         next(given) if spec.kind is InputKind.USER_INPUT else copy.deepcopy(stored[spec.target])
-        for spec in specs
+        for spec in program.graph_signature.input_specs
     ]
-    with torch.no_grad():
-        Recorder(program.graph_module).run(*inputs, enable_io_processing=False)
-    return found
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
