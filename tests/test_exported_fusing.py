@@ -212,6 +212,21 @@ def test_the_folded_program_can_be_saved_loaded_and_decomposed() -> None:
     assert_same(program.module()(IMAGE), folded.run_decompositions().module()(IMAGE))
 
 
+def test_running_the_new_program_does_not_change_the_old_one() -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            m.bn2(m.conv(x)), m.bn.running_mean, m.bn.running_var, training=True, momentum=0.5
+        )
+
+    program = exported(body)
+    before = program.state_dict["bn.running_mean"].clone()
+    folded = fold(program, prove=True)
+    assert len(folded.plan.fusions) == 1
+    folded.program.module()(IMAGE)
+    assert torch.equal(program.state_dict["bn.running_mean"], before)
+    assert not torch.equal(folded.program.state_dict["bn.running_mean"], before)
+
+
 def test_an_input_with_the_name_of_a_builtin_keeps_it() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

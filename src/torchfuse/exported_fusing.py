@@ -92,8 +92,9 @@ class Folded:
 
 
 def fold(program: ExportedProgram, *, prove: bool) -> Folded:
-    """Return `program` without the batch norms that can be folded; it is itself left as it was.
+    """Return `program` without the batch norms that can be folded.
 
+    It is itself left as it was, and shares no tensor with the new one.
     With `prove`, both are run on the program's own example inputs, what each fusion puts out is
     compared, and a fusion that differs is left out and becomes a skip.
 
@@ -105,11 +106,10 @@ def fold(program: ExportedProgram, *, prove: bool) -> Folded:
         edit = _Edit(program, refuted)
         folded = edit.folded()
         differences = _differences(program, folded.program, edit.pairs) if prove else {}
-        wrong = [name for name, value in differences.items() if not value <= 1]
+        wrong = {name: value for name, value in differences.items() if not value <= 1}
         if not wrong:
             return folded
-        # The first in running order: what follows it may differ only because it does.
-        refuted[wrong[0]] = differences[wrong[0]]
+        refuted |= wrong
 
 
 @dataclass(frozen=True)
@@ -318,18 +318,24 @@ class _Edit:
             for spec in old.graph_signature.output_specs
         ]
         targets = {spec.target for spec in signature.input_specs}
+        # Copies, of what did not change too: a program that runs may change its buffers.
+        state, constants = copy.deepcopy(
+            (
+                self.state,
+                {n: c for n, c in old.constants.items() if n in targets or not _is_tensor(c)},
+            )
+        )
         program = ExportedProgram(
             torch.fx.GraphModule(old.graph_module, self.graph),
             self.graph,
             signature,
-            self.state,
+            state,
             old.range_constraints,
             [self._renamed_entry(entry) for entry in old.module_call_graph],
             old.example_inputs,
-            {name: value for name, value in old.constants.items() if name in targets
-             or not isinstance(value, Tensor)},
+            constants,
             verifiers=old.verifiers,
-        )  # fmt: skip
+        )
         plan = FusionPlan("ExportedProgram", _scope(old), tuple(self.fusions), tuple(self.skips))
         key_map = {key: key if key in self.state else None for key in old.state_dict}
         return Folded(program, plan, key_map)
@@ -350,6 +356,10 @@ class _Edit:
 
 
 # ── the graph ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _copied(graph: Graph) -> Graph:
