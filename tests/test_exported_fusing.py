@@ -108,6 +108,16 @@ def test_it_folds_a_linear_on_rows() -> None:
     assert "rows.bias" in folded.program.state_dict
 
 
+def test_only_the_rules_asked_for_are_applied() -> None:
+    program = exported(lambda m, x: m.bn2(m.up(m.bn(m.conv(x)))))
+    every = [fusion.rule for fusion in fold(program, prove=True).plan.fusions]
+    assert every == ["conv_bn", "conv_transpose_bn"]
+    (one,) = fold(program, prove=True, rules=["conv_transpose_bn"]).plan.fusions
+    assert one.modules == ("up", "bn2")
+    nothing = fold(program, prove=True, rules=["linear_bn"]).plan
+    assert nothing.fusions == nothing.skips == ()
+
+
 LEFT_ALONE = {
     "another reader": (
         r"The output of conv is read by add as well\.",

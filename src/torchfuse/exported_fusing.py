@@ -26,11 +26,10 @@ from torchfuse.folding import ChannelAffine, fold_into_weight
 from torchfuse.planning import Fusion, FusionPlan, Skip
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 __all__ = ["Folded", "fold"]
 
-RULE = "conv_bn"
 aten = torch.ops.aten
 
 _CONVOLUTIONS = {
@@ -91,8 +90,8 @@ class Folded:
     key_map: dict[str, str | None]  # old state_dict key → new one; None: taken in
 
 
-def fold(program: ExportedProgram, *, prove: bool) -> Folded:
-    """Return `program` without the batch norms that can be folded.
+def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None = None) -> Folded:
+    """Return `program` without the batch norms that `rules` (None: all) can fold.
 
     It is itself left as it was, and shares no tensor with the new one.
     With `prove`, both are run on the program's own example inputs, what each fusion puts out is
@@ -103,7 +102,7 @@ def fold(program: ExportedProgram, *, prove: bool) -> Folded:
     """
     refuted: dict[str, float] = {}  # batch norm → relative difference
     while True:
-        edit = _Edit(program, refuted)
+        edit = _Edit(program, refuted, rules)
         folded = edit.folded()
         differences = _differences(program, folded.program, edit.pairs) if prove else {}
         wrong = {name: value for name, value in differences.items() if not value <= 1}
@@ -123,7 +122,12 @@ class _Pair:
 class _Edit:
     """A copy of a program's graph and tensors, while batch norms are folded in it."""
 
-    def __init__(self, program: ExportedProgram, refuted: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        refuted: Mapping[str, float],
+        rules: Collection[str] | None,
+    ) -> None:
         self.old = program
         self.graph = _copied(program.graph)
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
@@ -134,11 +138,15 @@ class _Edit:
         self.skips: list[Skip] = []
         for node in list(self.graph.nodes):
             if node.target is aten.batch_norm.default:
-                self._consider(node, refuted)
+                self._consider(node, refuted, rules)
 
-    def _consider(self, norm: Node, refuted: Mapping[str, float]) -> None:
+    def _consider(
+        self, norm: Node, refuted: Mapping[str, float], rules: Collection[str] | None
+    ) -> None:
         try:
             layer = self._layer(norm)
+            if rules is not None and _rule(layer) not in rules:
+                return
             if norm.name in refuted:
                 raise _LeftAlone(
                     f"Folding it changed what it puts out by {refuted[norm.name]:.2g} times what "
@@ -147,7 +155,9 @@ class _Edit:
                 )
         except _LeftAlone as answer:
             names = [_path(node) for node in (answer.layer, norm) if node is not None]
-            self.skips.append(Skip(tuple(names), answer.reason, answer.hint, RULE))
+            rule = None if answer.layer is None else _rule(answer.layer)
+            if rules is None or rule in rules:
+                self.skips.append(Skip(tuple(names), answer.reason, answer.hint, rule))
         else:
             self._fold(layer, norm)
 
@@ -252,7 +262,7 @@ class _Edit:
         elements, size = _elements(norm), values[weight].element_size()
         self.fusions.append(
             Fusion(
-                RULE,
+                _rule(layer),
                 (_path(layer), _path(norm)),
                 before - new_weight.numel() - new_bias.numel(),
                 None if elements is None else 2 * elements * size,
@@ -372,6 +382,12 @@ def _copied(graph: Graph) -> Graph:
 
 def _args(node: Node) -> tuple[Any, ...]:
     return node.args
+
+
+def _rule(layer: Node) -> str:
+    if layer.target in _TRANSPOSED:
+        return "conv_transpose_bn"
+    return "linear_bn" if layer.target is aten.linear.default else "conv_bn"
 
 
 def _weight_and_bias(layer: Node) -> tuple[Node, Node | None]:
