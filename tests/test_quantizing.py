@@ -1,5 +1,6 @@
 """Static int8 is close to the model, and unfit calibration data is an error."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 
 from torchfuse.checking import verify
 from torchfuse.errors import CalibrationError, InputError
+from torchfuse.inputs import Case
 from torchfuse.quantizing import QuantizedLayer, quantize
+from torchfuse.quieting import quiet
+from torchfuse.targets.executorch import ExecutorchModel, capture, lower
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -84,6 +88,64 @@ def test_weights_have_a_scale_per_channel() -> None:
     quantized = quantize(conv, image(1, 1, 8, 8), image(8, 1, 8, 8)).model
     (weight,) = [t for t in quantized.state_dict().values() if t.dtype is torch.int8]
     assert weight.flatten().tolist() == [127, 127]  # with one scale for both: [127, 0]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 4, 3), (2, 3, 6, 6)),
+        (nn.ConvTranspose2d(3, 4, 3), (2, 3, 6, 6)),
+        (nn.Linear(5, 4), (2, 5)),
+    ],
+    ids=["conv", "transposed", "linear"],
+)
+def test_a_layer_and_its_activation_are_one_in_int8(
+    layer: nn.Module, shape: tuple[int, ...], activation: nn.Module
+) -> None:
+    model = nn.Sequential(layer, activation).eval()
+    quantized = quantize(model, image(*shape), image(*shape)).model
+    calls = [str(node.target) for node in quantized.graph.nodes if node.op == "call_function"]
+    (position,) = [i for i, call in enumerate(calls) if re.search(r"relu|hardtanh", call)]
+    assert re.search(r"conv|linear", calls[position - 1])  # and no quantization in between
+    lowered = lower(capture(quantized, Case((image(*shape),))))
+    assert lowered.delegation.calls_left == 0
+    run = ExecutorchModel(lowered.program, lowered.signature)
+    assert verify(quantized, run, image(*shape, seed=5), min_sqnr_db=30).passed
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()], ids=str)
+def test_an_addition_and_its_activation_are_delegated(activation: nn.Module) -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.activation = activation
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(self.conv(x) + x)
+
+    x = image(1, 3, 6, 6)
+    quantized = quantize(Adds().eval(), x, image(4, 3, 6, 6)).model
+    lowered = lower(capture(quantized, Case((x,))))
+    assert lowered.delegation.calls_left == 0
+    run = ExecutorchModel(lowered.program, lowered.signature)
+    assert verify(quantized, run, x, min_sqnr_db=30).passed
+
+
+def test_executorchs_own_functions_are_as_before_afterwards(model: nn.Module, x: Tensor) -> None:
+    with quiet():
+        from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
+    before = xnnpack_quantizer_utils.is_relu_node
+    quantize(model, x, images())
+    assert xnnpack_quantizer_utils.is_relu_node is before
+
+
+def test_an_identity_put_in_place_of_another_module_has_no_mode(
+    model: nn.Module, x: Tensor
+) -> None:
+    model.head = nn.Identity()
+    quantize(model, x, images())
 
 
 def generated() -> Iterator[Tensor]:

@@ -4,7 +4,8 @@ The observers, the annotation and the conversion are torchao's and ExecuTorch's.
 leave to the caller: a model with nothing left to fold, and calibration data that is fit for it.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +37,14 @@ _LAYERS = {
     torch.ops.aten.conv_transpose3d.input: "conv_transpose3d",
     torch.ops.aten.linear.default: "linear",
     torch.ops.aten.matmul.default: "matmul",
+}
+
+
+_CLAMPS = {
+    torch.ops.aten.hardtanh.default,
+    torch.ops.aten.hardtanh_.default,
+    torch.ops.aten.relu6.default,
+    torch.ops.aten.relu6_.default,
 }
 
 
@@ -96,21 +105,51 @@ def quantize(
         quantizer = XNNPACKQuantizer().set_global(
             get_symmetric_quantization_config(is_per_channel=True)
         )
-        # Its patterns with a batch norm match nothing here, and exporting them takes seconds.
-        quantizer.SUPPORTED_PATTERNS = [
-            pattern for pattern in XNNPACKQuantizer.SUPPORTED_PATTERNS if not pattern.is_qat
-        ]
-        prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
+        # Activations before bare convs and linears, or each pair is quantized in between, over a
+        # range of which the activation takes half away. Patterns with a batch norm match nothing
+        # here, and exporting them takes seconds.
+        quantizer.SUPPORTED_PATTERNS = sorted(
+            (pattern for pattern in XNNPACKQuantizer.SUPPORTED_PATTERNS if not pattern.is_qat),
+            key=lambda pattern: not pattern.name.endswith("_relu"),
+        )
+        with _clamps_as_activations():
+            prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
         _calibrate(prepared, data)
         converted = convert_pt2e(prepared)
     return QuantizationResult(converted, tuple(_layers(converted)))
+
+
+@contextlib.contextmanager
+def _clamps_as_activations() -> Iterator[None]:
+    """Let ExecuTorch's quantizer take ReLU6 and Hardtanh after a conv or linear as it takes ReLU.
+
+    XNNPACK's partitioner and kernels do; the quantizer only looks for `relu`.
+    """
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
+
+    is_relu_node = xnnpack_quantizer_utils.is_relu_node
+
+    def is_activation(node: fx.Node) -> bool:
+        source = node.args[0] if node.args else None
+        clamps = node.target in _CLAMPS and getattr(source, "target", None) in _LAYERS
+        return clamps or bool(is_relu_node(node))
+
+    xnnpack_quantizer_utils.is_relu_node = is_activation
+    try:
+        yield
+    finally:
+        xnnpack_quantizer_utils.is_relu_node = is_relu_node
 
 
 def require_eval_mode(model: nn.Module) -> None:
     """Raise InputError if a part of `model` is in training mode; exported graphs have no modes."""
     if isinstance(model, fx.GraphModule):
         return
-    training = [name or "the model itself" for name, m in model.named_modules() if m.training]
+    training = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if module.training and not isinstance(module, nn.Identity)  # put in place of another, often
+    ]
     if training:
         raise InputError(
             f"Expected a model in eval mode, but {training[0]}"

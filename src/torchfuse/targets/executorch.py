@@ -51,10 +51,12 @@ def with_default_strides(value: Any) -> Any:
     """
     if not isinstance(value, torch.Tensor):
         return value
-    strides = torch.empty(value.shape, device="meta").stride()
-    if value.stride() == strides:
-        return value
-    return value.clone(memory_format=torch.contiguous_format)
+    stride = 1
+    for size, actual in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if actual != stride:
+            return value.clone(memory_format=torch.contiguous_format)
+        stride *= max(size, 1)
+    return value
 
 
 def capture(
@@ -257,18 +259,19 @@ _pool = 0
 
 def threads() -> int:
     """Return how many threads the runtime's thread pool has."""
+    _runtime()
     from executorch.extension.pybindings import portable_lib
 
-    return int(portable_lib._threadpool_get_thread_count())
+    with quiet_runtime():
+        return int(portable_lib._threadpool_get_thread_count())
 
 
 def set_threads(count: int) -> None:
     """Give the runtime, for the whole process, a thread pool of `count` threads."""
     global _pool
-    _runtime()
-    from executorch.extension.pybindings import portable_lib
-
     if count != threads():
+        from executorch.extension.pybindings import portable_lib
+
         with quiet_runtime():
             portable_lib._unsafe_reset_threadpool(count)
         _pool += 1
@@ -292,6 +295,9 @@ class ExecutorchModel:
         self._bytes = program
         self._load()
         self._inputs = _inputs(self._method.metadata, signature.get("sizes"))
+        self._takes_tensors = self._in_spec is not None and self._in_spec == pytree.tree_structure(
+            ((0,) * len(self._inputs), {})
+        )
         self._ran = False
 
     def _load(self) -> None:
@@ -319,7 +325,7 @@ class ExecutorchModel:
         inputs = self._flat(args, kwargs)
         self._check(inputs)
         outputs: Sequence[Any] = self._method.execute(inputs) if self._ran else self._first(inputs)
-        if self._out_spec is not None:
+        if self._out_spec is not None and not self._out_spec.is_leaf():
             return pytree.tree_unflatten(outputs, self._out_spec)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -331,6 +337,8 @@ class ExecutorchModel:
                     "all inputs by position."
                 )
             flat = pytree.tree_leaves(args)
+        elif self._takes_tensors and not kwargs and len(args) == len(self._inputs):
+            flat = list(args)  # the common case, without the flattening that costs more than a look
         else:
             names = self._in_spec.child(1).context
             if set(names) == set(kwargs):
