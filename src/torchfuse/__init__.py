@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from torchfuse.checking import verify
     from torchfuse.delegation import Delegation, DelegationWarning
     from torchfuse.eager import fuse_modules, fuse_modules_qat
+    from torchfuse.equivalence import Equivalence, OutputDifference
     from torchfuse.exporting import export, load
+    from torchfuse.fusing import (
+        FusionResult,
+        fuse,
+        fuse_exported,
+        load_unfused_state_dict,
+        plan,
+        unfuse,
+    )
+    from torchfuse.planning import Fusion, FusionPlan, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
     from torchfuse.timing import Measurement, measure
 
@@ -19,14 +29,25 @@ __all__ = [
     "Artifact",
     "Delegation",
     "DelegationWarning",
+    "Equivalence",
+    "Fusion",
+    "FusionPlan",
+    "FusionResult",
     "Measurement",
+    "OutputDifference",
     "QuantizationResult",
+    "Skip",
     "export",
+    "fuse",
+    "fuse_exported",
     "fuse_modules",
     "fuse_modules_qat",
     "load",
+    "load_unfused_state_dict",
     "measure",
+    "plan",
     "quantize",
+    "unfuse",
     "verify",
 ]
 
@@ -36,14 +57,25 @@ _HOME = {
     "Artifact": "artifacts",
     "Delegation": "delegation",
     "DelegationWarning": "delegation",
+    "Equivalence": "equivalence",
+    "Fusion": "planning",
+    "FusionPlan": "planning",
+    "FusionResult": "fusing",
     "Measurement": "timing",
+    "OutputDifference": "equivalence",
     "QuantizationResult": "quantizing",
+    "Skip": "planning",
     "export": "exporting",
+    "fuse": "fusing",
+    "fuse_exported": "fusing",
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
     "load": "exporting",
+    "load_unfused_state_dict": "fusing",
     "measure": "timing",
+    "plan": "fusing",
     "quantize": "quantizing",
+    "unfuse": "fusing",
     "verify": "checking",
 }
 

@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from torchfuse.errors import CaptureError
 from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
-from torchfuse.kinds import DATA_READS, METADATA, SHAPE_READS, kind_of, name_of, roles
+from torchfuse.kinds import DATA_READS, METADATA, SHAPE_ONLY, SHAPE_READS, kind_of, name_of, roles
 from torchfuse.nesting import named_leaves
+from torchfuse.parametrized import is_weight_hook
 from torchfuse.restoring import CopyOnWrite, restored
 
 if TYPE_CHECKING:
@@ -37,15 +38,12 @@ __all__ = ["record"]
 # The kinds whose way from the module's call is remembered: rules ask who passed their arguments.
 _TRACED = frozenset({"conv", "conv_transpose", "linear", "batch_norm"})
 
-# torch's own pre-hooks that recompute a weight and do not look at the inputs.
-_WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
-
 
 def record(model: nn.Module, cases: Sequence[Case]) -> Graph:
     """The graph of what `model` does on `cases`; the model and its inputs are left as they were."""
     recording = _Recording(model, cases)
     for index, case in enumerate(cases):
-        recording.run(index, case)
+        recording._torchfuse_run(index, case)
     return recording.finish()
 
 
@@ -95,7 +93,8 @@ class _Recording:
             if id(module) not in seen:
                 seen.add(id(module))
                 for name, value in vars(module).items():
-                    for tensor in _tensors(value) if not isinstance(value, nn.Module) else ():
+                    registered = name in ("_parameters", "_buffers", "_modules")
+                    for tensor in () if registered else _tensors(value):
                         index = self.value_of(tensor, "model")
                         attributes.setdefault(index, []).append(prefix + name)
         for index in {*names, *attributes}:
@@ -183,13 +182,13 @@ class _Recording:
         with torch._C.DisableTorchFunction():  # our own questions are not the model's
             return tuple(dict.fromkeys(self.value_of(t, "unknown") for t in _tensors(value)))
 
-    def run(self, index: int, case: Case) -> None:
+    def _torchfuse_run(self, index: int, case: Case) -> None:
         self.case = index
         for tensor in _tensors((case.args, dict(case.kwargs))):
             self.value_of(tensor, "input")
         before = len(self.graph.values)
         mode = _Operators(self)
-        with restored(self.model, mode), ExitStack() as stack:
+        with restored(self.model, mode), _frozen(), ExitStack() as stack:
             stack.enter_context(_patched(self))
             stack.enter_context(_Functions(self))
             self.running = True
@@ -220,7 +219,7 @@ class _Recording:
         """Marks what outlives the pass (before attributes are put back) as read."""
         held = self._alive(before)
         if held:
-            gc.collect()  # a reference cycle is nobody's
+            gc.collect()  # a reference cycle is nobody's; what is older than the pass is frozen
             held = self._alive(before)
         self.add("held", "held after the pass", held, None)
 
@@ -296,13 +295,18 @@ class _Functions(TorchFunctionMode):
         for number, operand in enumerate(current.extra):
             named[f"unseen{number}"] = operand
         graph = recording.graph
+        frames = _frames(sys._getframe(1)) if kind in _TRACED else ()
+        around = recording.module_path()
+        graph.codes.update((frame.code, around or "") for frame in frames)
+        if name in SHAPE_ONLY:  # of the other tensor only the sizes count
+            named = {role: operand for role, operand in named.items() if role == "0"}
         graph.calls.append(
             Call(
                 index=len(graph.calls),
                 case=recording.case,
                 kind=kind,
                 target=name,
-                module_path=recording.module_path(),
+                module_path=around,
                 operands=named,
                 results=results,
                 written=frozenset(recording.ids[key] for key in current.written),
@@ -310,7 +314,8 @@ class _Functions(TorchFunctionMode):
                 function=func,
                 args=seen_args,
                 kwargs=seen_kwargs,
-                frames=_frames() if kind in _TRACED else (),
+                frames=frames,
+                within=recording.stack[-1] if recording.stack else None,
             )
         )
         return result
@@ -381,8 +386,19 @@ class _Operators(CopyOnWrite):
                 operands=reads,
                 results=results,
                 written=written,
+                within=recording.stack[-1] if recording.stack else None,
             )
         )
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Garbage collection looks only at what is made inside."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -434,14 +450,15 @@ def _module_call(
     kwargs: dict[str, Any],
 ) -> Any:
     graph = recording.graph
-    caller = _frame(sys._getframe(2))
-    graph.codes.add(caller.code)
+    callers = _frames(sys._getframe(2))  # who called `_torchfuse_call`
+    around = recording.module_path()
+    graph.codes.update((frame.code, around or "") for frame in callers)
     position = len(graph.module_calls)
     parent = recording.stack[-1] if recording.stack else None
     first = len(graph.calls)
     inputs = recording.values_in((args, kwargs))
     entry = ModuleCall(
-        path, type(module).__name__, recording.case, parent, inputs, (), first, first, caller
+        path, type(module).__name__, recording.case, parent, inputs, (), first, first, callers
     )
     graph.module_calls.append(entry)
     recording.stack.append(position)
@@ -465,7 +482,7 @@ def _module_call(
         outputs,
         first,
         len(graph.calls),
-        caller,
+        callers,
     )
     return result
 
@@ -482,7 +499,8 @@ def _hooks_of(module: nn.Module) -> str:
     ):
         if hooks:
             return name
-    own = [h for h in module._forward_pre_hooks.values() if type(h).__module__ not in _WEIGHT_HOOKS]
+    # torch's own hooks that recompute a weight do not look at the inputs.
+    own = [hook for hook in module._forward_pre_hooks.values() if not is_weight_hook(hook)]
     return "forward_pre_hook" if own else ""
 
 
@@ -490,11 +508,11 @@ def _frame(frame: Any) -> Frame:
     return Frame(frame.f_code, frame.f_lineno, frame.f_globals.get("__name__", ""))
 
 
-def _frames() -> tuple[Frame, ...]:
+def _frames(frame: Any) -> tuple[Frame, ...]:
+    """The functions from `frame` out to the module call around, innermost first; not our own."""
     frames = []
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name != "_torchfuse_call":
-        if frame.f_code.co_name != "_call_impl" and frame.f_code.co_name != "_wrapped_call_impl":
+    while frame is not None and frame.f_code.co_name not in ("_torchfuse_call", "_torchfuse_run"):
+        if frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl", "_module_call"):
             frames.append(_frame(frame))
         frame = frame.f_back
     return tuple(frames)

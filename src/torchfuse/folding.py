@@ -11,11 +11,12 @@ no more than that rounding.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["ChannelAffine", "fold_into_weight"]
+__all__ = ["ChannelAffine", "fold_batch_norm", "fold_into_weight"]
 
 _BLOCK_ELEMENTS = 1 << 20  # weights folded at a time: a large layer is never whole in float64
 
@@ -74,3 +75,16 @@ def _scale_per_row(weight: Tensor, scale: Tensor, transposed_groups: int) -> Ten
         return scale.reshape(-1, 1, *ones)
     per_group = scale.reshape(transposed_groups, -1, *ones)
     return per_group.repeat_interleave(weight.shape[0] // transposed_groups, 0)
+
+
+def fold_batch_norm(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of `layer` with the batch norm `norm` folded in; changes neither.
+
+    `layer` is any of torch's convolutions, transposed convolutions or a linear layer.
+    """
+    affine = ChannelAffine.of_batch_norm(
+        norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    groups = layer.groups if getattr(layer, "transposed", False) else 0
+    with torch.inference_mode(False), torch.no_grad():
+        return fold_into_weight(layer.weight, layer.bias, affine, transposed_groups=groups)

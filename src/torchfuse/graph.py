@@ -77,6 +77,7 @@ class Call:
     args: tuple[Any, ...] = ()  # as called, tensors replaced by operands
     kwargs: dict[str, Any] = field(default_factory=dict)
     frames: tuple[Frame, ...] = ()  # innermost first, up to the module's call
+    within: int | None = None  # the innermost module call it ran in
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -101,7 +102,7 @@ class ModuleCall:
     outputs: tuple[int, ...]
     first: int  # calls[first:last] ran inside
     last: int
-    caller: Frame | None  # who called it
+    callers: tuple[Frame, ...]  # who called it, up to the module call around it
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Graph:
     module_calls: list[ModuleCall] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)  # first path → all paths
-    codes: set[CodeType] = field(default_factory=set)  # Python functions that were seen running
+    # Python functions that were seen calling modules, each with the module it ran in
+    codes: set[tuple[CodeType, str]] = field(default_factory=set)
     threads: bool = False  # work was handed to another thread
 
     def readers(self, value: int) -> tuple[Call, ...]:
@@ -138,6 +140,14 @@ class Graph:
     def module_calls_of(self, path: str) -> tuple[ModuleCall, ...]:
         """The calls of the module at `path` (the first of its names)."""
         return tuple(self._module_calls[path])
+
+    def value_named(self, name: str) -> Value:
+        """The value that the parameter or buffer of this dotted name lives in."""
+        return self._named[name]
+
+    @cached_property
+    def _named(self) -> dict[str, Value]:
+        return {name: value for value in self.values for name in value.names}
 
     @cached_property
     def _readers(self) -> dict[int, list[Call]]:

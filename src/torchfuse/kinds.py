@@ -5,7 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-__all__ = ["DATA_READS", "METADATA", "MOVES", "SHAPE_READS", "kind_of", "name_of", "roles"]
+__all__ = [
+    "DATA_READS",
+    "METADATA",
+    "MOVES",
+    "SHAPE_ONLY",
+    "SHAPE_READS",
+    "kind_of",
+    "name_of",
+    "roles",
+]
 
 _ALIASES = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), "conv"),
@@ -22,7 +31,11 @@ _ALIASES = {
 }
 
 # Sizes and other facts about a tensor that are not its values.
-SHAPE_READS = frozenset({"shape", "size", "numel", "nelement", "__len__"})
+SHAPE_READS = frozenset(
+    {"shape", "size", "numel", "nelement", "__len__", "stride", "is_contiguous", "storage_offset"}
+)
+# Functions that take only the sizes or the dtype of their second tensor.
+SHAPE_ONLY = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
 METADATA = SHAPE_READS | frozenset(
     {
         "dim",

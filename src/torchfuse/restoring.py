@@ -153,7 +153,8 @@ def _attributes(modules: list[nn.Module]) -> list[Callable[[], object]]:
     """Undoes what assignments, and changes to plain containers and objects, did to attributes."""
     kept = _Attributes()
     for module in modules:
-        kept.keep_module(module)
+        if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
+            kept.keep_module(module)
     return [kept.put_back]
 
 

@@ -1,0 +1,258 @@
+"""Proves fusions: each on what the original computes, then the whole model on several inputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchfuse.checking import compare_outputs, copy_tensors
+from torchfuse.equivalence import Equivalence
+from torchfuse.inputs import Case
+from torchfuse.nesting import named_leaves
+from torchfuse.restoring import restored
+from torchfuse.surgery import folded_layer, plain_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torchfuse.equivalence import OutputDifference
+    from torchfuse.rules import Match, Rule
+
+__all__ = [
+    "PairDifference",
+    "compare",
+    "is_finite",
+    "other_inputs",
+    "outputs_of",
+    "pair_differences",
+    "variations",
+    "widened",
+]
+
+# What rounding may do to one layer, as max|a − b| / max|a|; beyond it, float64 decides.
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
+# A fold may be this much less exact than the original, measured against float64.
+_WORSE = 4.0
+
+
+def other_inputs(case: Case, seed: int) -> Case:
+    """A case like `case` with other values: random floats of like spread, integers permuted."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def other(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.numel() == 0 or value.layout is not torch.strided:
+                return value.clone()
+            if value.is_floating_point():
+                spread, centre = torch.std_mean(value.float(), correction=0)
+                noise = torch.randn(value.shape, generator=generator) * (spread + 1e-3) + centre
+                return torch.empty_like(value).copy_(noise)
+            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+            return torch.empty_like(value).copy_(value.flatten()[order].reshape(value.shape))
+        if type(value) in (list, tuple):
+            return type(value)(other(entry) for entry in value)
+        if type(value) is dict:
+            return {key: other(entry) for key, entry in value.items()}
+        return copy.deepcopy(value)
+
+    with torch.no_grad():
+        return Case(other(case.args), other(dict(case.kwargs)), case.method)
+
+
+def variations(case: Case) -> list[Case]:
+    """Cases like `case`: other values; other values at another batch size and half the size."""
+    others = [other_inputs(case, seed=1)]
+    for batch, spatial in ((True, True), (True, False)):
+        resized = Case(
+            _resized(case.args, batch, spatial),
+            _resized(dict(case.kwargs), batch, spatial),
+            case.method,
+        )
+        if str(resized) not in {str(case), *map(str, others)}:
+            others.append(other_inputs(resized, seed=2))
+    return others
+
+
+def _resized(value: Any, batch: bool, spatial: bool) -> Any:
+    """Tensors with one sample less (two for one), and images and sequences at half the size."""
+    if isinstance(value, Tensor) and value.dim() >= 2 and value.numel():
+        if batch:
+            value = value[:-1] if value.shape[0] > 1 else torch.cat([value, value])
+        if spatial and value.is_floating_point():
+            for axis in range(2, value.dim()):
+                value = value.narrow(axis, 0, max(1, value.shape[axis] // 2))
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_resized(entry, batch, spatial) for entry in value)
+    if type(value) is dict:
+        return {key: _resized(entry, batch, spatial) for key, entry in value.items()}
+    return value
+
+
+def is_finite(output: Any) -> bool:
+    """Whether all tensors in a nested output are."""
+    return all(
+        bool(torch.isfinite(leaf).all())
+        for _, leaf in named_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized
+    )
+
+
+def widened(
+    copied: Callable[[nn.Module], nn.Module], model: nn.Module, tried: Sequence[Case]
+) -> tuple[nn.Module, list[Case], list[Any]] | None:
+    """The model, its cases and its outputs in float64; None if it does not run like that."""
+    wide = copied(model).double()
+    wide_cases = [Case(_widened(c.args), _widened(dict(c.kwargs)), c.method) for c in tried]
+    try:
+        outputs = outputs_of(wide, wide_cases)
+    except Exception:  # noqa: BLE001 - the model insists on its dtype
+        return None
+    return wide, wide_cases, outputs
+
+
+def outputs_of(model: nn.Module, cases: Sequence[Case]) -> list[Any]:
+    """What `model` returns on each case, from the same random state; nothing is left changed."""
+    outputs = []
+    for case in cases:
+        args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
+        with restored(model):
+            called = model if case.method == "forward" else getattr(model, case.method)
+            outputs.append(copy_tensors(called(*args, **kwargs)))
+    return outputs
+
+
+def compare(expected: Sequence[Any], actual: Sequence[Any]) -> Equivalence:
+    """The differences over all cases."""
+    records: list[OutputDifference] = []
+    for number, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        prefix = f"case {number + 1}: " if len(expected) > 1 else ""
+        records += compare_outputs(a, b, prefix=prefix)
+    return Equivalence(tuple(records))
+
+
+def pair_differences(
+    model: nn.Module, matches: Sequence[tuple[Rule, Match]], cases: Sequence[Case]
+) -> dict[int, PairDifference]:
+    """For each match, by position, the largest difference that was found at its layer.
+
+    The original model runs; where a layer runs, the folded layer runs beside it on the same input,
+    and is compared with the layer's output after the batch norm. One pair is in memory at a time.
+    """
+    found: dict[int, PairDifference] = {}
+    for case in cases:
+        args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
+        with restored(model):
+            for position, (rule, match) in enumerate(matches):
+                _watch(model, position, rule, match, found)  # `restored` takes the hooks off
+            called = model if case.method == "forward" else getattr(model, case.method)
+            called(*args, **kwargs)
+    return found
+
+
+@dataclass(frozen=True)
+class PairDifference:
+    """How far a folded layer is from the layer and the batch norm."""
+
+    max_rel: float
+    problem: str | None  # None: within rounding
+
+
+def _watch(
+    model: nn.Module, position: int, rule: Rule, match: Match, found: dict[int, PairDifference]
+) -> None:
+    layer = model.get_submodule(match.first)
+    norm = model.get_submodule(match.second)
+    assert isinstance(norm, _BatchNorm)
+    assert rule.rewrite is not None
+    rewrite = rule.rewrite
+    busy: list[bool] = []
+
+    def after_layer(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if busy:
+            return
+        busy.append(True)
+        try:
+            plain = plain_layer(layer)
+            weight, bias = rewrite(plain, norm)
+            fused = folded_layer(plain, weight, bias)(*args, **kwargs)
+            judged = _judged(plain, norm, rewrite, args, kwargs, output, fused)
+        finally:
+            busy.clear()
+        worst = found.get(position)
+        if worst is None or (not worst.problem and judged.max_rel > worst.max_rel):
+            found[position] = judged
+
+    layer.register_forward_hook(after_layer, with_kwargs=True)
+
+
+def _judged(
+    layer: nn.Module,
+    norm: _BatchNorm,
+    rewrite: Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]],
+    args: Any,
+    kwargs: Any,
+    output: Tensor,
+    fused: Tensor,
+) -> PairDifference:
+    expected = _normed(layer, norm, output)
+    difference, peak = _apart(expected, fused), _peak(expected)
+    max_rel = difference / peak if peak else difference
+    if not math.isfinite(max_rel):
+        return PairDifference(max_rel, "its output is NaN or Inf, so nothing can be shown.")
+    if max_rel <= _ROUNDING.get(output.dtype, 0.0):
+        return PairDifference(max_rel, None)
+    # Rounding hides small errors: repeat in float64, where a right fold agrees to the last digits,
+    # and where the error of either side can be measured.
+    wide_layer, wide_norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
+    wide_args, wide_kwargs = _widened(args), _widened(kwargs)
+    exact = _normed(wide_layer, wide_norm, wide_layer(*wide_args, **wide_kwargs))
+    wide = folded_layer(wide_layer, *rewrite(wide_layer, wide_norm))(*wide_args, **wide_kwargs)
+    peak = _peak(exact)
+    if _apart(exact, wide) > 1e-9 * peak:
+        return PairDifference(max_rel, f"the folded layer is off by {max_rel:.2g} (relative).")
+    before, after = _apart(exact, expected), _apart(exact, fused)
+    if after > _WORSE * before + _WORSE * torch.finfo(output.dtype).eps * peak:
+        return PairDifference(
+            max_rel,
+            f"in {output.dtype} the folded layer is off by {after:.2g}, the original by "
+            f"{before:.2g}.",
+        )
+    return PairDifference(max_rel, None)
+
+
+def _normed(layer: nn.Module, norm: _BatchNorm, output: Tensor) -> Tensor:
+    """The batch norm, by torch's own function, over the layer's channel axis."""
+    assert isinstance(layer.weight, Tensor)
+    axis = output.dim() - 1 - (layer.weight.dim() - 2)
+    moved = output.movedim(axis, 1) if output.dim() > 1 else output[None]
+    result = F.batch_norm(
+        moved, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+    )
+    return result.movedim(1, axis) if output.dim() > 1 else result[0]
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """max|a − b|."""
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def _peak(a: Tensor) -> float:
+    return a.double().abs().max().item() if a.numel() else 0.0
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_widened(entry) for entry in value)
+    if isinstance(value, dict):
+        return {key: _widened(entry) for key, entry in value.items()}
+    return value

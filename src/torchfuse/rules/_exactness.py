@@ -1,0 +1,341 @@
+"""When is it exact to fold a batch norm into the layer before it? Every condition, with its reason.
+
+Conditions are about what was recorded, and about the modules as they are. What the code could do
+on other paths is `paths.py`'s question.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from torchfuse.parametrized import unparametrized
+from torchfuse.rules._rule import Match, Refusal, Subject
+from torchfuse.tracing import keeps_channels, other_readers
+
+if TYPE_CHECKING:
+    from torchfuse.graph import Call
+
+__all__ = ["foldable"]
+
+_LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+_REWRITE_ONLY = "Use torchfuse.fuse_exported, which can rewrite function calls, or use a module."
+
+
+def foldable(subject: Subject, match: Match) -> Refusal | None:
+    """None if the match can be folded exactly within what was recorded; otherwise why not."""
+    for condition in (
+        _no_threads,
+        _norm_uses_statistics,
+        _norm_is_a_module,
+        _layer_is_a_module,
+        _always_together,
+        _nobody_else_reads,
+        _weight_is_its_own,
+        _statistics_are_its_own,
+        _channels_agree,
+        _dtypes_agree,
+    ):
+        if (refusal := condition(subject, match)) is not None:
+            return refusal
+    return None
+
+
+def _no_threads(subject: Subject, _: Match) -> Refusal | None:
+    if subject.graph.threads:
+        return Refusal(
+            "The model hands work to another thread, where it cannot be seen what is read.",
+            "Run everything in one thread while planning.",
+        )
+    return None
+
+
+def _norm_uses_statistics(_: Subject, match: Match) -> Refusal | None:
+    for call in match.seconds:
+        if "running_mean" not in call.operands or "running_var" not in call.operands:
+            return Refusal(
+                f"`{match.second}` has no running statistics: it normalises by each batch.",
+                "Use track_running_stats=True and recompute the statistics from data.",
+            )
+        if call.attributes.get("training"):
+            return Refusal(
+                f"`{match.second}` is in training mode: it normalises by each batch and changes "
+                "its statistics.",
+                "Call model.eval() first.",
+            )
+    return None
+
+
+def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
+    norm = subject.modules[match.second]
+    if not isinstance(norm, _BatchNorm) or any(
+        call.module_path != match.second for call in match.seconds
+    ):
+        return Refusal(
+            f"The batch norm in `{match.seconds[0].module_path or 'the model'}` is a function "
+            "call; only rewriting the graph could remove it.",
+            _REWRITE_ONLY,
+        )
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
+        return Refusal(
+            f"A hook of `{match.second}` sees its input, which folding changes.",
+            "Remove the hook, or put it on what follows.",
+        )
+    if norm._state_dict_hooks or norm._load_state_dict_pre_hooks or norm._state_dict_pre_hooks:
+        return Refusal(f"`{match.second}` has state_dict hooks, which would be lost.")
+    own = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    added = [*norm._modules, *sorted({*norm._parameters, *norm._buffers} - own)]
+    if parametrize.is_parametrized(norm):
+        return Refusal(
+            f"`{match.second}` is parametrized.",
+            "Remove the parametrization first (torch.nn.utils.parametrize).",
+        )
+    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return _subclass(subject, match, norm)
+    if added:
+        return Refusal(f"`{match.second}` also holds {added[0]}, which would be lost.")
+    return None
+
+
+def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | None:
+    """A subclass keeps what it adds, if it calls torch's own forward and nothing of the norm's."""
+    hint = "Let it call super().forward(x), or move what it adds into a module of its own."
+    forward = type(norm).forward
+    reaches_super = all(
+        any(f.code is _BatchNorm.forward.__code__ for f in call.frames) for call in match.seconds
+    )
+    names = {*forward.__code__.co_names} & {
+        *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps"),
+        *("num_features", "affine", "momentum"),
+    }
+    if not reaches_super or names:
+        return Refusal(
+            f"`{match.second}` is a {type(norm).__name__}, a subclass whose own forward does more "
+            "than a batch norm.",
+            hint,
+        )
+    for call in match.seconds:
+        inside = [c for c in subject.graph.module_calls_of(match.second) if c.case == call.case]
+        if not any(call.operands["input"].value in c.inputs for c in inside):
+            return Refusal(
+                f"`{match.second}` is a {type(norm).__name__}, a subclass that changes its input "
+                "before it normalises it.",
+                hint,
+            )
+    return None
+
+
+def _layer_is_a_module(subject: Subject, match: Match) -> Refusal | None:
+    layer = subject.modules[match.first]
+    for call in match.firsts:
+        if not isinstance(layer, _LAYERS) or call.module_path != match.first:
+            return Refusal(
+                f"The {call.kind} in `{call.module_path or 'the model'}` is a function call; only "
+                "rewriting the graph could add the bias that folding needs.",
+                _REWRITE_ONLY,
+            )
+        if layer.bias is None and not any("bias" in f.code.co_names for f in call.frames):
+            return Refusal(
+                f"`{match.first}` ({type(layer).__name__}) does not pass its bias on, and folding "
+                "needs one.",
+                "Pass self.bias in its forward.",
+            )
+    if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
+        return Refusal(f"`{match.first}` has state_dict hooks, which may not fit a folded layer.")
+    return None
+
+
+def _always_together(subject: Subject, match: Match) -> Refusal | None:
+    """Every call of the layer is followed by the norm, every call of the norm follows the layer."""
+    graph = subject.graph
+    ours = {id(call) for call in match.firsts}
+    for call in match.firsts:
+        for reader in graph.readers(call.operands["weight"].value):
+            if id(reader) not in ours:
+                if reader.module_path == match.first:
+                    return Refusal(
+                        f"`{match.first}` is called more than once, and not always right before "
+                        f"`{match.second}`.",
+                        "Give each use a layer of its own.",
+                    )
+                return Refusal(
+                    f"The weight of `{match.first}` is also read by {_described(reader)}.",
+                    "Give each use a weight of its own.",
+                )
+    return None
+
+
+def _nobody_else_reads(subject: Subject, match: Match) -> Refusal | None:
+    for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
+        for reader in other_readers(subject.graph, (first, *between), second):
+            return Refusal(
+                _read_by(match.first, reader),
+                ""
+                if reader.kind == "output"
+                else "Let the other use read the batch norm's output.",
+            )
+        for call in between:
+            if call.kind == "dropout" and _is_active(call):
+                return Refusal(
+                    f"The dropout between `{match.first}` and `{match.second}` is in training "
+                    "mode.",
+                    "Call model.eval() first.",
+                )
+    return None
+
+
+def _is_active(dropout: Call) -> bool:
+    functional = getattr(dropout.function, "__module__", "") == "torch.nn.functional"
+    return bool(dropout.attributes.get("training", functional))
+
+
+def _read_by(layer: str, reader: Call) -> str:
+    output = f"The output of `{layer}` is also"
+    if reader.kind == "output":
+        return f"{output} an output of the model."
+    if reader.kind == "held":
+        return f"{output} kept alive after the pass: an attribute, list or closure holds it."
+    if reader.kind == "hook":
+        return f"{output} seen by a hook ({reader.target})."
+    if reader.kind == "unseen":
+        return f"{output} read outside torch's Python functions ({reader.target})."
+    return f"{output} read by {_described(reader)}."
+
+
+def _described(reader: Call) -> str:
+    if reader.kind in ("output", "held", "hook", "unseen"):
+        return f"{reader.kind} ({reader.target})"
+    where = f" in `{reader.module_path}`" if reader.module_path else ""
+    return f"another use: {reader.target}{where}"
+
+
+def _weight_is_its_own(subject: Subject, match: Match) -> Refusal | None:
+    layer = subject.modules[match.first]
+    if parametrize.is_parametrized(layer) and (
+        not parametrize.is_parametrized(layer, "weight") or len(layer.parametrizations) > 1  # type: ignore[arg-type]
+    ):
+        return Refusal(f"The bias of `{match.first}` is parametrized.")
+    if not unparametrized(layer):
+        if any(module.training for module in layer.modules()):
+            return Refusal(
+                f"The weight of `{match.first}` is computed, and may change, in training mode.",
+                "Call model.eval() first.",
+            )
+    elif not isinstance(layer.weight, nn.Parameter):
+        return Refusal(f"The weight of `{match.first}` is no parameter.")
+    else:
+        for call in match.firsts:
+            names = subject.graph.values[call.operands["weight"].value].names
+            if not any(_same(subject, name, layer, "weight") for name in names):
+                return Refusal(
+                    f"`{match.first}` ({type(layer).__name__}) computes the weight it uses.",
+                    "Make it a parametrization (torch.nn.utils.parametrize): those are baked in.",
+                )
+    inside = {id(module) for module in layer.modules()}
+    for name, _ in layer.named_parameters():
+        value = subject.graph.value_named(f"{match.first}.{name}" if match.first else name)
+        outside = [n for n in value.names if id(_owner(subject, n)) not in inside]
+        outside += [a for a in value.attributes if id(_owner(subject, a)) not in inside]
+        twins = {n.rpartition(".")[2] for n in value.names}
+        if outside or len(twins) > 1:
+            return Refusal(
+                f"The weight or bias of `{match.first}` is shared with "
+                f"`{(outside or value.names)[0]}` (tied).",
+                "Untie them, if they need not stay equal.",
+            )
+        for reader in subject.graph.readers(value.index):
+            path = reader.module_path
+            if path is None or id(subject.modules[path]) not in inside:
+                return Refusal(
+                    f"The weight or bias of `{match.first}` is also read by {_described(reader)}."
+                )
+        if any(value.index in call.written for call in subject.graph.writers(value.index)):
+            return Refusal(f"A parameter of `{match.first}` is changed during the pass.")
+    return None
+
+
+def _owner(subject: Subject, name: str) -> nn.Module:
+    return subject.modules[name.rpartition(".")[0]]
+
+
+def _same(subject: Subject, name: str, layer: nn.Module, attribute: str) -> bool:
+    path, _, last = name.rpartition(".")
+    return subject.modules[path] is layer and last == attribute
+
+
+def _statistics_are_its_own(subject: Subject, match: Match) -> Refusal | None:
+    norm = subject.modules[match.second]
+    ours = {id(call) for call in match.seconds}
+    graph = subject.graph
+    for call in match.seconds:
+        for role in ("running_mean", "running_var", "weight", "bias"):
+            if role not in call.operands:
+                continue
+            value = graph.values[call.operands[role].value]
+            if not any(_same(subject, name, norm, role) for name in value.names):
+                return Refusal(f"The {role} of `{match.second}` is computed, not stored.")
+            shared = [n for n in value.names if not _same(subject, n, norm, role)]
+            if shared or value.attributes:
+                return Refusal(
+                    f"The {role} of `{match.second}` is shared with "
+                    f"`{(shared or list(value.attributes))[0]}`.",
+                    "Give each batch norm statistics and parameters of its own.",
+                )
+            if any(value.index in writer.written for writer in graph.writers(value.index)):
+                return Refusal(f"The {role} of `{match.second}` changes during the pass.")
+            for reader in graph.readers(value.index):
+                if id(reader) in ours:
+                    continue
+                if reader.module_path == match.second and reader.kind == "batch_norm":
+                    return Refusal(
+                        f"`{match.second}` is called more than once, and not always after "
+                        f"`{match.first}`.",
+                        "Give each use a batch norm of its own.",
+                    )
+                return Refusal(
+                    f"The {role} of `{match.second}` is also read by {_described(reader)}."
+                )
+    return None
+
+
+def _channels_agree(_: Subject, match: Match) -> Refusal | None:
+    for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
+        made = first.results[0]
+        kernel = first.operands["weight"].shape[2:]
+        axis = len(made.shape) - 1 - len(kernel)
+        if not keeps_channels(first, between, second, axis):
+            moved = f", moved by {', '.join(c.target for c in between)}," if between else ""
+            return Refusal(
+                f"`{match.second}` normalises axis 1 of its input, which is not the channel axis "
+                f"({axis}) of the {len(made.shape)}-D output of `{match.first}`{moved} element "
+                "by element.",
+            )
+    return None
+
+
+def _dtypes_agree(_: Subject, match: Match) -> Refusal | None:
+    for first, second in zip(match.firsts, match.seconds, strict=True):
+        made, normed = first.results[0].dtype, second.results[0].dtype
+        if made != normed:
+            return Refusal(
+                f"`{match.first}` computes in {made} and `{match.second}` gives {normed}: folded, "
+                f"the result would be rounded to {made}.",
+                "Use one dtype for both.",
+            )
+        weight = first.operands["weight"].dtype
+        if not getattr(torch, weight).is_floating_point:
+            return Refusal(f"The weight of `{match.first}` is {weight}, not a real number.")
+    return None

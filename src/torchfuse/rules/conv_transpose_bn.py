@@ -1,0 +1,17 @@
+"""Transposed conv → batch norm: the batch norm is folded into the transposed convolution.
+
+As in `conv_bn`, but the weight is [in, out/groups, *kernel]: the out channels of group g belong to
+the g-th block of rows, which is what other fusers get wrong (pytorch#180995).
+"""
+
+from torchfuse.folding import fold_batch_norm
+from torchfuse.rules._exactness import foldable
+from torchfuse.rules._rule import Rule
+
+RULE = Rule(
+    name="conv_transpose_bn",
+    pattern=("conv_transpose", "batch_norm"),
+    summary="batch norm folded into the 1-d, 2-d or 3-d transposed convolution before it",
+    check=foldable,
+    rewrite=fold_batch_norm,
+)

@@ -1,0 +1,247 @@
+"""Edits the user's own modules: one fusion in, and back out again, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from torchfuse.errors import FusionError
+from torchfuse.folding import fold_batch_norm
+from torchfuse.parametrized import computed_weight, is_weight_hook, unparametrized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torchfuse.rules import Rule
+
+__all__ = [
+    "Folded",
+    "Fusions",
+    "fold_in",
+    "folded_layer",
+    "forget_fusions",
+    "fusions_of",
+    "plain_layer",
+    "take_back",
+]
+
+_ATTRIBUTE = "_torchfuse_fusions"  # on the model itself; a plain object, so never in state_dict
+
+
+@dataclass
+class Folded:
+    """One batch norm that was folded into one layer: what it takes to check it and to undo it."""
+
+    rule: str
+    first: tuple[str, ...]  # all paths of the layer
+    second: tuple[str, ...]  # all paths of the batch norm
+    layer: nn.Module  # as it was, without its memory (on the meta device)
+    norm: nn.Module  # likewise
+    original_layer: tuple[type[nn.Module], dict[str, Any]] | None  # class, attributes; None: gone
+    original_norm: nn.Module | None
+
+    @property
+    def originals_bytes(self) -> int:
+        """Memory of the originals, if they are kept."""
+        if self.original_layer is None:
+            return 0
+        tensors = (*self.layer.parameters(), *self.layer.buffers())
+        tensors += (*self.norm.parameters(), *self.norm.buffers())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass
+class Fusions:
+    """Everything that was done to one model, in order."""
+
+    folded: list[Folded] = field(default_factory=list)
+
+
+def fusions_of(model: nn.Module, *, create: bool = False) -> Fusions:
+    """The record of what was fused in `model`; a new empty one is attached if asked for."""
+    record = vars(model).get(_ATTRIBUTE)
+    if record is None:
+        record = Fusions()
+        if create:
+            vars(model)[_ATTRIBUTE] = record
+    assert isinstance(record, Fusions)
+    return record
+
+
+def forget_fusions(model: nn.Module) -> None:
+    """Drops the record: the model is as it was before."""
+    vars(model).pop(_ATTRIBUTE, None)
+
+
+def fold_in(
+    model: nn.Module, rule: Rule, first: Sequence[str], second: Sequence[str], *, keep: bool
+) -> Folded:
+    """Folds the batch norm at the paths `second` into the layer at the paths `first`, in place."""
+    layer, norm = model.get_submodule(first[0]), model.get_submodule(second[0])
+    assert rule.rewrite is not None
+    weight, bias = rule.rewrite(plain_layer(layer), norm)
+    folded = Folded(
+        rule=rule.name,
+        first=tuple(first),
+        second=tuple(second),
+        layer=_on_meta(layer),
+        norm=_on_meta(norm),
+        original_layer=(type(layer), _attributes(layer)) if keep else None,
+        original_norm=norm if keep else None,
+    )
+    trains = any(p.requires_grad for name, p in layer.named_parameters() if name != "bias")
+    owner = layer if layer.bias is not None else norm
+    bias_trains = trains if owner.bias is None else bool(owner.bias.requires_grad)
+    _bake(layer)
+    with torch.inference_mode(False):
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
+        layer._parameters["bias"] = nn.Parameter(bias, requires_grad=bias_trains)
+    _put(model, second, _without_norm(norm))
+    return folded
+
+
+def take_back(model: nn.Module, folded: Folded, *, check: bool = True) -> None:
+    """Undoes `fold_in`; refuses if the fused weights are no longer what folding gave."""
+    name = f"`{folded.first[0]}`"
+    if folded.original_layer is None or folded.original_norm is None:
+        raise FusionError(
+            f"{name} was fused with keep_originals=False, so its original weights are gone; load "
+            "them from a checkpoint into a new model."
+        )
+    layer: Any = model.get_submodule(folded.first[0])
+    norm = folded.original_norm
+    class_, attributes = folded.original_layer
+    if check:
+        weight, bias = fold_batch_norm(plain_layer(_shell(class_, attributes)), norm)
+        if not (_identical(layer.weight, weight) and _identical(layer.bias, bias)):
+            raise FusionError(
+                f"The fused weights of {name} have changed since fuse() (trained, loaded, or moved "
+                "to another dtype or device), so the originals no longer belong to them; unfuse "
+                "before changing them, or load an unfused checkpoint with "
+                "load_unfused_state_dict()."
+            )
+    training = layer.training
+    layer.__class__ = class_
+    vars(layer).clear()
+    vars(layer).update(_copied(attributes), training=training)
+    norm.training = model.get_submodule(folded.second[0]).training
+    _put(model, folded.second, norm)
+
+
+def plain_layer(layer: nn.Module) -> nn.Module:
+    """`layer` itself, or, if its weight is computed, a layer whose weight is a plain parameter."""
+    if unparametrized(layer):
+        return layer
+    with torch.no_grad():
+        weight = computed_weight(layer)
+    plain = _shell(type(layer), _attributes(layer))
+    _bake(plain)
+    plain._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
+    return plain
+
+
+def folded_layer(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A layer like the plain `layer`, with these parameters and without hooks."""
+    folded = _shell(type(layer), _attributes(layer))
+    folded._forward_hooks.clear()
+    folded._forward_pre_hooks.clear()
+    folded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    folded._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+    return folded
+
+
+def _shell(class_: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
+    layer = class_.__new__(class_)
+    vars(layer).update(_copied(attributes))
+    return layer
+
+
+def _attributes(layer: nn.Module) -> dict[str, Any]:
+    return _copied(vars(layer))
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes with the dictionaries (parameters, hooks …) copied one level deep."""
+    return {
+        name: copy.copy(value) if isinstance(value, dict) else value
+        for name, value in attributes.items()
+    }
+
+
+def _identical(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = module
+
+
+def _bake(layer: nn.Module) -> None:
+    """Takes parametrizations off, in place; the caller sets the weight."""
+    if parametrize.is_parametrized(layer):
+        # torch's own removal writes the computed weight into the original's memory.
+        layer.__class__ = type(layer).__mro__[1]
+        del layer._modules["parametrizations"]
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if is_weight_hook(hook):
+            del layer._forward_pre_hooks[key]
+            for table in (layer._parameters, layer._buffers):
+                for name in ("weight_g", "weight_v", "weight_u", "weight_orig"):
+                    table.pop(name, None)
+            vars(layer).pop("weight", None)
+
+
+def _on_meta(layer: nn.Module) -> nn.Module:
+    """A copy of the layer without its memory."""
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, nn.Parameter):
+                empty = torch.empty_like(tensor, device="meta")
+                memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            elif tensor is not None:
+                memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                memo[id(value)] = torch.empty_like(value, device="meta")
+    return copy.deepcopy(layer, memo)
+
+
+class _Passing(_BatchNorm):
+    """A batch norm whose normalising was folded away: what a subclass adds still runs."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in torch
+        return input
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _passing_object, (type(self).__mro__[1],), self.__dict__
+
+
+def _passing_object(subclass: type[nn.Module]) -> nn.Module:
+    # In the method resolution order, `_Passing` comes right before torch's own `_BatchNorm`, so
+    # that the subclass's super().forward(x) reaches it.
+    namespace = {"__module__": subclass.__module__, "__reduce_ex__": _Passing.__reduce_ex__}
+    class_: Any = type(subclass.__name__, (subclass, _Passing), namespace)
+    passing = class_.__new__(class_)
+    assert isinstance(passing, nn.Module)
+    return passing
+
+
+def _without_norm(norm: nn.Module) -> nn.Module:
+    """What stays where the batch norm was: an Identity, or what its subclass adds."""
+    if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return nn.Identity().train(norm.training)
+    rest = _passing_object(type(norm))
+    vars(rest).update(_attributes(norm))
+    rest._parameters.update(weight=None, bias=None)
+    rest._buffers.update(running_mean=None, running_var=None, num_batches_tracked=None)
+    vars(rest).update(affine=False, track_running_stats=False)
+    return rest
