@@ -65,8 +65,27 @@ def test_neighbours_that_are_alike_do_not_count_as_independent() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 7])
-def test_fewer_samples_than_fill_the_rounds_still_have_a_ratio(count: int) -> None:
+def test_too_few_rounds_have_a_ratio_and_no_interval(count: int) -> None:
     found = ratio_of_medians([2.0] * count, [1.0] * count, round_runs=5)
+    assert (found.value, found.low, found.high) == (2.0, None, None)
+    assert not found.measurable
+    assert str(found) == "no measurable difference (too few runs to say)"
+
+
+@pytest.mark.parametrize("rounds", [6, 10, 17])
+def test_the_same_against_the_same_in_rounds_is_rarely_a_difference(rounds: int) -> None:
+    def taken(seed: int) -> list[float]:
+        random = np.random.default_rng(seed)
+        return list(
+            np.repeat(random.lognormal(0, 0.1, rounds), 3) * random.normal(1, 0.01, 3 * rounds)
+        )
+
+    found = [ratio_of_medians(taken(2 * i), taken(2 * i + 1), round_runs=3) for i in range(100)]
+    assert sum(ratio.measurable for ratio in found) <= 10
+
+
+def test_the_value_is_of_the_rounds_that_the_interval_is_of() -> None:
+    found = ratio_of_medians([2.0] * 30 + [9.0] * 4, [1.0] * 34, round_runs=5)
     assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
 
 

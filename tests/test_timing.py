@@ -104,7 +104,7 @@ def test_variants_have_a_turn_a_round_in_an_order_that_changes() -> None:
     assert list(measured) == names
 
 
-@pytest.mark.parametrize("runs", [1, 4, 5, 7, 12])
+@pytest.mark.parametrize("runs", [1, 4, 5, 7, 12, 31])
 def test_there_are_as_many_samples_as_runs_also_where_they_do_not_fill_a_turn(runs: int) -> None:
     clock = FakeClock()
     variants = {"a": clock.taking(1.0), "b": clock.taking(2.0)}
@@ -172,9 +172,9 @@ def test_the_measurements_so_far_are_given_after_every_round() -> None:
     given: list[dict[str, Measurement]] = []
     variants = {"a": clock.taking(1.0), "b": clock.taking(3.0)}
     measured = measure_interleaved(
-        variants, X, warmup=0, runs=7, clock=clock, on_partial=given.append
+        variants, X, warmup=0, runs=32, clock=clock, on_partial=given.append
     )
-    assert [so_far["b"].runs for so_far in given] == [5, 7]
+    assert [so_far["b"].runs for so_far in given] == [*range(2, 32, 2), 32]
     assert given[-1] == measured
 
 

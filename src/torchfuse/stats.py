@@ -15,18 +15,19 @@ class Ratio:
     """A ratio of two medians, and the interval that holds the true one at this confidence."""
 
     value: float
-    low: float
-    high: float
+    low: float | None  # None: too few rounds to say
+    high: float | None
     confidence: float = 0.95
 
     @property
     def measurable(self) -> bool:
         """Whether there is a difference at all: the interval leaves 1 out."""
-        return not self.low <= 1.0 <= self.high
+        return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
 
     def __str__(self) -> str:
         """The ratio as text: `1.52 (1.49 … 1.55)`, or `no measurable difference (…)`."""
-        interval = f"({self.low:.2f} … {self.high:.2f})"
+        known = self.low is not None and self.high is not None
+        interval = f"({self.low:.2f} … {self.high:.2f})" if known else "(too few runs to say)"
         return f"{self.value:.2f} {interval}" if self.measurable else f"{_NO_DIFFERENCE} {interval}"
 
 
@@ -55,12 +56,15 @@ def ratio_of_medians(
 
     `round_runs` says that both were taken in the same rounds, this many samples of each in a row.
     Rounds are then drawn as a whole, so that a slow moment of the machine, which hits both,
-    cancels, and neighbours, which are alike, do not count as independent.
+    cancels, and neighbours, which are alike, do not count as independent. A last, shorter round is
+    left out. With too few rounds (or samples) nothing can be said: there is no interval.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
-    >>> ratio_of_medians([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+    >>> ratio_of_medians([2.0] * 6, [1.0] * 6)
     Ratio(value=2.0, low=2.0, high=2.0, confidence=0.95)
+    >>> ratio_of_medians([2.0] * 5, [1.0] * 5)
+    Ratio(value=2.0, low=None, high=None, confidence=0.95)
     """
     above, below = _checked(numerator), _checked(denominator)
     if round_runs is not None and len(above) != len(below):
@@ -68,20 +72,26 @@ def ratio_of_medians(
             f"Samples of the same rounds come in equal numbers, got {len(above)} and {len(below)}; "
             "leave out round_runs for samples of separate runs."
         )
+    independent = min(len(above), len(below))
+    if round_runs is not None:
+        independent = len(above) // round_runs
+        whole = independent * round_runs or len(above)
+        above, below = above[:whole], below[:whole]
+    value = float(np.median(above) / np.median(below))
+    if 2 * 0.5**independent > 1 - confidence:  # even if all differ the same way: the sign test
+        return Ratio(value, None, None, confidence)
     random = np.random.default_rng(seed)
     if round_runs is None:
         draw_above = random.integers(len(above), size=(resamples, len(above)))
         draw_below = random.integers(len(below), size=(resamples, len(below)))
     else:
-        rounds = max(len(above) // round_runs, 1)  # a last, shorter round is not drawn
-        drawn = random.integers(rounds, size=(resamples, rounds, 1))
-        within = np.arange(min(round_runs, len(above)))
+        drawn = random.integers(independent, size=(resamples, independent, 1))
+        within = np.arange(round_runs)
         draw_above = draw_below = (drawn * round_runs + within).reshape(resamples, -1)
     ratios = np.median(above[draw_above], axis=1) / np.median(below[draw_below], axis=1)
     tail = (1 - confidence) / 2 * 100
     low, high = np.percentile(ratios, [tail, 100 - tail])
-    value = np.median(above) / np.median(below)
-    return Ratio(float(value), float(low), float(high), confidence)
+    return Ratio(value, float(low), float(high), confidence)
 
 
 def _checked(samples: Sequence[float]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":

@@ -32,7 +32,8 @@ _WIDE_SPREAD = 0.1  # of the median
 # MobileNetV2 in int8 takes 20 % longer on its first call after another model's; most of that is
 # gone after three.
 _UNTIMED_IN_A_TURN = 3
-_TIMED_IN_A_TURN = 5
+_TIMED_IN_A_TURN = 5  # at most
+_ROUNDS = 15  # at least, where there are enough runs: they are what an interval is made of
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def measure_interleaved(
         }
         alone = len(calls) == 1
         round_id = None if alone else secrets.token_hex(8)
-        untimed, turn_runs = (0, 1) if alone else (_UNTIMED_IN_A_TURN, min(_TIMED_IN_A_TURN, runs))
+        untimed = 0 if alone else _UNTIMED_IN_A_TURN
+        turn_runs = 1 if alone else max(1, min(_TIMED_IN_A_TURN, runs // _ROUNDS))
         samples_s: dict[str, list[float]] = {name: [] for name in calls}
 
         def so_far() -> dict[str, Measurement]:

@@ -80,10 +80,10 @@ def test_several_artifacts_are_compared_in_a_closing_sentence(
     bench: Bench, model_files: Files
 ) -> None:
     paths = [model_files(name) for name in ("third.pt", "third.ptl", "third.pte")]
-    status, printed, _ = bench(*paths, DIMS, "--iter=5", "--warmup=1")
+    status, printed, _ = bench(*paths, DIMS, "--iter=8", "--warmup=1")
     assert status == 0
     assert printed.count("Time (median ± IQR)") == 3
-    assert printed.count("5 runs after 1 warm-up runs, 1 thread") == 3
+    assert printed.count("8 runs after 1 warm-up runs, 1 thread") == 3
     *_, first, second, third = printed.splitlines()
     assert re.fullmatch(r".*/third\.pt[le]? ran", first)
     for line in (second, third):

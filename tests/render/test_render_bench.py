@@ -53,7 +53,7 @@ def test_the_closing_sentence_compares_the_fastest_with_each_other_one() -> None
 
 def test_json_holds_every_sample_and_every_ratio_to_the_fastest() -> None:
     machine = Machine("Some Processor", 2, None)
-    slow, fast = measured("slow.pt", 2.0, 2.0, 2.0), measured("fast.pte", 1.0, 1.0, 1.0)
+    slow, fast = measured("slow.pt", *[2.0] * 6), measured("fast.pte", *[1.0] * 6)
     report = json.loads(
         to_json([slow, fast], machine, versions={"torch": "2.13.0"}, inputs="1,3,224,224")
     )
@@ -65,7 +65,7 @@ def test_json_holds_every_sample_and_every_ratio_to_the_fastest() -> None:
         "avx512_vnni": None,
     }
     assert [result["name"] for result in report["results"]] == ["slow.pt", "fast.pte"]
-    assert report["results"][0]["samples_s"] == [2.0, 2.0, 2.0]
+    assert report["results"][0]["samples_s"] == [2.0] * 6
     assert report["results"][0]["median_s"] == 2.0
     assert report["times_as_fast"] == [
         {

@@ -29,7 +29,7 @@ def command(out: Path, runs: int) -> None:
     from torchfuse.render.json import to_json
     from torchfuse.render.progress import progress
 
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     with progress() as step:
         comparisons = recipe.run(
             out,

@@ -58,7 +58,10 @@ def closing(measured: Sequence[Measurement]) -> str:
 
 
 def _compared(speed_up: Ratio) -> str:
-    interval = f"({speed_up.confidence:.0%} interval {speed_up.low:.2f} … {speed_up.high:.2f})"
+    if speed_up.low is None or speed_up.high is None:
+        interval = "(too few runs to say)"
+    else:
+        interval = f"({speed_up.confidence:.0%} interval {speed_up.low:.2f} … {speed_up.high:.2f})"
     if not speed_up.measurable:
         return f"with no measurable difference {interval} to"
     return f"{speed_up.value:.2f} times {interval} as fast as"

@@ -30,11 +30,15 @@ def _cells(row: Row, *, is_baseline: bool) -> list[str]:
         f"{row.target} {row.precision}",
         _duration(row.latency.median_s),
         _duration(row.latency.iqr_s),
-        "baseline" if is_baseline else _times(row.speedup),
+        "baseline" if is_baseline else _cell(row.speedup),
         "" if row.size_bytes is None else _size(row.size_bytes),
         "" if is_baseline else _difference(row),
         "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %",
     ]
+
+
+def _cell(ratio: Ratio) -> str:
+    return _times(ratio) if ratio.measurable else "not measurable"
 
 
 def _times(ratio: Ratio) -> str:
