@@ -16,7 +16,7 @@ from torchfuse.nesting import named_leaves
 from torchfuse.restoring import restored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Equivalence", "OutputDifference", "compare_outputs", "tolerance", "verify"]
 
@@ -68,12 +68,17 @@ def verify(
     return Equivalence(tuple(outputs))
 
 
-def run(model: Callable[..., Any], case: Case) -> Any:
-    """What `model` returns for a copy of `case`'s inputs; nothing is left changed."""
+def run(model: Callable[..., Any], case: Case) -> dict[str, Any]:
+    """What `model` returns for a copy of `case`'s inputs, leaf by name; nothing is left changed."""
     called = model if case.method == "forward" else getattr(model, case.method)
     args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
     with restored(model):
-        return called(*args, **kwargs)
+        output = called(*args, **kwargs)
+        # Copied before anything is put back: an output may be a view of what the model keeps.
+        return {
+            name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+            for name, leaf in named_leaves(output)
+        }
 
 
 def copy_tensors(value: Any) -> Any:
@@ -88,17 +93,15 @@ def copy_tensors(value: Any) -> Any:
 
 
 def compare_outputs(
-    reference: Any,
-    candidate: Any,
+    expected: Mapping[str, Any],
+    actual: Mapping[str, Any],
     *,
     rtol: float | None = None,
     atol: float | None = None,
     min_sqnr_db: float | None = None,
     prefix: str = "",
 ) -> list[OutputDifference]:
-    """One record per leaf of the two outputs, matched by name."""
-    expected = dict(named_leaves(reference))
-    actual = dict(named_leaves(candidate))
+    """One record per leaf of the two outputs, as `run` gives them, matched by name."""
     records = [
         _unequal(prefix + name, "only the candidate returns it.")
         for name in actual
@@ -155,7 +158,7 @@ def _difference(
     peak = a.abs().max().item()
     noise, signal = error.square().sum().item(), a.abs().square().sum().item()
     max_rel = 0.0 if max_abs == 0 else max_abs / peak if peak else math.inf
-    sqnr_db = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+    sqnr_db = _decibels(signal, noise)
     problem = None
     if rtol is not None or atol is not None or min_sqnr_db is None:
         default = tolerance(dtype) if rtol is None and atol is None else 0.0
@@ -165,6 +168,12 @@ def _difference(
     if problem is None and min_sqnr_db is not None and sqnr_db < min_sqnr_db:
         problem = f"has an SQNR of {sqnr_db:.1f} dB; at least {min_sqnr_db:.1f} dB was asked for."
     return OutputDifference(name, max_abs, max_rel, sqnr_db, problem is None, problem)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal / noise > 0 else -math.inf
 
 
 def _as_tensor(leaf: Any) -> Tensor | None:

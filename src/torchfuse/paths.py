@@ -288,6 +288,8 @@ def _other_methods(subject: Subject, match: Match) -> Refusal | None:
         for function in _methods_of(module).reaching(_children_towards(path, match)):
             if (function.__code__, path) in subject.graph.codes:
                 continue
+            if path and not _is_mentioned(subject, function.__name__):
+                continue
             reached = next(filter(None, (pair.split(path, m) for m in _mentions(function))), None)
             if reached is not None:
                 return Refusal(
@@ -297,6 +299,30 @@ def _other_methods(subject: Subject, match: Match) -> Refusal | None:
                     f'method="{function.__name__}")]; otherwise remove it.',
                 )
     return None
+
+
+def _is_mentioned(subject: Subject, method: str) -> bool:
+    """Whether any code of the model's own classes names the method of an inner module.
+
+    What nothing in the model calls could only be called past the model, from outside.
+    """
+    if method in ("forward", "__call__"):  # called as the module itself
+        return True
+    classes: set[Any] = {type(module) for module in subject.modules.values()}
+    return any(method in _methods_named_by(class_) for class_ in classes)
+
+
+@lru_cache(maxsize=4096)
+def _methods_named_by(class_: type) -> frozenset[str]:
+    names: set[str] = set()
+    for base in class_.__mro__:
+        if base is nn.Module or base.__module__.startswith("torch."):
+            continue
+        for name, member in vars(base).items():
+            function = member.fget if isinstance(member, property) else member
+            if isinstance(function, FunctionType):
+                names |= _names(function.__code__) - {name}
+    return frozenset(names)
 
 
 def _ancestors(match: Match) -> Iterator[str]:

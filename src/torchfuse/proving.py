@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchfuse.checking import compare_outputs, copy_tensors
+from torchfuse.checking import compare_outputs, copy_tensors, run
 from torchfuse.equivalence import Equivalence
 from torchfuse.inputs import Case
-from torchfuse.nesting import named_leaves
 from torchfuse.restoring import restored
 from torchfuse.surgery import folded_layer, plain_layer
 
@@ -96,18 +95,18 @@ def _resized(value: Any, batch: bool, spatial: bool) -> Any:
     return value
 
 
-def is_finite(output: Any) -> bool:
-    """Whether all tensors in a nested output are."""
+def is_finite(output: dict[str, Any]) -> bool:
+    """Whether all tensors in an output are."""
     return all(
         bool(torch.isfinite(leaf).all())
-        for _, leaf in named_leaves(output)
+        for leaf in output.values()
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized
     )
 
 
 def widened(
     copied: Callable[[nn.Module], nn.Module], model: nn.Module, tried: Sequence[Case]
-) -> tuple[nn.Module, list[Case], list[Any]] | None:
+) -> tuple[nn.Module, list[Case], list[dict[str, Any]]] | None:
     """The model, its cases and its outputs in float64; None if it does not run like that."""
     wide = copied(model).double()
     wide_cases = [Case(_widened(c.args), _widened(dict(c.kwargs)), c.method) for c in tried]
@@ -118,18 +117,12 @@ def widened(
     return wide, wide_cases, outputs
 
 
-def outputs_of(model: nn.Module, cases: Sequence[Case]) -> list[Any]:
+def outputs_of(model: nn.Module, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """What `model` returns on each case, from the same random state; nothing is left changed."""
-    outputs = []
-    for case in cases:
-        args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
-        with restored(model):
-            called = model if case.method == "forward" else getattr(model, case.method)
-            outputs.append(copy_tensors(called(*args, **kwargs)))
-    return outputs
+    return [run(model, case) for case in cases]
 
 
-def compare(expected: Sequence[Any], actual: Sequence[Any]) -> Equivalence:
+def compare(expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]) -> Equivalence:
     """The differences over all cases."""
     records: list[OutputDifference] = []
     for number, (a, b) in enumerate(zip(expected, actual, strict=True)):
