@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
+import torchfuse
 from as_if_trained import as_if_trained
 from foldable import count
 from fusing_checks import IMAGE, ROW, assert_same, like
@@ -304,3 +305,25 @@ def test_a_program_without_example_inputs_cannot_be_proved() -> None:
     with pytest.raises(InputError, match="holds no example inputs to prove the fusions on"):
         fold(program, prove=True)
     assert len(fold(program, prove=False).plan.fusions) == 1
+
+
+def test_fuse_exported_gives_the_program_the_plan_the_proof_and_the_key_map() -> None:
+    program = exported(lambda m, x: m.bn(m.conv(x)))
+    result = torchfuse.fuse_exported(program)
+    assert isinstance(result.model, ExportedProgram)
+    assert [fusion.modules for fusion in result.plan.fusions] == [("conv", "bn")]
+    assert result.check.passed
+    assert len(result.check.outputs) == 2  # the example inputs, and others like them
+    assert result.key_map["bn.weight"] is None
+    assert_same(program.module()(IMAGE), result.model.module()(IMAGE))
+
+
+def test_fuse_exported_without_verifying_has_no_check() -> None:
+    assert (
+        torchfuse.fuse_exported(exported(lambda m, x: m.bn(m.conv(x))), verify=False).check is None
+    )
+
+
+def test_fuse_exported_with_an_unknown_rule_is_an_error() -> None:
+    with pytest.raises(InputError, match="There is no rule 'conv_nb'; the rules are conv_bn"):
+        torchfuse.fuse_exported(exported(lambda m, x: m.bn(m.conv(x))), rules=["conv_nb"])

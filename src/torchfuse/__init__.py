@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from torchfuse.delegation import Delegation, DelegationWarning
     from torchfuse.eager import fuse_modules, fuse_modules_qat
     from torchfuse.equivalence import Equivalence, OutputDifference
+    from torchfuse.exported_fusing import fuse_exported
     from torchfuse.exporting import export, load
     from torchfuse.fusing import (
         FusionResult,
         fuse,
-        fuse_exported,
         load_unfused_state_dict,
         plan,
         unfuse,
@@ -67,7 +67,7 @@ _HOME = {
     "Skip": "planning",
     "export": "exporting",
     "fuse": "fusing",
-    "fuse_exported": "fusing",
+    "fuse_exported": "exported_fusing",
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
     "load": "exporting",

@@ -89,7 +89,9 @@ def copy_tensors(value: Any) -> Any:
         return type(value)(copy_tensors(entry) for entry in value)
     if type(value) is dict:
         return {key: copy_tensors(entry) for key, entry in value.items()}
-    return copy.deepcopy(value)
+    # Storages are cloned there; a mode that undoes writes would take that for one, and undo it.
+    with torch.utils._python_dispatch._disable_current_modes():
+        return copy.deepcopy(value)
 
 
 def compare_outputs(

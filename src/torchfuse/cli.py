@@ -7,7 +7,8 @@ import click
 
 from torchfuse.errors import TorchfuseError
 
-_COMMANDS = ("recipe", "plan", "bench")  # in the order of the work, which is the order of --help
+# In the order of the work, which is the order of --help.
+_COMMANDS = ("recipe", "plan", "fuse", "bench")
 
 
 class _Lazy(click.Group):

@@ -21,14 +21,22 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
-from torchfuse.errors import InputError
+from torchfuse.checking import verify as compare
+from torchfuse.errors import FusionError, InputError
 from torchfuse.folding import ChannelAffine, fold_into_weight
+from torchfuse.fusing import FusionResult
+from torchfuse.inputs import Case
 from torchfuse.planning import Fusion, FusionPlan, Skip
+from torchfuse.proving import other_inputs
+from torchfuse.quieting import quiet
+from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-__all__ = ["Folded", "fold"]
+    from torchfuse.equivalence import Equivalence
+
+__all__ = ["Folded", "fold", "fuse_exported"]
 
 aten = torch.ops.aten
 
@@ -88,6 +96,64 @@ class Folded:
     program: ExportedProgram
     plan: FusionPlan
     key_map: dict[str, str | None]  # old state_dict key → new one; None: taken in
+
+
+def fuse_exported(
+    exported_program: ExportedProgram,
+    *,
+    rules: Collection[str] | None = None,
+    verify: bool = True,
+) -> FusionResult:
+    """Return the program with every exact fusion done, the plan, the proof, and the key map.
+
+    Its scope is what was exported, over the declared dynamic sizes. With `verify`, each fusion is
+    compared on the program's own example inputs, then the whole program on them and on others of
+    the same sizes; `.check` is None without.
+
+    Raises:
+        InputError: a rule that does not exist, or `verify` for a program without example inputs.
+        FusionError: the new program differs although each of its fusions is exact.
+    """
+    if not isinstance(exported_program, ExportedProgram):
+        raise InputError(
+            f"Expected a torch.export.ExportedProgram, got {type(exported_program).__name__}; use "
+            "torchfuse.fuse for a module."
+        )
+    folded = fold(exported_program, prove=verify, rules=_known(rules))
+    check = _compared(exported_program, folded.program) if verify else None
+    if check is not None and not check.passed:
+        raise FusionError(
+            f"The fused program differs from the given one ({check.problems[0]}), although each "
+            "fusion was exact on its own; is the program deterministic?"
+        )
+    return FusionResult(folded.program, folded.plan, check, folded.key_map)
+
+
+def _known(rules: Collection[str] | None) -> Collection[str] | None:
+    names = [rule.name for rule in RULES]
+    for name in rules or ():
+        if name not in names:
+            raise InputError(f"There is no rule '{name}'; the rules are {', '.join(names)}.")
+    return rules
+
+
+def _compared(old: ExportedProgram, new: ExportedProgram) -> Equivalence:
+    """Return how far `new` is from `old` on the example inputs, and on others of their sizes."""
+    if old.example_inputs is None:
+        raise _no_example_inputs()
+    args, kwargs = old.example_inputs
+    case = Case(tuple(args), dict(kwargs))
+    with quiet():
+        # Copies: running a program may change its buffers.
+        before, after = copy.deepcopy(old).module(), copy.deepcopy(new).module()
+        return compare(before, after, [case, other_inputs(case, seed=0)])
+
+
+def _no_example_inputs() -> InputError:
+    return InputError(
+        "The exported program holds no example inputs to prove the fusions on; export it with "
+        "them, or pass verify=False."
+    )
 
 
 def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None = None) -> Folded:
@@ -473,10 +539,7 @@ def _differences(
     if not pairs:
         return {}
     if old.example_inputs is None:
-        raise InputError(
-            "The exported program holds no example inputs to prove the fusions on; export it with "
-            "them, or pass verify=False."
-        )
+        raise _no_example_inputs()
     before = _Recorder(old, outputs=set(pairs), inputs={pair.layer for pair in pairs.values()})
     # Each folded layer is given what it was given before, so that only its own fold can differ.
     after = _Recorder(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchfuse import checking, proving
+from torchfuse import proving
 from torchfuse.capture import record
 from torchfuse.errors import FusionError, InputError
 from torchfuse.inputs import Case, cases
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FusionResult",
     "fuse",
-    "fuse_exported",
     "load_unfused_state_dict",
     "plan",
     "unfuse",
@@ -104,34 +103,6 @@ def fuse(
         record_.folded.append(folded)
     plan_ = replace(found.plan(), originals_bytes=sum(folded.originals_bytes for folded in applied))
     return FusionResult(target, plan_, check, _key_map(old_keys, applied))
-
-
-def fuse_exported(
-    exported_program: ExportedProgram, *, rules: Sequence[str] | None = None, verify: bool = True
-) -> FusionResult:
-    """A new program with every exact fusion done, the plan, the proof, and where each key went.
-
-    The program's one method and its declared dynamic shapes are the scope. With `verify`, each
-    fusion and the whole are compared on the program's own example inputs.
-    """
-    from torchfuse import exported_fusing
-
-    if not isinstance(exported_program, ExportedProgram):
-        raise InputError(
-            f"Expected a torch.export.ExportedProgram, got {type(exported_program).__name__}; use "
-            "torchfuse.fuse for a module."
-        )
-    if rules is not None:
-        _chosen(rules)
-        raise InputError("fuse_exported folds every batch norm; leave out `rules`.")
-    folded = exported_fusing.fold(exported_program, prove=verify)
-    check = None
-    if verify:
-        args, kwargs = exported_program.example_inputs
-        check = checking.verify(
-            exported_program.module(), folded.program.module(), Case(tuple(args), kwargs)
-        )
-    return FusionResult(folded.program, folded.plan, check, folded.key_map)
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:

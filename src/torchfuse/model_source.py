@@ -54,8 +54,9 @@ class LoadedModel:
     """A model in evaluation mode, or an exported program, and the example inputs to run it on."""
 
     name: str  # as given on the command line
-    model: nn.Module | ExportedProgram
+    model: Any  # nn.Module or, if `exported`, torch.export.ExportedProgram
     example_inputs: Any  # as `torchfuse.plan` takes them
+    exported: bool = False
 
 
 def parse_source(text: str) -> ModelSource:
@@ -124,7 +125,8 @@ def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> 
         if weights is not None:
             raise InputError(f"'{text}' holds its own weights; leave out --weights {weights}.")
         program = _load_program(source.path)
-        return LoadedModel(text, program, _example_inputs(text, specs, _saved_inputs(program)))
+        given = _example_inputs(text, specs, _saved_inputs(program))
+        return LoadedModel(text, program, given, exported=True)
     model, given = _build(text, source)
     if weights is not None:
         _load_weights(model, weights)

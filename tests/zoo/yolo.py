@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, SiLU; `forward_fuse` is the method without the norm."""
+    """Convolution, batch norm, SiLU."""
 
     default_activation = nn.SiLU()  # one object for all layers, as in the original
 
@@ -20,9 +20,6 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
-
-    def forward_fuse(self, x: Tensor) -> Tensor:
-        return self.act(self.conv(x))
 
 
 class Bottleneck(nn.Module):

@@ -50,7 +50,7 @@ def _headline(plan: FusionPlan) -> str:
 def _fused(plan: FusionPlan) -> Table:
     table = _table("Fused, and what each fusion saves", show_footer=True)
     table.add_column("rule", "total", no_wrap=True)
-    table.add_column("modules", f"{len(plan.fusions)} fusions", overflow="fold")
+    table.add_column("modules", _fusions(len(plan.fusions)), overflow="fold")
     for heading, total in (
         ("parameters", _count(plan.parameters_saved)),
         ("traffic", _bytes(plan.traffic_saved_bytes)),
@@ -83,7 +83,7 @@ def _not_fused(skips: tuple[Skip, ...]) -> Table:
 def _scope(plan: FusionPlan) -> RenderableType:
     sentences = [Text(sentence) for sentence in plan.scope]
     return Group(
-        Text("This holds for", style="italic"),
+        Text("Scope", style="italic"),
         *(Padding(sentence, (0, 0, 0, 2)) for sentence in sentences),
     )
 
@@ -102,6 +102,10 @@ def _table(title: str, *, show_footer: bool = False) -> Table:
 
 def _modules(entry: Fusion | Skip) -> Text:
     return Text(" + ".join(entry.modules))  # Text: a module may be called "[bold]"
+
+
+def _fusions(number: int) -> str:
+    return "1 fusion" if number == 1 else f"{number} fusions"
 
 
 def _count(number: int) -> str:

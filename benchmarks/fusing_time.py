@@ -1,0 +1,132 @@
+"""How long planning and fusing take, beside a forward pass and beside torch's own fuser.
+
+    python benchmarks/fusing_time.py --json fusing_time.json
+
+One thread, one process, variants in turn, medians. Ends with status 1 if `plan` takes more than 2.5
+forward passes + 100 ms, or fusing ResNet-50 takes longer than torch.fx.experimental.optimization.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.fx.experimental import optimization
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import torchfuse
+from torchfuse.models.mobilenet_v2 import MobileNetV2
+from zoo import FAMILIES, Entry
+from zoo.resnet import Bottleneck, ResNet
+
+PASSES, FIXED_S = 2.5, 0.1  # what `plan` may take
+
+RESNET_50 = Entry("ResNet-50, 64×64", lambda: ResNet(Bottleneck, (3, 4, 6, 3)), (3, 64, 64))
+MODELS = (
+    RESNET_50,
+    Entry("ResNet-50, 224×224", lambda: ResNet(Bottleneck, (3, 4, 6, 3)), (3, 224, 224)),
+    Entry("MobileNetV2, 224×224", MobileNetV2, (3, 224, 224)),
+    *FAMILIES,
+)
+
+
+def main() -> None:
+    """Time the models, print two tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    planning = [_planning(entry, options.rounds) for entry in MODELS]
+    fusing = _fusing(RESNET_50, options.rounds)
+
+    table = Table(title=f"Planning, median of {options.rounds}, ms")
+    for heading in ("model", "forward pass", "plan", "allowed", ""):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in planning:
+        within = "" if row["plan_s"] <= row["allowed_s"] else "too slow"
+        figures = (f"{row[key] * 1e3:.1f}" for key in ("forward_s", "plan_s", "allowed_s"))
+        table.add_row(str(row["model"]), *figures, within)
+    Console(width=100).print(table)
+    table = Table(title=f"Fusing {RESNET_50.name}, median of {options.rounds}, ms")
+    table.add_column("call")
+    table.add_column("", justify="right")
+    for name, seconds in fusing.items():
+        table.add_row(name, f"{seconds * 1e3:.1f}")
+    Console(width=100).print(table)
+    ours, *_, theirs = fusing.values()
+    print(f"torchfuse takes {ours / theirs:.2f}× the time of torch's fuser.")
+    if options.json:
+        report = {"torch": torch.__version__, "planning": planning, "fusing_s": fusing}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    sys.exit(ours > theirs or any(row["plan_s"] > row["allowed_s"] for row in planning))
+
+
+def _planning(entry: Entry, rounds: int) -> dict[str, str | float]:
+    model, inputs = entry.model(), entry.inputs(1)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(inputs)
+
+    seconds = _medians({"forward": forward, "plan": lambda: torchfuse.plan(model, inputs)}, rounds)
+    allowed = PASSES * seconds["forward"] + FIXED_S
+    return {
+        "model": entry.name,
+        "forward_s": seconds["forward"],
+        "plan_s": seconds["plan"],
+        "allowed_s": allowed,
+    }
+
+
+def _fusing(entry: Entry, rounds: int) -> dict[str, float]:
+    """Return seconds per call: each is given a model of its own, made before the clock starts."""
+    model, inputs = entry.model(), entry.inputs(1)
+    models: list[nn.Module] = []
+
+    def ours(**more: bool) -> Callable[[], object]:
+        def call() -> object:
+            return torchfuse.fuse(models.pop(), inputs, inplace=True, **more)
+
+        return call
+
+    variants = {
+        "torchfuse.fuse(inplace=True, verify=False, keep_originals=False)": ours(
+            verify=False, keep_originals=False
+        ),
+        "torchfuse.fuse(inplace=True)": ours(),
+        "torch.fx.experimental.optimization.fuse(inplace=True)": lambda: optimization.fuse(
+            models.pop(), inplace=True
+        ),
+        "torch.fx.experimental.optimization.fuse": lambda: optimization.fuse(models.pop()),
+    }
+    return _medians(variants, rounds, before=lambda: models.append(copy.deepcopy(model)))
+
+
+def _medians(
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Return the median seconds of each variant: in turn, after one round that is not counted."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, call in variants.items():
+            before()
+            began = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - began)
+    return {name: median(taken[1:]) for name, taken in samples.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""`torchfuse plan`: what can be fused in a model, and why the rest cannot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+from torchfuse import model_source
+from torchfuse.errors import InputError
+from torchfuse.render import plan as render
+from torchfuse.worth import TARGETS, worth
+
+if TYPE_CHECKING:
+    from torchfuse.planning import FusionPlan
+
+__all__ = ["command", "planned", "print_plan"]
+
+_STDOUT = "-"
+_ANY = "any"
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option(
+    "--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
+    help="An example input, such as 1x3x224x224 or mask=1x77:bool; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--weights", type=click.Path(path_type=Path), metavar="FILE",
+    help="A state dict to load first: .pt, .pth or .safetensors.",
+)  # fmt: skip
+@click.option("--rule", "rules", multiple=True, metavar="RULE", help="Only this rule; repeatable.")
+@click.option(
+    "--json", "json_file", is_flag=False, flag_value=_STDOUT, metavar="[FILE]",
+    help="Write the plan as JSON to FILE, or print it instead of the table.",
+)  # fmt: skip
+@click.option(
+    "--fail-on-skip", "fail_on", multiple=True, metavar="RULE",
+    help=f"End with status 1 if RULE left something alone; '{_ANY}' is every rule; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--target", type=click.Choice(sorted(TARGETS)),
+    help="Say whether fusing is worth it there: some targets fold batch norms on their own.",
+)  # fmt: skip
+def command(
+    model: str,
+    inputs: tuple[str, ...],
+    weights: Path | None,
+    rules: tuple[str, ...],
+    json_file: str | None,
+    fail_on: tuple[str, ...],
+    target: str | None,
+) -> None:
+    """Print what can be fused in MODEL, and why the rest cannot; nothing is changed.
+
+    MODEL is path/to/file.py:callable, package.module:callable, or an exported program file.pt2. It
+    is planned in evaluation mode.
+    """
+    loaded = model_source.load(model, inputs, weights)
+    plan = planned(loaded, rules)
+    _check_rules(fail_on)
+    if json_file == _STDOUT:
+        click.echo(plan.to_json())
+    else:
+        print_plan(plan, target)
+    if json_file not in (None, _STDOUT):
+        from torchfuse.artifacts import write_atomically
+
+        assert json_file is not None
+        write_atomically(json_file, (plan.to_json() + "\n").encode())
+    _fail_on_skips(plan, fail_on)
+
+
+def planned(loaded: model_source.LoadedModel, rules: tuple[str, ...]) -> FusionPlan:
+    """Return the plan for a loaded model or exported program."""
+    import torchfuse
+    from torchfuse.planning import FusionPlan
+
+    if loaded.exported:
+        plan = torchfuse.fuse_exported(loaded.model, rules=rules or None, verify=False).plan
+    else:
+        plan = torchfuse.plan(loaded.model, loaded.example_inputs, rules=rules or None)
+    assert isinstance(plan, FusionPlan)
+    return plan
+
+
+def print_plan(plan: FusionPlan, target: str | None = None) -> None:
+    """Print the table; rows are wrapped on a terminal, and one line each in a pipe or file."""
+    if sys.stdout.isatty():
+        Console().print(render.renderable(plan))
+    else:
+        click.echo(render.text(plan))
+    if target is not None:
+        click.echo(f"\n{worth(plan, target)}")
+
+
+def _check_rules(names: tuple[str, ...]) -> None:
+    from torchfuse.rules import RULES
+
+    known = [rule.name for rule in RULES]
+    for name in names:
+        if name not in (*known, _ANY):
+            raise InputError(
+                f"--fail-on-skip '{name}' is no rule; the rules are {', '.join(known)}, "
+                f"or '{_ANY}'."
+            )
+
+
+def _fail_on_skips(plan: FusionPlan, fail_on: tuple[str, ...]) -> None:
+    left = [skip for skip in plan.skips if skip.rule in fail_on or _ANY in fail_on]
+    if left:
+        first = f"{' + '.join(left[0].modules)}: {left[0].reason}"
+        click.echo(f"torchfuse: {len(left)} left alone, first {first}", err=True)
+        sys.exit(1)

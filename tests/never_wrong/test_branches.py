@@ -1,0 +1,171 @@
+"""One run shows one side of a branch: the other stays right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchfuse
+from fusing_checks import IMAGE, ConvBn, assert_left_alone, check, trained
+
+
+def test_a_data_dependent_branch_after_the_conv_is_left_alone() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) if x.mean() > 0 else y
+
+    model = trained(Model(), IMAGE)
+    others = (IMAGE.abs() + 1, -IMAGE.abs() - 1)
+    for inputs in others:  # planned on either side
+        assert_left_alone(model, inputs, because="(branch|bool|depend)", others=others)
+
+
+def test_item_is_a_branch_too() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) if x.sum().item() > 0 else F.relu(y)
+
+    others = (IMAGE.abs() + 1, -IMAGE.abs() - 1)
+    for inputs in others:
+        check(trained(Model(), IMAGE), inputs, others=others)
+
+
+def test_a_shape_dependent_branch_is_left_alone() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) if x.shape[-1] <= 8 else y
+
+    others = (torch.randn(2, 4, 12, 12), torch.randn(2, 4, 5, 5))
+    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(shape|size|branch)", others=others)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda x: x.size(0) == 2,
+        lambda x: len(x) == 2,
+        lambda x: x.numel() == 512,
+        lambda x: x.shape == (2, 4, 8, 8),
+        lambda x: x.is_contiguous(),
+        lambda x: bool((x > -50).all()),
+        lambda x: int(x.abs().max()) < 5,
+        lambda x: float(x[0, 0, 0, 0]) > -40,
+        lambda x: torch.equal(x, x.clone()) and x.size(2) == 8,
+        lambda x: x.max() in (x.max(),) and x.shape[3] == 8,
+        lambda x: x.stride(0) == 256,
+        lambda x: torch.is_tensor(x) and x.nelement() == 512,
+    ],
+)
+def test_whatever_a_branch_asks_the_other_side_stays_right(condition: object) -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) if condition(x) else y
+
+    others = (
+        torch.randn(3, 4, 12, 8),
+        torch.randn(3, 4, 8, 8),
+        IMAGE - 100,
+        IMAGE * 10,
+        IMAGE.contiguous(memory_format=torch.channels_last),
+        torch.randn(2, 4, 8, 9),
+    )
+    check(trained(Model(), IMAGE), IMAGE, others=others)
+
+
+def test_a_branch_before_the_conv_does_not_hide_the_other_side() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.mean() > 0:
+                return self.bn(self.conv(x))
+            return self.conv(x)
+
+    others = (IMAGE.abs() + 1, -IMAGE.abs() - 1)
+    for inputs in others:
+        check(trained(Model(), IMAGE), inputs, others=others)
+
+
+def test_a_caught_error_is_a_branch() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            try:
+                x.view(2, 4, 64)
+            except RuntimeError:
+                return y
+            return self.bn(y)
+
+    check(trained(Model(), IMAGE), IMAGE, others=(torch.randn(3, 4, 8, 8), torch.randn(2, 4, 6, 6)))
+
+
+def test_torch_cond_stays_right() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return torch.where(x.mean() > 0, self.bn(y), y)
+
+    check(trained(Model(), IMAGE), IMAGE, others=(IMAGE.abs() + 1, -IMAGE.abs() - 1))
+
+
+def test_a_branch_on_the_training_flag_stays_right_in_both_modes() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y if self.training else self.bn(y)
+
+    model = trained(Model(), IMAGE)
+    result = check(model, IMAGE)
+    model.train()
+    result.model.train()
+    if result.plan.fusions:
+        assert any("eval" in sentence for sentence in result.plan.scope)
+    else:
+        torch.testing.assert_close(result.model(IMAGE), model(IMAGE))
+
+
+def test_several_example_inputs_are_merged() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) if x.shape[-1] <= 8 else y
+
+    model = trained(Model(), IMAGE)
+    large = torch.randn(2, 4, 12, 12)
+    result = torchfuse.fuse(model, [IMAGE, large])
+    assert result.plan.fusions == ()
+    torch.testing.assert_close(result.model(large), model(large))
+
+
+def test_a_layer_that_only_one_case_reaches_stays_right() -> None:
+    class Model(ConvBn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv2 = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor, deep: bool = False) -> Tensor:
+            y = self.conv(x)
+            return self.bn(self.conv2(y)) if deep else self.bn(y)
+
+    model = trained(Model(), IMAGE)
+    cases = [{"x": IMAGE}, {"x": IMAGE, "deep": True}]
+    result = torchfuse.fuse(model, cases)
+    for case in cases:
+        torch.testing.assert_close(result.model(**case), model(**case))
+
+
+def test_a_random_branch_stays_right() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) if torch.rand(()) < 0.5 else y
+
+    model = trained(Model(), IMAGE)
+    result = torchfuse.fuse(model, IMAGE)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = model(IMAGE)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(result.model(IMAGE), expected)

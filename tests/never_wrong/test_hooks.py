@@ -1,0 +1,66 @@
+"""Hooks see and change what they saw and changed."""
+
+import pytest
+from torch import Tensor, nn
+
+import torchfuse
+from fusing_checks import IMAGE, ConvBn, assert_left_alone, check, trained
+
+
+def test_a_hook_that_changes_the_conv_output_is_respected() -> None:
+    model = trained(ConvBn(), IMAGE)
+    model.conv.register_forward_hook(lambda module, args, output: output * 2)
+    assert_left_alone(model, IMAGE, because="hook|comes from mul")
+
+
+def test_a_hook_that_sees_the_conv_output_still_sees_it() -> None:
+    model = trained(ConvBn(), IMAGE)
+    seen: list[float] = []
+    model.conv.register_forward_hook(lambda module, args, output: seen.append(output.sum().item()))
+    assert_left_alone(model, IMAGE, because="hook")
+    seen.clear()
+    fused = torchfuse.fuse(model, IMAGE).model
+    seen.clear()
+    model(IMAGE)
+    fused(IMAGE)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+
+
+def test_a_hook_that_changes_the_batch_norm_input_is_respected() -> None:
+    model = trained(ConvBn(), IMAGE)
+    model.bn.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    check(model, IMAGE)
+
+
+def test_a_hook_on_the_conv_input_stays_and_is_right() -> None:
+    model = trained(ConvBn(), IMAGE)
+    model.conv.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    check(model, IMAGE)
+
+
+def test_a_hook_on_the_batch_norm_output_stays_and_is_right() -> None:
+    model = trained(ConvBn(), IMAGE)
+    model.bn.register_forward_hook(lambda module, args, output: output.abs())
+    result = check(model, IMAGE)
+    assert (result.model(IMAGE) >= 0).all()
+
+
+def test_a_global_module_hook_is_respected() -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+
+    def double_convs(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        return output * 2 if isinstance(module, nn.Conv2d) else None
+
+    model = trained(ConvBn(), IMAGE)
+    handle = register_module_forward_hook(double_convs)
+    try:
+        check(model, IMAGE)
+    finally:
+        handle.remove()
+
+
+def test_a_backward_hook_on_the_batch_norm_is_not_lost_in_silence() -> None:
+    model = trained(ConvBn(), IMAGE)
+    model.bn.register_full_backward_hook(lambda module, grads, outputs: None)
+    result = check(model, IMAGE)
+    assert not result.plan.fusions or result.model.bn._backward_hooks

@@ -1,0 +1,86 @@
+"""Other public methods than `forward` stay right."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, check, trained
+
+
+def test_a_public_method_that_returns_the_conv_output_is_left_alone() -> None:
+    class Model(ConvBn):
+        def forward_features(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    assert_left_alone(
+        trained(Model(), IMAGE), IMAGE, because="forward_features", methods=("forward_features",)
+    )
+
+
+def test_a_public_method_that_skips_the_batch_norm_is_left_alone_yolo() -> None:
+    class Model(ConvBn):
+        def forward_fuse(self, x: Tensor) -> Tensor:
+            return F.silu(self.conv(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(self.bn(self.conv(x)))
+
+    check(trained(Model(), IMAGE), IMAGE, methods=("forward_fuse",))
+
+
+def test_a_method_that_goes_through_forward_is_no_obstacle() -> None:
+    class Model(ConvBn):
+        def predict(self, x: Tensor) -> Tensor:
+            return self(x).argmax(1)
+
+    assert_fuses(trained(Model(), IMAGE), IMAGE, methods=("predict",))
+
+
+def test_a_method_of_the_owner_of_the_block_is_seen() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = ConvBn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)
+
+        def hidden(self, x: Tensor) -> Tensor:
+            return self.block.conv(x)
+
+    check(trained(Outer(), IMAGE), IMAGE, methods=("hidden",))
+
+
+def test_a_method_that_reaches_modules_by_index_is_seen() -> None:
+    class Model(nn.Sequential):
+        def stem(self, x: Tensor) -> Tensor:
+            return self[0](x)
+
+    model = trained(Model(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), IMAGE)
+    check(model, IMAGE, methods=("stem",))
+
+
+def test_a_method_that_reaches_modules_by_name_is_seen() -> None:
+    class Model(ConvBn):
+        def at(self, x: Tensor) -> Tensor:
+            return dict(self.named_children())["conv"](x)
+
+    check(trained(Model(), IMAGE), IMAGE, methods=("at",))
+
+
+def test_a_method_inherited_from_a_base_class_is_seen() -> None:
+    class Base(ConvBn):
+        def features(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    class Model(Base):
+        pass
+
+    check(trained(Model(), IMAGE), IMAGE, methods=("features",))
+
+
+def test_a_sequential_within_a_sequential_is_adjacent_by_structure() -> None:
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4)),
+    )
+    assert_fuses(trained(model, IMAGE), IMAGE, times=2)

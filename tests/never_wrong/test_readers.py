@@ -1,0 +1,229 @@
+"""An output that something else reads, keeps or changes is not folded away.
+
+The numbers are upstream issues: pt is pytorch/pytorch, ao pytorch/ao.
+"""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchfuse
+from fusing_checks import (
+    IMAGE,
+    ConvBn,
+    assert_fuses,
+    assert_left_alone,
+    check,
+    check_not_folded,
+    trained,
+)
+
+SECOND_READERS = {
+    "an addition": lambda y, z: z + y,
+    "an addition in place": lambda y, z: z.add_(y),
+    "a view": lambda y, z: (z, y.view(-1)[3]),
+    "a detached alias": lambda y, z: (z, y.detach()),
+    "a slice": lambda y, z: (z, y[:, :1] * 1),
+    "a mean": lambda y, z: z + y.mean((2, 3), keepdim=True),
+    "a cat": lambda y, z: torch.cat([z, y], 1),
+    "an output": lambda y, z: (z, y),
+    "an output in a dict": lambda y, z: {"logits": z, "hidden": [y]},
+    "numpy": lambda y, z: z * float(y.detach().numpy().mean()),
+    "a python number": lambda y, z: z * y.sum().item(),
+    "a list of numbers": lambda y, z: z * y.flatten().tolist()[0],
+    "a format": lambda y, z: (z, f"{y.mean():.3f}"),
+    "a chunk": lambda y, z: z + y.chunk(2, 1)[0].repeat(1, 2, 1, 1),
+    "an iteration": lambda y, z: z + next(iter(y)),
+    "an index": lambda y, z: z + y[0, 0, 0, 0],
+    "an einsum": lambda y, z: z + torch.einsum("nchw->n", y).view(-1, 1, 1, 1),
+    "DLPack": lambda y, z: z + torch.from_dlpack(y.detach()),
+    "a data alias": lambda y, z: z + y.data,
+}
+
+
+@pytest.mark.parametrize("reader", SECOND_READERS)
+def test_a_conv_output_with_a_second_reader_is_left_alone_pt197539(reader: str) -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> object:
+            y = self.conv(x)
+            return SECOND_READERS[reader](y, self.bn(y))
+
+    assert_left_alone(
+        trained(Model(), IMAGE), IMAGE, because="(output|read|used|alive|held|seen|branch|value)"
+    )
+
+
+def test_a_view_made_before_and_read_after_the_batch_norm_is_a_reader() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            view = y.flatten(1)
+            return self.bn(y).flatten(1) + view
+
+    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(output|read|used)")
+
+
+def test_a_change_in_place_between_conv_and_batch_norm_is_seen() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y += 1
+            return self.bn(y)
+
+    check_not_folded(Model())
+
+
+def test_a_change_through_a_view_is_seen() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y[:, 0].zero_()
+            return self.bn(y)
+
+    check_not_folded(Model())
+
+
+def test_a_change_through_out_is_seen() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            torch.add(y, 1.0, out=y)
+            return self.bn(y)
+
+    with torch.no_grad():
+        check_not_folded(Model())
+
+
+def test_a_change_through_data_is_seen() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y.data.mul_(2)
+            return self.bn(y)
+
+    check_not_folded(Model())
+
+
+def test_shape_queries_are_not_readers() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            assert y.dim() == 4
+            assert y.dtype == torch.float32
+            assert not y.is_cuda
+            assert y.device.type == "cpu"
+            return self.bn(y)
+
+    assert_fuses(trained(Model(), IMAGE), IMAGE)
+
+
+def test_an_output_kept_on_the_model_is_a_reader() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            self.features = self.conv(x)
+            return self.bn(self.features)
+
+    model = trained(Model(), IMAGE)
+    del model.features
+    result = assert_left_alone(model, IMAGE, because="(kept|held|alive|outlives)")
+    assert not hasattr(model, "features"), "the recorded run left something on the model"
+    result.model(IMAGE)
+    torch.testing.assert_close(result.model.features, model.conv(IMAGE))
+
+
+def test_an_output_kept_in_a_list_outside_is_a_reader() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            kept.append(y)
+            return self.bn(y)
+
+    kept: list[Tensor] = []
+    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(kept|held|alive|outlives)")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_an_output_read_by_a_scripted_function_is_seen() -> None:
+    @torch.jit.script
+    def mean(x: Tensor) -> Tensor:
+        return x.mean()
+
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + mean(y)
+
+    check_not_folded(Model())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_an_output_read_by_a_scripted_module_is_seen() -> None:
+    class Model(ConvBn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + self.scripted(y)
+
+    model = ConvBn.eval(Model())
+    assert torchfuse.plan(model, IMAGE).fusions == ()
+
+
+def test_an_output_read_in_another_thread_is_seen() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            result = []
+            thread = threading.Thread(target=lambda: result.append(y.detach().mean()))
+            thread.start()
+            thread.join()
+            return self.bn(y) + result[0]
+
+    check_not_folded(Model())
+
+
+def test_a_conv_that_runs_in_another_thread_stays_right() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            result = []
+            thread = threading.Thread(target=lambda: result.append(self.conv(x.detach())))
+            thread.start()
+            thread.join()
+            return self.bn(result[0])
+
+    check(trained(Model(), IMAGE).requires_grad_(False), IMAGE)
+
+
+def test_an_output_read_by_a_custom_autograd_function_is_seen() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + Double.apply(y)
+
+    check_not_folded(Model())
+
+
+def test_an_output_changed_by_a_custom_autograd_function_before_the_batch_norm_is_seen() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 2
+
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(Double.apply(self.conv(x)))
+
+    check_not_folded(Model())

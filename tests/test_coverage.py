@@ -1,0 +1,26 @@
+"""Every batch norm that can be folded is folded, and the outputs stay."""
+
+import pytest
+
+from coverage_of_model import coverage
+from zoo import FAMILIES, HAND_WRITTEN, Entry
+
+TOLERANCE = 1e-4  # max|a − b| / max|a| in float32, over every output
+
+
+@pytest.mark.parametrize("entry", HAND_WRITTEN, ids=lambda entry: entry.name)
+def test_hand_written_models_are_covered(entry: Entry) -> None:
+    check(entry)
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.name)
+def test_transformers_families_are_covered(entry: Entry) -> None:
+    pytest.importorskip("transformers")
+    check(entry)
+
+
+def check(entry: Entry) -> None:
+    covered = coverage(entry)
+    assert covered.expected > 0
+    assert covered.folded == covered.expected, covered.skips
+    assert covered.max_rel <= TOLERANCE

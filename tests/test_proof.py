@@ -1,0 +1,129 @@
+"""A fold that is 1 % off is found, rolled back and reported, even if only some inputs show it."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchfuse
+from fusing_checks import IMAGE, relative_difference, trained
+from torchfuse.folding import fold_into_weight
+
+Fold = tuple[Tensor, Tensor]
+
+
+class Two(nn.Module):
+    """Two pairs: the first has 4 output channels, the second 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return trained(Two(), IMAGE)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor, Tensor], Fold]) -> None:
+    """Make every fold of torchfuse go through `wrong`, wherever it was imported."""
+
+    def planted(*args: object, **kwargs: object) -> Fold:
+        return wrong(*fold_into_weight(*args, **kwargs))
+
+    found = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("torchfuse.")
+        and getattr(module, "fold_into_weight", None) is fold_into_weight
+    ]
+    assert found
+    for module in found:
+        monkeypatch.setattr(module, "fold_into_weight", planted)
+
+
+PLANTS = {
+    "weight 1 % too large": lambda w, b: (w * 1.01, b),
+    "bias 1 % too large": lambda w, b: (w, b * 1.01),
+    "one channel 1 % too large": lambda w, b: (
+        torch.cat([w[:1] * 1.01, w[1:]]),
+        b,
+    ),
+    "bias forgotten": lambda w, b: (w, b * 0),
+    "channels in another order": lambda w, b: (w.flip(0), b.flip(0)),
+    "not a number": lambda w, b: (w * float("nan"), b),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_wrong_fold_is_rolled_back_and_reported(
+    name: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(torchfuse.fuse(model, IMAGE).plan.fusions) == 2
+    plant(monkeypatch, PLANTS[name])
+    result = torchfuse.fuse(model, IMAGE)
+    assert result.plan.fusions == ()
+    assert {skip.modules for skip in result.plan.skips} == {("conv1", "bn1"), ("conv2", "bn2")}
+    assert torch.equal(result.model(IMAGE), model(IMAGE))
+    assert type(result.model.bn1) is nn.BatchNorm2d
+    assert result.check.passed
+
+
+def test_only_the_wrong_one_is_rolled_back(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, lambda w, b: (w * 1.01 if len(w) == 4 else w, b))
+    result = torchfuse.fuse(model, IMAGE)
+    assert [fusion.modules for fusion in result.plan.fusions] == [("conv2", "bn2")]
+    (skip,) = result.plan.skips
+    assert skip.modules == ("conv1", "bn1")
+    assert "did not pass its proof" in skip.reason
+    assert relative_difference(model(IMAGE), result.model(IMAGE)) < 1e-5
+
+
+def test_in_place_a_wrong_fold_leaves_the_model_as_it_was(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plant(monkeypatch, PLANTS["weight 1 % too large"])
+    torchfuse.fuse(model, IMAGE, inplace=True)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_percent_is_seen_in_half_precision_too(
+    dtype: torch.dtype, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.to(dtype)
+    assert len(torchfuse.fuse(model, IMAGE.to(dtype)).plan.fusions) == 2
+    plant(monkeypatch, lambda w, b: (w * 1.01, b))
+    assert torchfuse.fuse(model, IMAGE.to(dtype)).plan.fusions == ()
+
+
+def test_inputs_that_hide_the_error_are_not_the_only_ones_tried(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, PLANTS["weight 1 % too large"])
+    result = torchfuse.fuse(model, torch.zeros_like(IMAGE))
+    assert ("conv1", "bn1") in {skip.modules for skip in result.plan.skips}
+    assert relative_difference(model(IMAGE), result.model(IMAGE)) < 1e-5
+
+
+def test_without_verifying_nothing_is_found(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, PLANTS["weight 1 % too large"])
+    result = torchfuse.fuse(model, IMAGE, verify=False)
+    assert len(result.plan.fusions) == 2
+    assert relative_difference(model(IMAGE), result.model(IMAGE)) > 1e-3
