@@ -223,6 +223,19 @@ def with_mixed_modes():
     return model
 
 
+def in_half(weight, gamma):
+    model = settled(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), dtype=torch.float16)
+    nn.init.constant_(model[0].weight, weight)
+    nn.init.constant_(model[1].weight, gamma)
+    return model
+
+
+def with_variance(value):
+    model = settled(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8, eps=0.0))
+    nn.init.constant_(model[1].running_var, value)
+    return model
+
+
 def with_norm_in(dtype):
     model = settled(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
     model[1].to(dtype)
@@ -251,6 +264,10 @@ def with_norm_in(dtype):
             "parametrized: bake it in first",
         ),
         (with_norm_in(torch.float64), "convert one of them first"),
+        (in_half(60.0, 2000.0), "would not be finite in torch.float16"),
+        (in_half(1e-3, 3e-5), "would lose more than rounding in torch.float16"),
+        (with_variance(0.0), "would not be finite in torch.float32"),
+        (with_variance(float("nan")), "would not be finite in torch.float32"),
         (
             nn.Sequential(nn.Conv2d(4, 8, 3, device="meta"), nn.BatchNorm2d(8)).eval(),
             "Conv2d is on meta and the batch norm on cpu: move them to one device",
@@ -326,7 +343,38 @@ def test_a_hook_on_a_value_that_is_gone_is_named_in_a_warning():
         torchfuse.fuse_modules(model, ["0", "1"], strict=True)
 
 
+def test_a_backward_hook_on_the_conv_is_dropped_as_the_warning_says():
+    model = settled(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
+    model[0].register_full_backward_hook(lambda *_: pytest.fail("fired"))
+    with pytest.warns(FusionWarning, match="dropped the backward hook of 0"):
+        fused = torchfuse.fuse_modules(model, ["0", "1"], inplace=True)
+    fused(torch.randn(SIZE[2])).sum().backward()
+
+
+def test_modules_on_the_meta_device_are_refused():
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, device="meta"),
+        nn.BatchNorm2d(8, device="meta"),
+        nn.Conv2d(8, 8, 3, device="meta"),
+    )
+    with pytest.raises(FusionError, match="on the meta device there are no values"):
+        torchfuse.fuse_modules(model.eval(), ["0", "1"])
+
+
 # ---- custom fusers
+
+
+def test_a_fuser_method_that_returns_the_first_module_keeps_its_hooks():
+    model, fired = settled(nn.Conv2d(4, 8, 3), nn.Dropout()), []
+    model[0].register_forward_pre_hook(lambda *_: fired.append("conv pre"))
+    model[0].register_forward_hook(lambda *_: fired.append("conv"))
+    model[1].register_forward_hook(lambda *_: fired.append("dropout"))
+    method = {(nn.Conv2d, nn.Dropout): lambda is_qat, conv, dropout: conv}
+    fused = torchfuse.fuse_modules(
+        model, ["0", "1"], fuse_custom_config_dict={"additional_fuser_method_mapping": method}
+    )
+    fused(torch.randn(SIZE[2]))
+    assert fired == ["conv pre", "conv", "dropout"]
 
 
 def test_an_additional_fuser_method_is_used_for_its_types():

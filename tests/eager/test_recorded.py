@@ -104,6 +104,33 @@ def test_is_refused_before_anything_is_changed(kind, message, inplace):
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
 
 
+class NothingBetween(Net):
+    def forward(self, x):
+        y = nn.functional.dropout(self.conv(x), training=self.training).contiguous().detach()
+        return self.relu(self.bn(y.view_as(y)))
+
+
+def test_what_changes_nothing_in_between_is_looked_through():
+    model = NothingBetween().eval()
+    fused = torchfuse.fuse_modules(model, ["conv", "bn", "relu"], example_inputs=INPUT)
+    torch.testing.assert_close(fused(INPUT), model(INPUT))
+
+
+class ReadsTheWeight(Net):
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))) + self.conv.weight.sum()
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_fused_model_that_cannot_run_is_refused_and_nothing_is_changed(inplace):
+    model = ReadsTheWeight().eval()
+    with pytest.raises(
+        FusionError, match=r"cannot run: .*weight.*; forward may use a listed module"
+    ):
+        torchfuse.fuse_modules(model, ["conv", "bn", "relu"], inplace=inplace, example_inputs=INPUT)
+    assert type(model.conv) is nn.Conv2d
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_list_that_runs_in_order_is_fused(inplace):
     model = InOrder().eval()

@@ -7,7 +7,7 @@ from torch import nn
 
 from torchfuse.capture import record
 from torchfuse.checking import verify
-from torchfuse.errors import FusionError
+from torchfuse.errors import FusionError, first_line
 from torchfuse.graph import Graph, ModuleCall
 from torchfuse.inputs import cases
 
@@ -61,8 +61,11 @@ def _read_elsewhere(graph: Graph, call: ModuleCall, next_call: ModuleCall) -> bo
             inside = next_call.first <= reader.index < next_call.last
             # What the next module changes in place is its own output from then on.
             changed = value in next_call.outputs and reader.index >= next_call.last
+            # A view is no use of its own: who reads it reads the same value.
+            view = not reader.written and {result.value for result in reader.results} == {value}
             # Hooks have a warning of their own.
-            if reader.index >= call.last and not (inside or changed or reader.kind == "hook"):
+            harmless = inside or changed or view or reader.kind == "hook"
+            if reader.index >= call.last and not harmless:
                 return True
     return False
 
@@ -73,7 +76,13 @@ def check_fused_output(model: nn.Module, fused: nn.Module, example_inputs: Any) 
     Raises:
         FusionError: with the largest difference of each output that differs.
     """
-    result = verify(model, fused, example_inputs)
+    try:
+        result = verify(model, fused, example_inputs)
+    except Exception as error:
+        raise FusionError(
+            f"the fused model cannot run: {first_line(error)}; forward may use a listed module "
+            "in another way than calling it"
+        ) from error
     if not result.passed:
         raise FusionError(
             f"the fused model's output differs: {'; '.join(result.problems)} "

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from torchfuse.errors import FusionError
@@ -72,6 +72,8 @@ def check_foldable(layer: nn.Module, norm: nn.BatchNorm2d) -> None:
             f"the {type(layer).__name__} is on {weight.device} and the batch norm on "
             f"{norm.running_mean.device}: move them to one device first"
         )
+    if weight.is_meta:
+        raise FusionError("on the meta device there are no values to fold: load the weights first")
     narrow = weight.dtype in (torch.float16, torch.bfloat16)
     if weight.dtype != norm.running_mean.dtype and not (
         narrow and norm.running_mean.dtype == torch.float32
@@ -79,6 +81,27 @@ def check_foldable(layer: nn.Module, norm: nn.BatchNorm2d) -> None:
         raise FusionError(
             f"the {type(layer).__name__} is {weight.dtype} and the batch norm "
             f"{norm.running_mean.dtype}: convert one of them first"
+        )
+
+
+def check_rounding(layer: nn.Module, weight: Tensor, bias: Tensor, exact: Tensor | None) -> None:
+    """Refuse a folded weight that its dtype cannot hold: it overflows, or is lost in underflow.
+
+    `exact` is the folded weight in float64; None where its dtype has range to spare.
+    """
+    kind = f"the folded {type(layer).__name__}"
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise FusionError(
+            f"{kind} would not be finite in {weight.dtype}: the batch norm's statistics are not, "
+            "or its scale is too large; look at them, or convert both to float32 first"
+        )
+    if exact is None:
+        return
+    largest = exact.abs().amax(tuple(range(1, exact.dim())), keepdim=True)
+    if ((weight.double() - exact).abs() > torch.finfo(weight.dtype).eps * largest).any():
+        raise FusionError(
+            f"{kind} would lose more than rounding in {weight.dtype}, whose smallest numbers are "
+            "too large for it; convert both to float32 first"
         )
 
 
@@ -94,7 +117,7 @@ def refuse_sharing(model: nn.Module, names: list[str], modules: list[nn.Module])
                 f"longer be the same module; give it a module of its own"
             )
     storages = {
-        tensor.untyped_storage().data_ptr(): f"{name}.{tensor_name}"
+        tensor.untyped_storage()._cdata: f"{name}.{tensor_name}"
         for name, module in zip(names[:2], modules[:2], strict=True)
         for tensor_name, tensor in module.named_parameters()
         if tensor.numel()
@@ -103,7 +126,7 @@ def refuse_sharing(model: nn.Module, names: list[str], modules: list[nn.Module])
         if id(other) in folded:
             continue
         for tensor_name, tensor in other.named_parameters(recurse=False):
-            owner = storages.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+            owner = storages.get(tensor.untyped_storage()._cdata) if tensor.numel() else None
             own = any(other_name.startswith(f"{name}.") for name in names[:2])  # parametrizations
             if owner is not None and not own:
                 raise FusionError(

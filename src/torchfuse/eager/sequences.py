@@ -1,11 +1,13 @@
 """The sequences of modules that can be fused by name, and how each becomes one module."""
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.ao.nn.intrinsic as nni
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -14,10 +16,11 @@ from torchfuse.eager.refusals import (
     check_channels,
     check_foldable,
     check_mode,
+    check_rounding,
     check_trainable_norm,
 )
 from torchfuse.errors import FusionError
-from torchfuse.folding import ChannelAffine, fold_into_weight
+from torchfuse.folding import fold_batch_norm
 
 __all__ = [
     "SUPPORTED_SEQUENCES",
@@ -99,8 +102,8 @@ def fuse_known_modules(
     fused.training = mod_list[0].training
     if hasattr(mod_list[0], "qconfig"):
         fused.qconfig = mod_list[0].qconfig
-    _move_pre_hooks(mod_list[0], fused)
-    _move_hooks(mod_list[-1], fused)
+    _move_hooks(mod_list[0], fused, *_PRE_HOOKS)
+    _move_hooks(mod_list[-1], fused, *_HOOKS)
     identities: list[nn.Module] = [nn.Identity() for _ in mod_list[1:]]
     for identity in identities:
         identity.training = mod_list[0].training
@@ -126,47 +129,54 @@ def _fuse_sequence(sequence: _Sequence, modules: list[nn.Module], is_qat: bool) 
 
 
 def _fold(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
-    """Return a copy of `layer` (without its forward hooks) that includes `norm`."""
+    """Return a copy of `layer`, without its hooks on calls, that includes `norm`."""
     check_foldable(layer, norm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    affine = ChannelAffine.of_batch_norm(
-        norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", layer.bias)
-    groups = cast("int", layer.groups) if _is_transposed(layer) else 0
-    new_weight, new_bias = fold_into_weight(weight, bias, affine, transposed_groups=groups)
-    trainable = weight.requires_grad if bias is None else bias.requires_grad
-
-    folded = copy.copy(layer)  # shares nothing that is changed below, and copies no weight twice
-    folded.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-    for name, value in folded.__dict__.items():
-        if name.endswith("_hooks") or "_hooks_" in name:
-            setattr(folded, name, OrderedDict() if "forward" in name else copy.copy(value))
-    folded.weight = nn.Parameter(new_weight, weight.requires_grad)
-    folded.bias = nn.Parameter(new_bias, trainable)
+    weight, bias = fold_batch_norm(layer, norm)
+    exact = fold_batch_norm(_in_float64(layer), norm)[0] if _is_narrow(weight) else None
+    check_rounding(layer, weight, bias, exact)
+    had = cast("nn.Parameter", layer.weight if layer.bias is None else layer.bias)
+    folded = _shallow_copy(layer)
+    folded.weight = nn.Parameter(weight, cast("nn.Parameter", layer.weight).requires_grad)
+    folded.bias = nn.Parameter(bias, had.requires_grad)
+    for name, value in vars(folded).items():
+        if re.match(r"_(forward|backward)(_pre)?_hooks", name) and isinstance(value, dict):
+            setattr(folded, name, OrderedDict())
     return folded
 
 
-def _is_transposed(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+def _is_narrow(weight: torch.Tensor) -> bool:
+    return weight.dtype in (torch.float16, torch.bfloat16)
 
 
-def _move_pre_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Move the dicts themselves: a handle's `remove()` looks into the dict it was given."""
-    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-        setattr(target, name, getattr(source, name))
+def _in_float64(layer: nn.Module) -> nn.Module:
+    wide = _shallow_copy(layer)
+    for name, parameter in layer.named_parameters(recurse=False):
+        setattr(wide, name, nn.Parameter(parameter.detach().double(), requires_grad=False))
+    return wide
+
+
+def _shallow_copy(layer: nn.Module) -> nn.Module:
+    """Return a module whose parameters can be replaced; it copies no weight."""
+    copied = copy.copy(layer)
+    copied.__dict__ = {**vars(layer), "_parameters": dict(layer._parameters)}
+    return copied
+
+
+def _move_hooks(source: nn.Module, target: nn.Module, *names: str) -> None:
+    """Move the hooks of a call, and not their copies: a handle's `remove()` looks into its dict."""
+    if source is target:  # a fuser of the user's own may change the module that it is given
+        return
+    for name in names:
+        moved, present = getattr(source, name), getattr(target, name)
+        if present:
+            present.update(moved)
+        else:
+            setattr(target, name, moved)
         setattr(source, name, OrderedDict())
 
 
-def _move_hooks(source: nn.Module, target: nn.Module) -> None:
-    for name in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-    ):
-        setattr(target, name, getattr(source, name))
-        setattr(source, name, OrderedDict())
+_PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def type_names(types: Iterable[type[nn.Module]]) -> str:
