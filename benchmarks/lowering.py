@@ -33,7 +33,8 @@ def sample(variant: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     from torchfuse.inputs import Case
-    from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2, settle_batch_norms
+    from torchfuse.models.batch_norms import settle_batch_norms
+    from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
     from torchfuse.quantizing import quantize
     from torchfuse.quieting import quiet
     from torchfuse.targets.executorch import capture

@@ -26,12 +26,12 @@ from torchfuse.artifacts import write_atomically
 from torchfuse.errors import UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.machine import Machine, this_machine
+from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import (
     INPUT_SHAPE,
     ConvBnReLU6,
     InvertedResidual,
     MobileNetV2,
-    settle_batch_norms,
 )
 from torchfuse.render.bench import duration
 from torchfuse.targets import torchscript

@@ -112,7 +112,7 @@ def test_digits_keep_their_accuracy_through_fusing_and_quantizing(digits):
 def test_long_steps_are_announced(digits):
     assert "digits: training" in digits.steps
     assert "digits: saving int8_folded_by_lowering.pte" in digits.steps
-    assert "digits: timing, round 1 of 1" in digits.steps
+    assert "digits: timing, round 3 of 3" in digits.steps
 
 
 def test_the_result_is_json_with_every_sample(example):

@@ -154,15 +154,18 @@ def _variants(
             legacy.append("int8")
         else:
             notes.append("int8 in TorchScript: the model has no QuantStub and DeQuantStub")
-    for precision in legacy:
-        for suffix in ("pt", "ptl") if precision == legacy[-1] else ("pt",):
-            for name, module in {NOT_FUSED: model, **fused}.items():
-                yield save(module, name, suffix, precision)
-    for precision in lowered:
+    wanted: list[tuple[nn.Module, str, str, Precision]] = [
+        (module, name, suffix, precision)
+        for precision in legacy
+        for suffix in (("pt", "ptl") if precision == legacy[-1] else ("pt",))
+        for name, module in {NOT_FUSED: model, **fused}.items()
+    ]
+    wanted += [(model, FOLDED, "pte", precision) for precision in lowered]
+    for module, name, suffix, precision in wanted:
         try:
-            yield save(model, FOLDED, "pte", precision)
+            yield save(module, name, suffix, precision)
         except UnsupportedError as error:
-            notes.append(f"{precision} .pte: {error}")
+            notes.append(f"{precision} .{suffix}, {name}: {error}")
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

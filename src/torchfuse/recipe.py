@@ -17,6 +17,7 @@ from torchfuse.comparing import compare
 from torchfuse.comparison import Comparison
 from torchfuse.eager import fuse_modules
 from torchfuse.models import annotated, digits, mobilenet_v2
+from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.timing import pinned_threads
 
 __all__ = ["example_model", "run"]
@@ -46,7 +47,7 @@ def example_model(folder: Path, *, say: Say, progress: Say, runs: int) -> Compar
     with _seeded():
         model = annotated.AnnotatedConvBnReLUModel()
         calibration = torch.rand(8, *annotated.INPUT_SHAPE[1:])
-        mobilenet_v2.settle_batch_norms(model, calibration)
+        settle_batch_norms(model, calibration)
     say(f"The example model:\n{model}")
     as_in_recipe = fuse_modules(model, RECIPE_LIST)
     say(f"After fuse_modules(model, {RECIPE_LIST}), as in the recipe:\n{as_in_recipe}")
@@ -108,7 +109,7 @@ def mobilenet(folder: Path, *, progress: Say, runs: int) -> Comparison:
     progress("MobileNetV2: settling batch norms")
     with _seeded():
         images = torch.rand(4, *mobilenet_v2.INPUT_SHAPE[1:])
-        model = mobilenet_v2.settle_batch_norms(mobilenet_v2.MobileNetV2(), images)
+        model = settle_batch_norms(mobilenet_v2.MobileNetV2(), images)
     return compare(
         model,
         images[:1],

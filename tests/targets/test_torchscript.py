@@ -13,7 +13,7 @@ import torchfuse
 from torchfuse.errors import ArtifactError, UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
-from torchfuse.models.mobilenet_v2 import settle_batch_norms
+from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.quieting import quiet
 from torchfuse.targets import torchscript
 

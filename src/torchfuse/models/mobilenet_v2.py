@@ -85,20 +85,3 @@ class MobileNetV2(nn.Module):
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1)
         x = self.classifier(x)
         return x
-
-
-def settle_batch_norms(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
-    """Return `model` in eval mode, its running statistics those of one pass over `inputs`.
-
-    Untouched statistics (mean 0, variance 1) would hide a wrong fold.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average: one pass replaces the statistics
-    with torch.no_grad():
-        model.train()(inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
