@@ -27,12 +27,7 @@ from torchfuse.errors import UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.machine import Machine, this_machine
 from torchfuse.models.batch_norms import settle_batch_norms
-from torchfuse.models.mobilenet_v2 import (
-    INPUT_SHAPE,
-    ConvBnReLU6,
-    InvertedResidual,
-    MobileNetV2,
-)
+from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
 from torchfuse.render.bench import duration
 from torchfuse.targets import torchscript
 from torchfuse.timing import Measurement, measure_interleaved, ratio
@@ -77,7 +72,7 @@ def made() -> Iterator[tuple[str, Callable[[], Any]]]:
     x = torch.randn(INPUT_SHAPE)
     calibration = [torch.randn(INPUT_SHAPE) for _ in range(8)]
     model = settle_batch_norms(MobileNetV2(), torch.cat(calibration))
-    fused = torchfuse.fuse_modules(model, conv_bn_pairs(model))
+    fused = torchfuse.fuse(model, x).model
     yield BASELINE, bound(model, x)
     yield "eager fp32 fused", bound(fused, x)
     channels_last: dict[str, Any] = {"memory_format": torch.channels_last}
@@ -99,18 +94,6 @@ def made() -> Iterator[tuple[str, Callable[[], Any]]]:
                 print(f"Left out: .pte {precision}: {error}", file=sys.stderr)
                 continue
             yield f".pte {precision}", bound(torchfuse.load(path), x)
-
-
-def conv_bn_pairs(model: nn.Module) -> list[list[str]]:
-    """Return the names of every conv with its batch norm."""
-    pairs = []
-    for name, module in model.named_modules():
-        if isinstance(module, ConvBnReLU6):
-            pairs.append([f"{name}.0", f"{name}.1"])
-        elif isinstance(module, InvertedResidual):
-            last = len(module.conv) - 1
-            pairs.append([f"{name}.conv.{last - 1}", f"{name}.conv.{last}"])
-    return pairs
 
 
 def bound(model: Callable[..., Any], x: torch.Tensor) -> Callable[[], Any]:
