@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import torchfuse
 from torchfuse.artifacts import write_atomically
