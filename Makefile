@@ -21,21 +21,17 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/installed-bench: $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
-	touch $@
-
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/installed
 
-bench: $(VENV)/installed-bench
+bench: $(VENV)/installed-test
 	mkdir -p out
 	for script in benchmarks/*.py; do \
 		$(BIN)/python $$script --json out/$$(basename $$script .py).json || exit 1; \
 	done
 
-docs: $(VENV)/installed-bench
+docs: $(VENV)/installed-test
 	$(BIN)/python docs/generate.py
 
 clean:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.errors import InputError
 from torchfuse.model_source import InputSpec, ModelSource, load, parse_input, parse_source
 
 NETS = """
@@ -228,22 +229,12 @@ def test_weights_are_loaded_from_a_checkpoint(nets: Path, tmp_path: Path, wrappe
 
 
 def test_weights_are_loaded_from_safetensors(nets: Path, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
     state = {"weight": torch.full((3, 2), 2.0), "bias": torch.zeros(3)}
-    safetensors.save_file(state, tmp_path / "w.safetensors")
+    save_file(state, tmp_path / "w.safetensors")
     model = load(f"{nets}:with_inputs", weights=tmp_path / "w.safetensors").model
     assert torch.equal(model.weight, state["weight"])
     (tmp_path / "w.safetensors").write_bytes(b"\x00" * 4)
     with pytest.raises(InputError, match=r"is not a whole \.safetensors file"):
-        load(f"{nets}:with_inputs", weights=tmp_path / "w.safetensors")
-
-
-def test_safetensors_missing_is_said(
-    nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    (tmp_path / "w.safetensors").touch()
-    with pytest.raises(UnsupportedError, match=r"run `pip install safetensors`"):
         load(f"{nets}:with_inputs", weights=tmp_path / "w.safetensors")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.errors import InputError, UnsupportedError, first_line
+from torchfuse.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -336,15 +336,12 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UnsupportedError(
-            f"Reading '{path}' needs the package safetensors; run `pip install safetensors`."
-        ) from error
-    try:
-        return load_file(path)
+        state: Mapping[str, Any] = load_file(path)
+        return state
     except SafetensorError as error:
         raise InputError(f"'{path}' is not a whole .safetensors file ({error}).") from error
 

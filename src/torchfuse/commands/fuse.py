@@ -118,11 +118,7 @@ def _exported(model: nn.Module, example_inputs: object) -> ExportedProgram:
 
 
 def _safetensors(state: Mapping[str, Tensor]) -> bytes:
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise UnsupportedError(
-            "Writing .safetensors needs the package safetensors; run `pip install safetensors`."
-        ) from error
+    from safetensors.torch import save
+
     # The format has no shared or strided tensors; a copy of each is neither.
     return save({name: tensor.contiguous().clone() for name, tensor in state.items()})
