@@ -26,6 +26,7 @@ from torchfuse.surgery import (
     fusions_of,
     plain_layer,
     take_back,
+    was_fused,
 )
 from torchfuse.tracing import origin
 
@@ -88,7 +89,7 @@ def fuse(
     tried: list[Case] = []
     if verify:
         tried, expected = _reference(model, given)
-        found.drop_unproved(proving.pair_differences(model, found.matches, tried))
+        found.drop_unproved(proving.pair_differences(model, found.matches, tried[: len(given) + 1]))
     old_keys = list(model.state_dict())
     target = model if inplace else _copy(model)
     # While a whole-model check may still undo something, the originals are needed.
@@ -96,7 +97,7 @@ def fuse(
     check = None
     if verify:
         check, applied = _verified(target, found, applied, tried, expected)
-    record_ = fusions_of(target, create=bool(applied))
+    record_ = fusions_of(target, create=True)
     for folded in applied:
         if not keep_originals:
             folded.original_layer = folded.original_norm = None
@@ -111,7 +112,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Refuses if fused weights changed since, or if the originals were not kept.
     """
     _check_model(model)
-    if not fusions_of(model).folded:
+    if not was_fused(model):
         raise FusionError(
             f"This {type(model).__name__} was never fused by torchfuse.fuse, or is already "
             "unfused: there is nothing to undo."
@@ -130,12 +131,12 @@ def load_unfused_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> Non
     originals become the checkpoint's, so that `unfuse` gives it back.
     """
     _check_model(model)
-    folded = fusions_of(model).folded
-    if not folded:
+    if not was_fused(model):
         raise FusionError(
             f"This {type(model).__name__} was not fused by torchfuse.fuse; use its own "
             "load_state_dict."
         )
+    folded = fusions_of(model).folded
     fused_keys = set(model.state_dict())
     kept = set(fused_keys)
     expected: set[str] = set()

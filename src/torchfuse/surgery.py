@@ -29,6 +29,7 @@ __all__ = [
     "fusions_of",
     "plain_layer",
     "take_back",
+    "was_fused",
 ]
 
 _ATTRIBUTE = "_torchfuse_fusions"  # on the model itself; a plain object, so never in state_dict
@@ -72,6 +73,11 @@ def fusions_of(model: nn.Module, *, create: bool = False) -> Fusions:
             vars(model)[_ATTRIBUTE] = record
     assert isinstance(record, Fusions)
     return record
+
+
+def was_fused(model: nn.Module) -> bool:
+    """Whether `model` came out of a fusing verb and was not unfused since."""
+    return _ATTRIBUTE in vars(model)
 
 
 def forget_fusions(model: nn.Module) -> None:
@@ -200,19 +206,30 @@ def _bake(layer: nn.Module) -> None:
 
 
 def _on_meta(layer: nn.Module) -> nn.Module:
-    """A copy of the layer without its memory."""
+    """A copy of the layer without its memory, hooks included."""
+    if not layer._modules:
+        empty = _shell(type(layer), vars(layer))
+        for table in (empty._parameters, empty._buffers, vars(empty)):
+            for name, tensor in table.items():
+                if isinstance(tensor, Tensor):
+                    table[name] = _without_memory(tensor)
+        return empty
     memo: dict[int, Any] = {}
     for module in layer.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if isinstance(tensor, nn.Parameter):
-                empty = torch.empty_like(tensor, device="meta")
-                memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            elif tensor is not None:
-                memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+            if tensor is not None:
+                memo[id(tensor)] = _without_memory(tensor)
         for value in vars(module).values():
             if isinstance(value, Tensor):
-                memo[id(value)] = torch.empty_like(value, device="meta")
+                memo[id(value)] = _without_memory(value)
     return copy.deepcopy(layer, memo)
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
 
 
 class _Passing(_BatchNorm):
