@@ -201,7 +201,6 @@ def test_a_damaged_file_that_was_sealed_is_an_error(
     ("form", "damage"),
     [
         *(("pte", damage) for damage in DAMAGES if damage is not half_zeroed),
-        ("pte", random_bytes_after_the_header),
         *(("pt", damage) for damage in DAMAGES),
         ("pt", random_bytes_after_the_header),
         ("ptl", truncated),
@@ -218,12 +217,14 @@ def test_a_damaged_file_of_someone_else_is_an_error(
 
 
 def test_a_file_that_kills_the_runtime_is_an_error_and_this_process_lives(
-    payloads: dict[str, bytes], tmp_path: Path
+    payloads: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Which of the two depends on where the runtime first follows a wrong offset.
+    # ExecuTorch 1.4 aborts on a wrong identifier. The header check, which would catch this one, is
+    # off, so that the runtime gets to see it.
+    monkeypatch.setattr("torchfuse.artifacts._check_pte", lambda *_: None)
     path = tmp_path / "model.pte"
-    path.write_bytes(payloads["pte"][:40] + random.Random(3).randbytes(len(payloads["pte"]) - 40))
-    with pytest.raises(ArtifactError, match=r"the runtime (dies|refuses)"):
+    path.write_bytes(payloads["pte"][:4] + b"\xff\xfe\xfd\xfc" + payloads["pte"][8:])
+    with pytest.raises(ArtifactError, match=r"the runtime dies loading it \(signal 6\)"):
         check(path)
 
 

@@ -47,10 +47,6 @@ def plainly(program: torch.export.ExportedProgram) -> bytes:
         return bytes(edge.to_executorch().buffer)
 
 
-def network() -> tuple[nn.Module, Case, Any]:
-    return Network().eval(), Case((torch.randn(1, 3, 8, 8),)), None
-
-
 def dynamic() -> tuple[nn.Module, Case, Any]:
     return Network().eval(), Case((torch.randn(2, 3, 8, 8),)), ({0: torch.export.Dim("n", max=4)},)
 
@@ -69,7 +65,7 @@ def attention() -> tuple[nn.Module, Case, Any]:
     return Attention(), Case((torch.randn(1, 2, 8, 4), torch.zeros(8, 8))), None
 
 
-@pytest.mark.parametrize("build", [network, dynamic, int8, interpolation, attention])
+@pytest.mark.parametrize("build", [dynamic, int8, interpolation, attention])
 def test_the_bytes_are_those_of_the_plain_calls(build: Any) -> None:
     torch.manual_seed(0)
     program = capture(*build())
