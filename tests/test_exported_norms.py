@@ -1,4 +1,4 @@
-"""An exported graph without batch norms computes the same, whatever stood around them."""
+"""A captured model has no batch norm left and computes the same, whatever stood around them."""
 
 from collections import Counter
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfuse.exported_norms import fold_batch_norms
-from torchfuse.quieting import quiet
+from torchfuse.inputs import Case
+from torchfuse.targets.executorch import capture
 
 
 def settled(norm: nn.Module) -> nn.Module:
@@ -115,11 +115,9 @@ PLAIN = {
 
 
 def without_batch_norms(model: nn.Module, x: Tensor) -> tuple[nn.Module, Counter[str]]:
-    with quiet(), torch.no_grad():
-        graph_module = torch.export.export(model.eval(), (x,)).module(check_guards=False)
-    fold_batch_norms(graph_module)
-    calls = (node.target for node in graph_module.graph.nodes if node.op == "call_function")
-    return graph_module, Counter(str(target).split(".")[1] for target in calls)
+    program = capture(model.eval(), Case((x,)))
+    calls = (node.target for node in program.graph.nodes if node.op == "call_function")
+    return program.module(), Counter(str(target).split(".")[1] for target in calls)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,17 +1,13 @@
-"""Batch norms out of an exported graph: folded where one conv or linear feeds them, else plain.
+"""Batch norms that cannot be folded, written as what they are: one factor and one term per channel.
 
-A batch norm in inference mode is one factor and one term per channel. What cannot be folded is
-written as that: a depthwise 1×1 convolution, which is the form that runs fastest, and of which
-per-channel int8 weights hold the one factor per channel exactly; or a multiplication and an
-addition where there is no such convolution.
+As a depthwise 1×1 convolution, which is the form that runs fastest, and of which per-channel int8
+weights hold the one factor per channel exactly; or as a multiplication and an addition where there
+is no such convolution.
 
 Quantizers and delegates fold batch norms on their own, and wrongly where a conv's output has other
 users (torchao's `prepare_pt2e` shifts it by as much as the batch norm does), or fail on them
 (ExecuTorch's FuseBatchNormPass on a bare nn.Sequential, on Conv3d). In a graph without batch norms
 there is nothing they can get wrong.
-
-In an exported graph every use of a tensor is an edge, so "feeds it alone" is exact; and the folded
-weight is a new constant, so a weight that others use stays as it is for them.
 """
 
 from typing import Any
@@ -19,31 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchfuse.folding import ChannelAffine, fold_into_weight
+from torchfuse.folding import ChannelAffine
 
-__all__ = ["fold_batch_norms"]
+__all__ = ["write_batch_norms_plainly"]
 
 aten = torch.ops.aten
 
-_WEIGHTED = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-    aten.linear.default,
-}
-_TRANSPOSED = {
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-}
 _DEPTHWISE = {3: aten.conv1d.default, 4: aten.conv2d.default}  # by number of input dimensions
 
 
-def fold_batch_norms(graph_module: fx.GraphModule) -> bool:
-    """Take the inference-mode batch norms out of a graph, in place; return whether there were any.
+def write_batch_norms_plainly(graph_module: fx.GraphModule) -> bool:
+    """Replace the inference-mode batch norms of a graph, in place; return whether there were any.
 
     Those that use the batch's own statistics are left as they are.
     """
@@ -61,13 +43,7 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> bool:
             None if gamma is None else _tensor(graph_module, gamma),
             None if beta is None else _tensor(graph_module, beta),
         )
-        source = _through_dropout(x)
-        if _is_foldable(graph_module, norm, source):
-            _fold(graph_module, norm, source, affine)
-            result = source
-        else:
-            result = _plain(graph_module, norm, x, affine)
-        norm.replace_all_uses_with(result)
+        norm.replace_all_uses_with(_plain(graph_module, norm, x, affine))
         graph_module.graph.erase_node(norm)
         found = True
     if found:
@@ -75,47 +51,6 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> bool:
         _delete_unused(graph_module)
         graph_module.recompile()
     return found
-
-
-def _through_dropout(x: fx.Node) -> fx.Node:
-    while x.target is aten.dropout.default and not x.args[2] and len(x.users) == 1:
-        source = x.args[0]
-        assert isinstance(source, fx.Node)
-        x = source
-    return x
-
-
-def _is_foldable(graph_module: fx.GraphModule, norm: fx.Node, source: fx.Node) -> bool:
-    if source.target not in _WEIGHTED | _TRANSPOSED or len(source.users) != 1:
-        return False
-    if source.target is aten.linear.default and norm.meta["val"].dim() != 2:
-        return False  # the norm's channels are another axis than the linear's features
-    if any(isinstance(p, fx.Node) and p.op != "get_attr" for p in source.args[1:3]):
-        return False  # a computed weight
-    dtype = norm.meta["val"].dtype
-    return _tensor(graph_module, source.args[1]).dtype is dtype is source.meta["val"].dtype
-
-
-def _fold(
-    graph_module: fx.GraphModule, norm: fx.Node, source: fx.Node, affine: ChannelAffine
-) -> None:
-    arguments: list[Any] = [*source.args, None][: max(len(source.args), 3)]
-    x, weight, bias, *rest = arguments
-    groups = 0
-    if source.target in _TRANSPOSED:
-        groups = rest[3] if len(rest) > 3 else 1  # stride, padding, output padding, groups
-    weight, bias = fold_into_weight(
-        _tensor(graph_module, weight),
-        None if bias is None else _tensor(graph_module, bias),
-        affine,
-        transposed_groups=groups,
-    )
-    with graph_module.graph.inserting_before(source):
-        constants = (
-            _constant(graph_module, f"_{norm.name}_weight", weight),
-            _constant(graph_module, f"_{norm.name}_bias", bias),
-        )
-    source.args = (x, *constants, *rest)
 
 
 def _plain(

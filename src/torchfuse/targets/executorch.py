@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
-from torchfuse.exported_norms import fold_batch_norms
+from torchfuse.exported_fusing import fold
+from torchfuse.exported_norms import write_batch_norms_plainly
 from torchfuse.first_load import SCALAR_TYPES
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet, quiet_runtime
@@ -75,12 +76,18 @@ def capture(
                 tensor.data = with_default_strides(tensor.data)
     case = _traceable(case, dynamic_shapes)
     program = _export(model, case, dynamic_shapes)
-    if any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes):
+    if _has_batch_norms(program):
+        program = fold(program, prove=False).program  # what is made of it is compared as a whole
+    if _has_batch_norms(program):
         with quiet():
             graph_module = program.module(check_guards=False)
-        if fold_batch_norms(graph_module):
+        if write_batch_norms_plainly(graph_module):
             program = _export(graph_module, case, dynamic_shapes)
     return program
+
+
+def _has_batch_norms(program: torch.export.ExportedProgram) -> bool:
+    return any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes)
 
 
 def _traceable(case: Case, dynamic_shapes: Any) -> Case:
