@@ -209,7 +209,8 @@ def _on_meta(layer: nn.Module) -> nn.Module:
     """A copy of the layer without its memory, hooks included."""
     if not layer._modules:
         empty = _shell(type(layer), vars(layer))
-        for table in (empty._parameters, empty._buffers, vars(empty)):
+        tables: tuple[dict[str, Any], ...] = (empty._parameters, empty._buffers, vars(empty))
+        for table in tables:
             for name, tensor in table.items():
                 if isinstance(tensor, Tensor):
                     table[name] = _without_memory(tensor)
