@@ -308,8 +308,7 @@ def _is_mentioned(subject: Subject, method: str) -> bool:
     """
     if method in ("forward", "__call__"):  # called as the module itself
         return True
-    classes: set[Any] = {type(module) for module in subject.modules.values()}
-    return any(method in _methods_named_by(class_) for class_ in classes)
+    return any(method in _methods_named_by(class_) for class_ in subject.classes)
 
 
 @lru_cache(maxsize=4096)

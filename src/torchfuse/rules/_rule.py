@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Subject:
     model: nn.Module
     graph: Graph
     modules: dict[str, nn.Module]  # by every path
+
+    @cached_property
+    def classes(self) -> frozenset[type]:
+        """The classes of the model and of all modules in it."""
+        return frozenset(type(module) for module in self.modules.values())
 
 
 @dataclass(frozen=True, eq=False)
