@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchfuse.artifacts import Artifact
     from torchfuse.checking import verify
+    from torchfuse.comparing import compare
+    from torchfuse.comparison import Comparison
     from torchfuse.delegation import Delegation, DelegationWarning
     from torchfuse.eager import fuse_modules, fuse_modules_qat
     from torchfuse.equivalence import Equivalence, OutputDifference
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact",
+    "Comparison",
     "Delegation",
     "DelegationWarning",
     "Equivalence",
@@ -37,6 +40,7 @@ __all__ = [
     "OutputDifference",
     "QuantizationResult",
     "Skip",
+    "compare",
     "export",
     "fuse",
     "fuse_exported",
@@ -55,6 +59,7 @@ __all__ = [
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
 _HOME = {
     "Artifact": "artifacts",
+    "Comparison": "comparison",
     "Delegation": "delegation",
     "DelegationWarning": "delegation",
     "Equivalence": "equivalence",
@@ -65,6 +70,7 @@ _HOME = {
     "OutputDifference": "equivalence",
     "QuantizationResult": "quantizing",
     "Skip": "planning",
+    "compare": "comparing",
     "export": "exporting",
     "fuse": "fusing",
     "fuse_exported": "exported_fusing",
