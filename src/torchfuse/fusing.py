@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse import proving
-from torchfuse.capture import record
+from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import FusionError, InputError
+from torchfuse.finding import Found, find
 from torchfuse.inputs import Case, cases
-from torchfuse.paths import uncertain
-from torchfuse.planning import Fusion, FusionPlan, Skip
-from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
+from torchfuse.rules import RULES, Match, Rule
 from torchfuse.surgery import (
-    Folded,
+    Fusions,
+    attach,
     fold_in,
     forget_fusions,
     fusions_of,
+    merge_in,
     plain_layer,
+    separate,
+    separated,
     take_back,
     was_fused,
 )
-from torchfuse.tracing import origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchfuse.equivalence import Equivalence
-    from torchfuse.graph import Call, Graph
+    from torchfuse.planning import FusionPlan
 
 __all__ = [
     "FusionResult",
@@ -63,7 +63,7 @@ def plan(
     a layer that stays.
     """
     _check_model(model)
-    found = _find(model, cases(example_inputs), _chosen(rules))
+    found = find(model, cases(example_inputs), _chosen(rules))
     return found.plan()
 
 
@@ -84,7 +84,7 @@ def fuse(
     """
     _check_model(model)
     given = cases(example_inputs)
-    found = _find(model, given, _chosen(rules))
+    found = find(model, given, _chosen(rules))
     expected: list[Any] = []
     tried: list[Case] = []
     if verify:
@@ -93,17 +93,16 @@ def fuse(
     old_keys = list(model.state_dict())
     target = model if inplace else _copy(model)
     # While a whole-model check may still undo something, the originals are needed.
-    applied = _apply(target, found, keep=keep_originals or verify)
+    done = _apply(target, found, keep=keep_originals or verify)
     check = None
     if verify:
-        check, applied = _verified(target, found, applied, tried, expected)
-    record_ = fusions_of(target, create=True)
-    for folded in applied:
-        if not keep_originals:
+        check, done = _verified(target, found, done, tried, expected)
+    if not keep_originals:
+        for folded in done.folded:
             folded.original_layer = folded.original_norm = None
-        record_.folded.append(folded)
-    plan_ = replace(found.plan(), originals_bytes=sum(folded.originals_bytes for folded in applied))
-    return FusionResult(target, plan_, check, _key_map(old_keys, applied))
+    attach(target, done)
+    plan_ = replace(found.plan(), originals_bytes=sum(f.originals_bytes for f in done.folded))
+    return FusionResult(target, plan_, check, _key_map(old_keys, done))
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -118,8 +117,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             "unfused: there is nothing to undo."
         )
     target = model if inplace else _copy(model)
-    for folded in reversed(fusions_of(target).folded):
-        take_back(target, folded)
+    for done in reversed(fusions_of(target)):
+        _undo(target, done, check=True)
     forget_fusions(target)
     return target
 
@@ -136,7 +135,12 @@ def load_unfused_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> Non
             f"This {type(model).__name__} was not fused by torchfuse.fuse; use its own "
             "load_state_dict."
         )
-    folded = fusions_of(model).folded
+    with separated(model):
+        _load_unfused(model, state_dict)
+
+
+def _load_unfused(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    folded = [entry for done in fusions_of(model) for entry in done.folded]
     fused_keys = set(model.state_dict())
     kept = set(fused_keys)
     expected: set[str] = set()
@@ -273,204 +277,28 @@ def _copy_shared_memory(model: nn.Module, memo: dict[int, Any]) -> None:
                 memo[key] = nn.Parameter(view, requires_grad=parameter.requires_grad)
 
 
-# Finding
-
-
-class _Found:
-    """Matches to be fused, and skips, of one model."""
-
-    def __init__(self, subject: Subject, given: Sequence[Case]) -> None:
-        self.subject = subject
-        self.given = given
-        self.matches: list[tuple[Rule, Match]] = []
-        self.skips: list[Skip] = []
-        self.max_rel: dict[str, float] = {}
-
-    def skip(self, modules: tuple[str, ...], refusal: Refusal, rule: str | None) -> None:
-        self.skips.append(Skip(modules, refusal.reason, refusal.hint, rule))
-
-    def drop(self, position: int, reason: str) -> None:
-        rule, match = self.matches[position]
-        hint = "Please report it: a fold that does not hold is a defect of torchfuse or of torch."
-        self.skip(match.modules, Refusal(reason, hint), rule.name)
-
-    def drop_unproved(self, found: dict[int, proving.PairDifference]) -> None:
-        """Keeps the matches whose pair was compared and agrees; the rest becomes skips."""
-        kept = []
-        for position, (rule, match) in enumerate(self.matches):
-            pair = found.get(position)
-            if pair is None or pair.problem is not None:
-                why = "it did not run while comparing." if pair is None else pair.problem
-                self.drop(position, f"The fold did not pass its proof: {why}")
-            else:
-                self.max_rel[match.second] = pair.max_rel
-                kept.append((rule, match))
-        self.matches = kept
-
-    def plan(self) -> FusionPlan:
-        return FusionPlan(
-            model=self.subject.graph.model,
-            scope=_scope(self.subject.graph),
-            fusions=tuple(
-                _fusion(self.subject, rule, match, self.max_rel.get(match.second))
-                for rule, match in self.matches
-            ),
-            skips=tuple(self.skips),
-        )
-
-
-def _scope(graph: Graph) -> tuple[str, ...]:
-    shown = ", ".join(graph.cases[:3]) + (" …" if len(graph.cases) > 3 else "")
-    sentences = [
-        f"Holds for {shown}, and for other inputs that take the same way through the code.",
-        "Holds for inference: with every module's training flag as it was here (eval mode), the "
-        "same attributes, and the same arguments that are not tensors.",
-    ]
-    if graph.reads:
-        places = list(dict.fromkeys(read.where for read in graph.reads))
-        sentences.append(
-            "The code looks at values or sizes of tensors "
-            f"({', '.join(places[:3])}{' …' if len(places) > 3 else ''}); only what holds on "
-            "every side of its branches is fused."
-        )
-    return tuple(sentences)
-
-
-def _find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> _Found:
-    graph = record(model, given)
-    subject = Subject(model, graph, dict(model.named_modules(remove_duplicate=False)))
-    found = _Found(subject, given)
-    seen: set[str] = set()
-    for second, calls in _norm_calls(subject).items():
-        seen.add(second)
-        _judge(found, rules, second, calls)
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and path not in seen:
-            found.skip(
-                (path,),
-                Refusal(
-                    f"`{path}` did not run on the example inputs{_maybe_a_branch(graph)}.",
-                    "Give example inputs that reach it.",
-                ),
-                None,
-            )
-    return found
-
-
-def _maybe_a_branch(graph: Graph) -> str:
-    data = [read for read in graph.reads if read.kind == "data"]
-    return f" (a branch may depend on the values read at {data[0].where})" if data else ""
-
-
-def _norm_calls(subject: Subject) -> dict[str, list[Call]]:
-    """Batch norm calls by the module whose statistics they use (else the one they ran in)."""
-    groups: dict[str, list[Call]] = defaultdict(list)
-    for call in subject.graph.calls:
-        if call.kind == "batch_norm":
-            groups[_owner_path(subject, call, ("running_mean", "weight"))].append(call)
-    return groups
-
-
-def _owner_path(subject: Subject, call: Call, roles: Sequence[str]) -> str:
-    """The module that owns the call's parameters; the one it ran in, if they are computed."""
-    ran_in = call.module_path or ""
-    for role in roles:
-        if role in call.operands:
-            names = subject.graph.values[call.operands[role].value].names
-            owners = [name.rpartition(".")[0] for name in names]
-            if owners:
-                return ran_in if ran_in in owners else owners[0]
-    return ran_in
-
-
-def _judge(found: _Found, rules: Sequence[Rule], second: str, calls: list[Call]) -> None:
-    subject = found.subject
-    traced = [origin(subject.graph, call) for call in calls]
-    makers = [maker for maker, _ in traced]
-    kinds = {maker.kind if maker else None for maker in makers}
-    known = {rule.pattern[0]: rule for rule in rules if rule.pattern[1] == "batch_norm"}
-    foldable = [maker for maker in makers if maker is not None and maker.kind in known]
-    if not foldable:
-        found.skip((second,), _not_after_a_layer(subject, makers), None)
-        return
-    rule = known[foldable[0].kind]
-    paths = {_owner_path(subject, maker, ("weight",)) for maker in foldable}
-    first = _owner_path(subject, foldable[0], ("weight",))
-    if len(foldable) < len(makers) or len(paths) > 1:
-        others = sorted(paths - {first}) or sorted(str(k) for k in kinds - {foldable[0].kind})
-        refusal = Refusal(
-            f"`{second}` is called more than once, after `{first}` and after "
-            f"{'`' + others[0] + '`' if others and paths - {first} else 'something else'}.",
-            "Give each use a batch norm of its own.",
-        )
-        found.skip((first, second), refusal, rule.name)
-        return
-    match = Match(
-        first,
-        second,
-        tuple(foldable),
-        tuple(between for _, between in traced),
-        tuple(calls),
-    )
-    verdict = rule.check(subject, match)
-    if verdict is None:
-        verdict = uncertain(subject, match)
-    if verdict is None:
-        found.matches.append((rule, match))
-    else:
-        found.skip(match.modules, verdict, rule.name)
-
-
-def _not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:
-    known = [maker for maker in makers if maker is not None]
-    if not known:
-        return Refusal(
-            "Its input is an input of the model, or was made where the recording cannot see."
-        )
-    for maker in known:
-        path = maker.module_path
-        if path is not None and subject.modules[path]._forward_hooks:
-            return Refusal(
-                f"Its input comes from {maker.target}, in or after a hook of `{path}`.",
-                "Remove the hook.",
-            )
-    shown = ", ".join(sorted({_kind_in_words(maker) for maker in known}))
-    return Refusal(
-        f"Its input comes from {shown}, not straight from a convolution or linear layer."
-    )
-
-
-def _kind_in_words(maker: Call) -> str:
-    return f"outside torch's functions ({maker.target})" if maker.kind == "unseen" else maker.kind
-
-
-def _fusion(subject: Subject, rule: Rule, match: Match, max_rel: float | None) -> Fusion:
-    norm = subject.modules[match.second]
-    saved = sum(parameter.numel() for parameter in norm.parameters(recurse=False))
-    if "bias" not in match.firsts[0].operands:
-        saved -= match.seconds[0].operands["input"].shape[1]
-    once = [call.operands["input"] for call in match.seconds if call.case == 0]
-    size = getattr(torch, match.seconds[0].operands["input"].dtype).itemsize
-    return Fusion(
-        rule=rule.name,
-        modules=match.modules,
-        parameters_saved=saved,
-        # The batch norm read and wrote its whole input once.
-        traffic_saved_bytes=sum(2 * operand.numel * size for operand in once),
-        macs_saved=sum(operand.numel for operand in once),
-        max_rel=max_rel,
-    )
-
-
 # Applying and proving
 
 
-def _apply(target: nn.Module, found: _Found, *, keep: bool) -> list[Folded]:
+def _apply(target: nn.Module, found: Found, *, keep: bool) -> Fusions:
+    done = Fusions()
     paths = found.subject.graph.paths
-    return [
-        fold_in(target, rule, _all(paths, match.first), _all(paths, match.second), keep=keep)
-        for rule, match in found.matches
-    ]
+    for rule, match in found.matches:
+        first, second = _all(paths, match.first), _all(paths, match.second)
+        if rule.merge is None:
+            done.folded.append(fold_in(target, rule, first, second, keep=keep))
+    for rule, match in found.matches:
+        first, second = _all(paths, match.first), _all(paths, match.second)
+        if rule.merge is not None:
+            done.merged.append(merge_in(target, rule, first, second))
+    return done
+
+
+def _undo(target: nn.Module, done: Fusions, *, check: bool) -> None:
+    for merged in reversed(done.merged):
+        separate(target, merged)
+    for folded in reversed(done.folded):
+        take_back(target, folded, check=check)
 
 
 def _all(paths: dict[str, tuple[str, ...]], path: str) -> tuple[str, ...]:
@@ -493,71 +321,74 @@ def _reference(model: nn.Module, given: Sequence[Case]) -> tuple[list[Case], lis
 
 def _verified(
     target: nn.Module,
-    found: _Found,
-    applied: list[Folded],
+    found: Found,
+    done: Fusions,
     tried: list[Case],
-    expected: list[Any],
-) -> tuple[Equivalence, list[Folded]]:
+    expected: list[dict[str, Any]],
+) -> tuple[Equivalence, Fusions]:
     """The whole-model comparison, and what remains fused after undoing what differs."""
-    check = proving.compare(expected, proving.outputs_of(target, tried))
-    if check.passed or not applied:
-        return check, applied
-    for folded in reversed(applied):
-        take_back(target, folded, check=False)
-    paths = found.subject.graph.paths
-
+    check = _compared(target, tried, expected)
+    if check.passed or not found.matches:
+        return check, done
+    _undo(target, done, check=False)
     # In float64 only a wrong fold differs by more than its last digits.
-    subjects = [(target, tried, expected)]
     wide = proving.widened(_copy, target, tried)
-    if wide is not None:
-        subjects = [wide]
-    subject, inputs, outputs = subjects[0]
+    subject, inputs, outputs = wide if wide is not None else (target, tried, expected)
 
-    def compared(group: list[tuple[Rule, Match]]) -> Equivalence:
-        done = [
-            fold_in(subject, rule, _all(paths, m.first), _all(paths, m.second), keep=True)
-            for rule, m in group
-        ]
-        result = proving.compare(outputs, proving.outputs_of(subject, inputs))
-        for folded in reversed(done):
-            take_back(subject, folded, check=False)
+    def outcome(matches: list[tuple[Rule, Match]]) -> Equivalence:
+        found.matches = matches
+        trial = _apply(subject, found, keep=True)
+        result = _compared(subject, inputs, outputs)
+        _undo(subject, trial, check=False)
         return result
 
+    everything = found.matches
     kept: list[tuple[Rule, Match]] = []
 
     def search(group: list[tuple[Rule, Match]]) -> None:
-        if compared(kept + group).passed:
+        if outcome(kept + group).passed:
             kept.extend(group)
         elif len(group) > 1:
             search(group[: len(group) // 2])
             search(group[len(group) // 2 :])
         else:
-            found.drop(
-                found.matches.index(group[0]),
+            found.reject(
+                group[0],
                 "With it the model's outputs differ, although the pair itself agrees; something "
                 "that was not recorded depends on it.",
             )
 
-    search(found.matches)
-    found.matches = [entry for entry in found.matches if entry in kept]
-    final = compared(found.matches)
-    return final, _apply(target, found, keep=True)
+    search([entry for entry in everything if entry[0].merge is None])
+    merges = [entry for entry in everything if entry[0].merge is not None]
+    found.matches = kept + merges
+    found.drop_orphans()
+    check = outcome(found.matches)
+    return check, _apply(target, found, keep=True)
 
 
-def _key_map(old_keys: list[str], applied: Sequence[Folded]) -> dict[str, str | None]:
+def _compared(model: nn.Module, tried: list[Case], expected: list[dict[str, Any]]) -> Equivalence:
+    try:
+        return proving.compare(expected, proving.outputs_of(model, tried))
+    except Exception as error:  # noqa: BLE001 - the user's code fails where the original did not
+        problem = f"the fused model fails: {type(error).__name__}: {error}"
+        return Equivalence((OutputDifference("output", None, None, None, False, problem),))
+
+
+def _key_map(old_keys: list[str], done: Fusions) -> dict[str, str | None]:
     """Old key → the new key that its value went into; None if it is gone."""
     new: dict[str, str | None] = {key: key for key in old_keys}
-    for folded in applied:
+    into = {"bias": "bias", "running_mean": "bias", "num_batches_tracked": None}
+    for folded in done.folded:
         for path in folded.second:
             for name in folded.norm.state_dict():
-                into = {"bias": "bias", "running_mean": "bias", "num_batches_tracked": None}
                 last = into.get(name, "weight")
-                key = f"{path}.{name}"
-                new[key] = f"{folded.first[0]}.{last}" if last else None
+                new[f"{path}.{name}"] = f"{folded.first[0]}.{last}" if last else None
         for path in folded.first:
             for name in folded.layer.state_dict():
-                last = name if name in ("weight", "bias") else "weight"
-                if "bias" in name:
-                    last = "bias"
-                new[f"{path}.{name}"] = f"{path}.{last}"
+                new[f"{path}.{name}"] = f"{path}.{'bias' if 'bias' in name else 'weight'}"
+    for merged in done.merged:
+        for path in merged.first:
+            for key, target in new.items():
+                if target is not None and target.startswith(f"{path}."):
+                    new[key] = f"{path}.0.{target[len(path) + 1 :]}"
     return {key: new[key] for key in old_keys}

@@ -144,7 +144,8 @@ def pair_differences(
         args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
         with restored(model):
             for position, (rule, match) in enumerate(matches):
-                _watch(model, position, rule, match, found)  # `restored` takes the hooks off
+                if rule.rewrite is not None:
+                    _watch(model, position, rule, match, found)  # `restored` takes the hooks off
             called = model if case.method == "forward" else getattr(model, case.method)
             called(*args, **kwargs)
     return found

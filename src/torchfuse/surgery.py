@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,23 @@ from torchfuse.folding import fold_batch_norm
 from torchfuse.parametrized import computed_weight, is_weight_hook, unparametrized
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torchfuse.rules import Rule
 
 __all__ = [
     "Folded",
     "Fusions",
+    "Merged",
+    "attach",
     "fold_in",
     "folded_layer",
     "forget_fusions",
     "fusions_of",
+    "merge_in",
     "plain_layer",
+    "separate",
+    "separated",
     "take_back",
     "was_fused",
 ]
@@ -58,21 +64,29 @@ class Folded:
 
 
 @dataclass
+class Merged:
+    """Two modules that were put into one of a fused class; both are still in it, unchanged."""
+
+    first: tuple[str, ...]  # all paths
+    second: tuple[str, ...]
+
+
+@dataclass
 class Fusions:
-    """Everything that was done to one model, in order."""
+    """What one call of a fusing verb did: all folds, then all merges."""
 
     folded: list[Folded] = field(default_factory=list)
+    merged: list[Merged] = field(default_factory=list)
 
 
-def fusions_of(model: nn.Module, *, create: bool = False) -> Fusions:
-    """The record of what was fused in `model`; a new empty one is attached if asked for."""
-    record = vars(model).get(_ATTRIBUTE)
-    if record is None:
-        record = Fusions()
-        if create:
-            vars(model)[_ATTRIBUTE] = record
-    assert isinstance(record, Fusions)
-    return record
+def fusions_of(model: nn.Module) -> list[Fusions]:
+    """What was done to `model`, one entry per call of a fusing verb."""
+    return list(vars(model).get(_ATTRIBUTE, ()))
+
+
+def attach(model: nn.Module, done: Fusions) -> None:
+    """Remembers on the model what was done to it."""
+    vars(model)[_ATTRIBUTE] = [*fusions_of(model), done]
 
 
 def was_fused(model: nn.Module) -> bool:
@@ -110,6 +124,42 @@ def fold_in(
         layer._parameters["bias"] = nn.Parameter(bias, requires_grad=bias_trains)
     _put(model, second, _without_norm(norm))
     return folded
+
+
+def merge_in(model: nn.Module, rule: Rule, first: Sequence[str], second: Sequence[str]) -> Merged:
+    """Puts the modules at `first` and `second` into one at `first`, an Identity at `second`."""
+    assert rule.merge is not None
+    one, other = model.get_submodule(first[0]), model.get_submodule(second[0])
+    merged = rule.merge(one, other)
+    merged.training = one.training  # the flag of the new module only, not those inside
+    _put(model, first, merged)
+    identity = nn.Identity()
+    identity.training = other.training
+    _put(model, second, identity)
+    return Merged(tuple(first), tuple(second))
+
+
+def separate(model: nn.Module, merged: Merged) -> None:
+    """Undoes `merge_in`."""
+    one, other = model.get_submodule(merged.first[0]).children()
+    _put(model, merged.first, one)
+    _put(model, merged.second, other)
+
+
+@contextmanager
+def separated(model: nn.Module) -> Iterator[None]:
+    """A context in which nothing in `model` is merged."""
+    merges = [merged for done in fusions_of(model) for merged in done.merged]
+    ones = [model.get_submodule(merged.first[0]) for merged in merges]
+    others = [model.get_submodule(merged.second[0]) for merged in merges]
+    for merged in merges:
+        separate(model, merged)
+    try:
+        yield
+    finally:
+        for merged, one, other in zip(merges, ones, others, strict=True):
+            _put(model, merged.first, one)
+            _put(model, merged.second, other)
 
 
 def take_back(model: nn.Module, folded: Folded, *, check: bool = True) -> None:

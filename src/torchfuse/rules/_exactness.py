@@ -20,7 +20,7 @@ from torchfuse.tracing import keeps_channels, other_readers
 if TYPE_CHECKING:
     from torchfuse.graph import Call
 
-__all__ = ["foldable"]
+__all__ = ["foldable", "read_by"]
 
 _LAYERS = (
     nn.Conv1d,
@@ -182,7 +182,7 @@ def _nobody_else_reads(subject: Subject, match: Match) -> Refusal | None:
     for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
         for reader in other_readers(subject.graph, (first, *between), second):
             return Refusal(
-                _read_by(match.first, reader),
+                read_by(match.first, reader),
                 ""
                 if reader.kind == "output"
                 else "Let the other use read the batch norm's output.",
@@ -202,7 +202,8 @@ def _is_active(dropout: Call) -> bool:
     return bool(dropout.attributes.get("training", functional))
 
 
-def _read_by(layer: str, reader: Call) -> str:
+def read_by(layer: str, reader: Call) -> str:
+    """Who else reads the output of `layer`, as a sentence."""
     output = f"The output of `{layer}` is also"
     if reader.kind == "output":
         return f"{output} an output of the model."

@@ -1,0 +1,280 @@
+"""Finds every candidate in a recorded model, and judges it: a match to be fused, or a skip."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchfuse.capture import record
+from torchfuse.paths import uncertain
+from torchfuse.planning import Fusion, FusionPlan, Skip
+from torchfuse.rules import Match, Refusal, Rule, Subject
+from torchfuse.tracing import origin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from torchfuse.graph import Call, Graph
+    from torchfuse.inputs import Case
+    from torchfuse.proving import PairDifference
+
+__all__ = ["Found", "find"]
+
+
+class Found:
+    """Matches to be fused, and skips, of one model."""
+
+    def __init__(self, subject: Subject, given: Sequence[Case]) -> None:
+        self.subject = subject
+        self.given = given
+        self.matches: list[tuple[Rule, Match]] = []
+        self.skips: list[Skip] = []
+        self.max_rel: dict[str, float] = {}
+
+    def skip(self, modules: tuple[str, ...], refusal: Refusal, rule: str | None) -> None:
+        """Adds a skip."""
+        self.skips.append(Skip(modules, refusal.reason, refusal.hint, rule))
+
+    def reject(self, entry: tuple[Rule, Match], reason: str) -> None:
+        """Makes a skip of a match that did not pass its proof."""
+        rule, match = entry
+        hint = "Please report it: a fold that does not hold is a defect of torchfuse or of torch."
+        self.skip(match.modules, Refusal(reason, hint), rule.name)
+
+    def drop_unproved(self, found: dict[int, PairDifference]) -> None:
+        """Keeps the matches whose pair was compared and agrees; the rest becomes skips."""
+        kept = []
+        for position, (rule, match) in enumerate(self.matches):
+            if rule.merge is not None:  # changes no arithmetic; the whole model is compared
+                kept.append((rule, match))
+                continue
+            pair = found.get(position)
+            if pair is None or pair.problem is not None:
+                why = "it did not run while comparing." if pair is None else pair.problem
+                self.reject((rule, match), f"The fold did not pass its proof: {why}")
+            else:
+                self.max_rel[match.second] = pair.max_rel
+                kept.append((rule, match))
+        self.matches = kept
+        self.drop_orphans()
+
+    def drop_orphans(self) -> None:
+        """Makes skips of merges over a batch norm that is no longer folded."""
+        folded = {
+            id(call) for rule, match in self.matches for call in match.seconds if not rule.merge
+        }
+        for entry in list(self.matches):
+            rule, match = entry
+            if rule.merge and any(id(c) not in folded for moved in match.between for c in moved):
+                self.matches.remove(entry)
+                self.reject(entry, "The batch norm between the two could not be folded.")
+
+    def plan(self) -> FusionPlan:
+        """The plan as plain data."""
+        return FusionPlan(
+            model=self.subject.graph.model,
+            scope=_scope(self.subject.graph),
+            fusions=tuple(
+                _fusion(self.subject, rule, match, self.max_rel.get(match.second))
+                for rule, match in self.matches
+            ),
+            skips=tuple(self.skips),
+        )
+
+
+def _scope(graph: Graph) -> tuple[str, ...]:
+    shown = ", ".join(graph.cases[:3]) + (" …" if len(graph.cases) > 3 else "")
+    sentences = [
+        f"Holds for {shown}, and for other inputs that take the same way through the code.",
+        "Holds for inference: with every module's training flag as it was here (eval mode), the "
+        "same attributes, and the same arguments that are not tensors.",
+    ]
+    if graph.reads:
+        places = list(dict.fromkeys(read.where for read in graph.reads))
+        sentences.append(
+            "The code looks at values or sizes of tensors "
+            f"({', '.join(places[:3])}{' …' if len(places) > 3 else ''}); only what holds on "
+            "every side of its branches is fused."
+        )
+    return tuple(sentences)
+
+
+def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Found:
+    """Records `model` on the given cases and judges every batch norm, and what was asked for."""
+    graph = record(model, given)
+    subject = Subject(model, graph, dict(model.named_modules(remove_duplicate=False)))
+    found = Found(subject, given)
+    seen: set[str] = set()
+    for second, calls in _norm_calls(subject).items():
+        seen.add(second)
+        _judge(found, rules, second, calls)
+    activations = [rule for rule in rules if rule.merge is not None]
+    if activations:
+        for second, calls in _relu_calls(subject).items():
+            _judge_activation(found, activations, second, calls)
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and path not in seen:
+            found.skip(
+                (path,),
+                Refusal(
+                    f"`{path}` did not run on the example inputs{_maybe_a_branch(graph)}.",
+                    "Give example inputs that reach it.",
+                ),
+                None,
+            )
+    return found
+
+
+def _maybe_a_branch(graph: Graph) -> str:
+    data = [read for read in graph.reads if read.kind == "data"]
+    return f" (a branch may depend on the values read at {data[0].where})" if data else ""
+
+
+def _norm_calls(subject: Subject) -> dict[str, list[Call]]:
+    """Batch norm calls by the module whose statistics they use (else the one they ran in)."""
+    groups: dict[str, list[Call]] = defaultdict(list)
+    for call in subject.graph.calls:
+        if call.kind == "batch_norm":
+            groups[_owner_path(subject, call, ("running_mean", "weight"))].append(call)
+    return groups
+
+
+def _relu_calls(subject: Subject) -> dict[str, list[Call]]:
+    groups: dict[str, list[Call]] = defaultdict(list)
+    for call in subject.graph.calls:
+        if call.kind == "relu":
+            groups[call.module_path or ""].append(call)
+    return groups
+
+
+def _judge_activation(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) -> None:
+    """Judges a relu: after a layer, or after a batch norm that this plan folds into a layer."""
+    subject = found.subject
+    folds = [match for rule, match in found.matches if rule.merge is None]
+    absorbed = {
+        id(norm): layer for m in folds for layer, norm in zip(m.firsts, m.seconds, strict=True)
+    }
+    firsts: list[Call] = []
+    between: list[tuple[Call, ...]] = []
+    for call in calls:
+        maker, moved = origin(subject.graph, call)
+        if maker is not None and id(maker) in absorbed:
+            moved, maker = (maker, *moved), absorbed[id(maker)]
+        if maker is not None:
+            firsts.append(maker)
+            between.append(moved)
+    known = {rule.pattern[0]: rule for rule in rules}
+    if not firsts or firsts[0].kind not in known:
+        return  # none of the rules that were asked for is about this
+    rule, first = known[firsts[0].kind], firsts[0].module_path or ""
+    if len(firsts) < len(calls) or any(maker.module_path != first for maker in firsts):
+        refusal = Refusal(
+            f"`{second}` is called more than once, and not always after `{first}`.",
+            "Give each use an activation of its own.",
+        )
+        found.skip((first, second), refusal, rule.name)
+        return
+    match = Match(first, second, tuple(firsts), tuple(between), tuple(calls))
+    verdict = rule.check(subject, match) or uncertain(subject, match)
+    if verdict is None:
+        found.matches.append((rule, match))
+    else:
+        found.skip(match.modules, verdict, rule.name)
+
+
+def _owner_path(subject: Subject, call: Call, roles: Sequence[str]) -> str:
+    """The module that owns the call's parameters; the one it ran in, if they are computed."""
+    ran_in = call.module_path or ""
+    for role in roles:
+        if role in call.operands:
+            names = subject.graph.values[call.operands[role].value].names
+            owners = [name.rpartition(".")[0] for name in names]
+            if owners:
+                return ran_in if ran_in in owners else owners[0]
+    return ran_in
+
+
+def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) -> None:
+    subject = found.subject
+    traced = [origin(subject.graph, call) for call in calls]
+    makers = [maker for maker, _ in traced]
+    kinds = {maker.kind if maker else None for maker in makers}
+    known = {rule.pattern[0]: rule for rule in rules if rule.pattern[1] == "batch_norm"}
+    foldable = [maker for maker in makers if maker is not None and maker.kind in known]
+    if not foldable:
+        found.skip((second,), _not_after_a_layer(subject, makers), None)
+        return
+    rule = known[foldable[0].kind]
+    paths = {_owner_path(subject, maker, ("weight",)) for maker in foldable}
+    first = _owner_path(subject, foldable[0], ("weight",))
+    if len(foldable) < len(makers) or len(paths) > 1:
+        others = sorted(paths - {first}) or sorted(str(k) for k in kinds - {foldable[0].kind})
+        refusal = Refusal(
+            f"`{second}` is called more than once, after `{first}` and after "
+            f"{'`' + others[0] + '`' if others and paths - {first} else 'something else'}.",
+            "Give each use a batch norm of its own.",
+        )
+        found.skip((first, second), refusal, rule.name)
+        return
+    match = Match(
+        first,
+        second,
+        tuple(foldable),
+        tuple(between for _, between in traced),
+        tuple(calls),
+    )
+    verdict = rule.check(subject, match)
+    if verdict is None:
+        verdict = uncertain(subject, match)
+    if verdict is None:
+        found.matches.append((rule, match))
+    else:
+        found.skip(match.modules, verdict, rule.name)
+
+
+def _not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:
+    known = [maker for maker in makers if maker is not None]
+    if not known:
+        return Refusal(
+            "Its input is an input of the model, or was made where the recording cannot see."
+        )
+    for maker in known:
+        path = maker.module_path
+        if path is not None and subject.modules[path]._forward_hooks:
+            return Refusal(
+                f"Its input comes from {maker.target}, in or after a hook of `{path}`.",
+                "Remove the hook.",
+            )
+    shown = ", ".join(sorted({_kind_in_words(maker) for maker in known}))
+    return Refusal(
+        f"Its input comes from {shown}, not straight from a convolution or linear layer."
+    )
+
+
+def _kind_in_words(maker: Call) -> str:
+    return f"outside torch's functions ({maker.target})" if maker.kind == "unseen" else maker.kind
+
+
+def _fusion(subject: Subject, rule: Rule, match: Match, max_rel: float | None) -> Fusion:
+    if rule.merge is not None:  # the same arithmetic in one module
+        return Fusion(rule.name, match.modules, 0, 0, 0)
+    norm = subject.modules[match.second]
+    saved = sum(parameter.numel() for parameter in norm.parameters(recurse=False))
+    if "bias" not in match.firsts[0].operands:
+        saved -= match.seconds[0].operands["input"].shape[1]
+    once = [call.operands["input"] for call in match.seconds if call.case == 0]
+    size = getattr(torch, match.seconds[0].operands["input"].dtype).itemsize
+    return Fusion(
+        rule=rule.name,
+        modules=match.modules,
+        parameters_saved=saved,
+        # The batch norm read and wrote its whole input once.
+        traffic_saved_bytes=sum(2 * operand.numel * size for operand in once),
+        macs_saved=sum(operand.numel for operand in once),
+        max_rel=max_rel,
+    )
