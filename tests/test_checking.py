@@ -1,4 +1,5 @@
 import collections
+import io
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torchfuse.checking import tolerance, verify
 from torchfuse.errors import InputError
 from torchfuse.inputs import Case
+from torchfuse.quieting import quiet
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -147,3 +149,31 @@ def test_both_models_are_left_as_they_were():
     assert model.calls == 0
     assert model.seen == []
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Counting(nn.Module):
+    """Writes to one buffer in place, and puts another tensor in place of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.register_buffer("first", torch.zeros(()))
+        self.register_buffer("second", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.first += 1
+        self.second = self.second + 1
+        return self.inner(x) + self.first + self.second
+
+
+def test_scripted_and_loaded_models_can_be_compared_and_are_left_as_they_were():
+    model = Counting().eval()
+    with quiet():
+        scripted = torch.jit.script(model)
+        buffer = io.BytesIO()
+        torch.jit.save(scripted, buffer)
+        buffer.seek(0)
+        loaded = torch.jit.load(buffer)
+    for candidate in (scripted, loaded):
+        assert verify(model, candidate, torch.ones(2, 3)).passed
+        assert candidate.first == candidate.second == 0

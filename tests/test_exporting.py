@@ -1,23 +1,27 @@
 """A file is written once it was run and compared; what cannot be is an error, and no file."""
 
 import hashlib
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.ao.quantization import DeQuantStub, QuantStub
 
 import torchfuse
 from torchfuse.delegation import DelegationWarning
 from torchfuse.errors import (
     ArtifactError,
     CalibrationError,
+    ExportWarning,
     InputError,
     TorchfuseError,
     UnsupportedError,
 )
+from torchfuse.inputs import Case
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -317,3 +321,207 @@ def test_the_model_is_left_as_it_was(model: nn.Module, x: Tensor, tmp_path: Path
     assert isinstance(model.bn, nn.BatchNorm2d)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class InPlace(nn.Module):
+    """Writes to its argument and to a buffer, and takes random numbers."""
+
+    def __init__(self, scriptable: bool = True) -> None:
+        super().__init__()
+        self.quantize, self.linear, self.dequantize = QuantStub(), nn.Linear(4, 4), DeQuantStub()
+        self.register_buffer("calls", torch.zeros(()))
+        if not scriptable:
+            self.forward = self.untypable
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5)
+        self.calls += 1
+        return self.dequantize(self.linear(self.quantize(x))) + 0 * torch.rand(1)
+
+    def untypable(self, x: Tensor, *rest: Any) -> Tensor:
+        return InPlace.forward(self, x)
+
+
+@pytest.mark.parametrize(
+    ("scriptable", "int8"), [(True, False), (False, False), (True, True)], ids=str
+)
+def test_inputs_buffers_and_random_state_are_left_as_they_were(
+    tmp_path: Path, scriptable: bool, int8: bool
+) -> None:
+    model, x, calibration = InPlace(scriptable).eval(), image(2, 4), image(16, 4)
+    given, given_calibration = x.clone(), calibration.clone()
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)  # that it was traced
+        torchfuse.export(
+            model,
+            x,
+            tmp_path / "m.pt",
+            precision="int8" if int8 else None,
+            calibration=calibration if int8 else None,
+        )
+    assert torch.equal(x, given)
+    assert torch.equal(calibration, given_calibration)
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    loaded = torchfuse.load(tmp_path / "m.pt")
+    assert loaded.calls == 0
+
+
+def test_int8_is_calibrated_on_what_was_given_though_forward_writes_to_it(tmp_path: Path) -> None:
+    class Shifts(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dequantize(self.linear(self.quantize(x.sub_(0.5))))
+
+    torch.manual_seed(0)
+    artifact = torchfuse.export(
+        Shifts().eval(),
+        torch.rand(2, 4),
+        tmp_path / "m.pt",
+        precision="int8",
+        calibration=torch.rand(64, 4),
+    )
+    assert artifact.equivalence is not None
+    assert artifact.equivalence.sqnr_db is not None
+    assert artifact.equivalence.sqnr_db > 30
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+def test_a_program_that_would_write_to_its_inputs_or_buffers_is_an_error(
+    tmp_path: Path, int8: bool
+) -> None:
+    model, x = InPlace().eval(), image(2, 4)
+    before = x.clone()
+    with pytest.raises(UnsupportedError, match=r"got one that writes to calls and x, which"):
+        torchfuse.export(
+            model,
+            x,
+            tmp_path / "m.pte",
+            precision="int8" if int8 else None,
+            calibration=x if int8 else None,
+        )
+    assert torch.equal(x, before)
+    assert model.calls == 0
+
+
+def test_in_place_operators_on_tensors_of_its_own_are_no_obstacle(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + x
+            y.add_(x)
+            return y.relu_()
+
+    artifact = torchfuse.export(Own().eval(), image(2, 4), tmp_path / "m.pte")
+    assert artifact.equivalence is not None
+    assert artifact.equivalence.passed
+
+
+def test_tracing_is_said_in_a_warning_and_in_the_notes(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor, *rest: Any) -> Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.warns(ExportWarning, match=r"'m.pt' was traced, .* is frozen as it ran") as caught:
+        artifact = torchfuse.export(Branches().eval(), torch.ones(3), tmp_path / "m.pt")
+    assert [warning.filename for warning in caught] == [__file__]  # torch's own is not repeated
+    (note,) = artifact.notes
+    assert note.startswith("traced, since scripting fails: ")
+
+
+def test_a_scripted_model_has_no_notes(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    assert torchfuse.export(model, x, tmp_path / "m.pt").notes == ()
+
+
+def test_int8_that_is_hardly_like_the_model_is_warned_about(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    x = image(1, 3, 8, 8)
+    with pytest.warns(
+        ExportWarning, match=r"quantized to \d\.\d dB only .* calibration inputs like"
+    ):
+        artifact = torchfuse.export(
+            model, x, tmp_path / "m.pte", precision="int8", calibration=x / 1000
+        )
+    assert len(artifact.notes) == 1
+
+
+def test_weights_in_half_precision_are_called_so(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4).half().eval()
+    assert torchfuse.export(model, image(2, 4).half(), tmp_path / "m.pt").precision == "fp16"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", ["pt", "pte"])
+def test_weights_in_other_precisions_are_an_error(
+    dtype: torch.dtype, suffix: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match=f"float32 or float16, got {dtype}, for which"):
+        torchfuse.export(
+            nn.Linear(4, 4).to(dtype).eval(), image(2, 4).to(dtype), tmp_path / f"m.{suffix}"
+        )
+
+
+def test_a_traced_graph_that_is_not_quantized_can_be_saved_as_torchscript(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)  # that it was traced
+        path = torchfuse.export(fx.symbolic_trace(model), x, tmp_path / "m.pt").path
+    torch.testing.assert_close(torchfuse.load(path)(x), model(x))
+
+
+def test_what_quantize_returns_is_refused_for_torchscript(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    quantized = torchfuse.quantize(model, x, image(8, 3, 16, 16)).model
+    with pytest.raises(UnsupportedError, match=r"torchfuse.quantize made is for '\.pte'"):
+        torchfuse.export(quantized, x, tmp_path / "model.pt")
+
+
+class Locked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Encodes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "options", "error", "message"),
+    [
+        (lambda x: x, torch.ones(2), {}, InputError, "a torch.nn.Module, got function; a function"),
+        (
+            Encodes(),
+            Case((torch.ones(2),), method="encode"),
+            {},
+            InputError,
+            r"Expected inputs of `forward`, .* got encode\(2\)",
+        ),
+        (Locked(), torch.ones(2), {"suffix": "pt"}, UnsupportedError, "Locked cannot be copied"),
+        (
+            nn.ReLU(),
+            torch.ones(2),
+            {"dynamic_shapes": 5},
+            InputError,
+            "Expected dynamic_shapes for each argument of forward, .* got 5 in 5",
+        ),
+    ],
+    ids=["a function", "another method", "a lock", "no dynamic shapes"],
+)
+def test_what_cannot_be_exported_at_all_is_an_error_of_ours(
+    model: Any, given: Any, options: dict[str, Any], error: Any, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"m.{options.pop('suffix', 'pte')}"
+    if isinstance(model, nn.Module):
+        model.eval()
+    with pytest.raises(error, match=message):
+        torchfuse.export(model, given, path, **options)

@@ -170,6 +170,35 @@ def test_calibration_data_may_be(calibration: Any, model: nn.Module, x: Tensor) 
     assert verify(model, quantized, example, min_sqnr_db=15).passed
 
 
+class Product(nn.Module):
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        return x @ k
+
+
+class Sum(nn.Module):
+    def forward(self, *xs: Tensor) -> Tensor:
+        return xs[0] + xs[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "calibration"),
+    [
+        (
+            Product(),
+            Case((image(1, 4),), {"k": image(4, 4)}),
+            [Case((image(3, 4),), {"k": image(4, 4)})],
+        ),
+        (Sum(), (image(1, 4), image(1, 4)), [(image(3, 4), image(3, 4))]),
+    ],
+    ids=["positions and names", "any number"],
+)
+def test_sizes_may_differ_however_the_arguments_are_given(
+    model: nn.Module, example: Any, calibration: Any
+) -> None:
+    quantized = quantize(model.eval(), example, calibration).model
+    assert verify(model, quantized, example, min_sqnr_db=15).passed
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [

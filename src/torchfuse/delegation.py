@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from torchfuse.errors import ExportWarning
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,7 +18,7 @@ __all__ = ["Delegation", "DelegationWarning", "OperatorDelegation", "delegation_
 _MATERIAL = 0.02
 
 
-class DelegationWarning(UserWarning):
+class DelegationWarning(ExportWarning):
     """A part of the model that matters runs outside the delegate, on slow portable kernels."""
 
 

@@ -4,6 +4,7 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "CaptureError",
+    "ExportWarning",
     "FusionError",
     "FusionWarning",
     "InputError",
@@ -39,6 +40,10 @@ class ArtifactError(TorchfuseError):
 
 class UnsupportedError(TorchfuseError):
     """The installed torch, ExecuTorch or runtime cannot do what was asked."""
+
+
+class ExportWarning(UserWarning):
+    """A file was written, but not as well or as asked as it might have been; the text says why."""
 
 
 class FusionWarning(UserWarning):

@@ -3,19 +3,18 @@
 The suffix chooses the target: `.pte` is ExecuTorch, `.pt` TorchScript, `.ptl` the lite interpreter.
 """
 
-import copy
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import (
@@ -29,16 +28,25 @@ from torchfuse.artifacts import (
     seal_zip,
     write_atomically,
 )
-from torchfuse.checking import Equivalence, verify
+from torchfuse.checking import Equivalence, run, verify
+from torchfuse.copying import copied
 from torchfuse.delegation import Delegation, DelegationWarning
 from torchfuse.errors import (
     ArtifactError,
+    ExportWarning,
     InputError,
     UnsupportedError,
     first_line,
 )
 from torchfuse.inputs import Case, cases
-from torchfuse.quantizing import checked_calibration, quantize, require_eval_mode
+from torchfuse.quantizing import (
+    checked_calibration,
+    is_quantized_graph,
+    quantize,
+    require_eval_mode,
+    require_forward,
+)
+from torchfuse.restoring import random_state_kept
 from torchfuse.targets import executorch, torchscript
 
 __all__ = ["export", "load"]
@@ -50,7 +58,16 @@ _FP16_MIN_SHARE = 0.98  # of the multiply-accumulates, below which it would be s
 _INT8_MIN_SQNR_DB = 10.0  # against the quantized model
 _INT8_LOSS_DB = 3.0  # against the model, compared with the quantized model's
 _INT8_NO_LOSS_DB = 40.0  # above this, nobody asks which of the two is closer
+_INT8_SUSPECT_DB = 12.0  # against the model, below which something is wrong, and likely the ranges
 
+
+_TRACED = (  # as every note: what comes after "the file was"
+    "traced, since scripting fails: {}; control flow that depends on data is frozen as it ran"
+)
+_SUSPECT = (
+    "quantized to {:.1f} dB only (signal to noise against the model), most likely since it was "
+    "calibrated on other data than it is meant for; give calibration inputs like the example's"
+)
 
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16"}
 
@@ -108,6 +125,7 @@ def export(
     check_destination(path)
     require_eval_mode(model)
     examples = cases(example_inputs)
+    require_forward(examples)
     for case in examples:
         _require_finite(model, case)
     if precision == "int8":
@@ -117,21 +135,25 @@ def export(
             f"Calibration data is for int8, but the precision is {precision}; give "
             "precision='int8', or no calibration data."
         )
-    if form == "pte":
-        if not optimize:
-            raise InputError(
-                "ExecuTorch folds batch norms whenever it lowers a model, so there is no non-fused "
-                "'.pte'; compare with eager mode, or with optimize=False and '.pt'."
-            )
-        made = _executorch(model, examples[0], precision, calibration, dynamic_shapes)
-    else:
-        if dynamic_shapes is not None:
-            raise InputError(f"'.{form}' takes inputs of any size; leave dynamic_shapes out.")
-        made = _torchscript(model, examples[0], form, precision, calibration, optimize)
+    if form == "pte" and not optimize:
+        raise InputError(
+            "ExecuTorch folds batch norms whenever it lowers a model, so there is no non-fused "
+            "'.pte'; compare with eager mode, or with optimize=False and '.pt'."
+        )
+    if form != "pte" and dynamic_shapes is not None:
+        raise InputError(f"'.{form}' takes inputs of any size; leave dynamic_shapes out.")
+    with random_state_kept():
+        if form == "pte":
+            made = _executorch(model, examples[0], precision, calibration, dynamic_shapes)
+        else:
+            made = _torchscript(model, examples[0], form, precision, calibration, optimize)
     examples = [*examples, *made.other_cases]
     equivalence = _compared(model, made, form, examples)
     if made.delegation is not None and made.delegation.warning is not None:
         warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
+    notes = [*made.notes, *_suspicions(made, model, equivalence)]
+    for note in notes:
+        warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=2)
     metadata = {
         "format": form,
         "precision": made.precision,
@@ -149,6 +171,7 @@ def export(
         sha256=hashlib.sha256(data).hexdigest(),
         delegation=made.delegation,
         equivalence=equivalence,
+        notes=tuple(notes),
     )
 
 
@@ -199,14 +222,14 @@ def _executorch(
     if made == "fp16":
         _require_delegated(lowered.delegation)
     try:
-        run = executorch.ExecutorchModel(lowered.program, lowered.signature)
+        loaded = executorch.ExecutorchModel(lowered.program, lowered.signature)
     except ArtifactError as error:
         raise UnsupportedError(f"The {made} program does not run here: {error}") from error
     return _Made(
         payload=lowered.program,
         precision=made,
         metadata={"signature": dict(lowered.signature), "executorch": version("executorch")},
-        run=run,
+        run=loaded,
         reference=reference,
         delegation=lowered.delegation,
         other_cases=tuple(_other_sizes(program, case)),
@@ -225,7 +248,7 @@ def _torchscript(
         raise UnsupportedError(
             f"'.{form}' has no fp16 on phones; use '.pte', or another precision."
         )
-    if isinstance(model, torch.fx.GraphModule):
+    if isinstance(model, fx.GraphModule) and is_quantized_graph(model.graph):
         raise UnsupportedError(
             f"A model that torchfuse.quantize made is for '.pte'; for '.{form}' give the model "
             "itself, with QuantStub and DeQuantStub, and precision='int8' with calibration data."
@@ -233,7 +256,11 @@ def _torchscript(
     # Batch norms are folded by the optimizer for mobile. In int8 they must be fused before, by
     # their owner's choice of modules, since QuantStubs are placed around them by hand too.
     reference = model if calibration is None else torchscript.quantize(model, calibration)
-    made: Precision = "int8" if torchscript.is_quantized(reference) else "fp32"
+    made: Precision = (
+        "int8"
+        if torchscript.is_quantized(reference)
+        else _weights_precision(reference.parameters(), "the mobile interpreters have few kernels")
+    )
     if precision not in (None, made):
         raise InputError(f"Expected a model that can be saved in {precision}, got one in {made}.")
     scripted = torchscript.script(reference, case)
@@ -246,14 +273,13 @@ def _torchscript(
         metadata={},
         run=torchscript.deserialize(payload, form),
         reference=reference,
-        notes=() if traced is None else (f"traced, since scripting fails: {traced}",),
+        notes=() if traced is None else (_TRACED.format(traced),),
     )
 
 
 def _require_finite(model: nn.Module, case: Case) -> None:
     try:
-        with torch.no_grad():
-            outputs = model(*case.args, **case.kwargs)
+        outputs = run(model, case)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot run on its example inputs, {case}: {first_line(error)}"
@@ -287,9 +313,17 @@ def _compared(model: nn.Module, made: _Made, form: Format, examples: list[Case])
     return found
 
 
+def _suspicions(made: _Made, model: nn.Module, equivalence: Equivalence) -> list[str]:
+    compared = made.precision == "int8" and made.reference is not model
+    sqnr_db = equivalence.sqnr_db
+    if compared and sqnr_db is not None and sqnr_db < _INT8_SUSPECT_DB:
+        return [_SUSPECT.format(sqnr_db)]
+    return []
+
+
 def _half_inside(model: nn.Module) -> nn.Module:
     """Return a copy that computes in half precision, with arguments and results in float32."""
-    half = copy.deepcopy(model).half()
+    half = copied(model).half()
 
     def to(source: torch.dtype, target: torch.dtype) -> Callable[[Any], Any]:
         def convert(value: Any) -> Any:
@@ -315,13 +349,17 @@ def _require_delegated(delegation: Delegation) -> None:
 
 
 def _precision(program: torch.export.ExportedProgram) -> Precision:
-    if any("quantized_decomposed" in str(node.target) for node in program.graph.nodes):
+    if is_quantized_graph(program.graph):
         return "int8"
-    dtypes = {t.dtype for t in program.state_dict.values() if t.is_floating_point()}
+    return _weights_precision(program.state_dict.values(), "XNNPACK has no kernels")
+
+
+def _weights_precision(tensors: Iterable[torch.Tensor], lacking: str) -> Precision:
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     for dtype in dtypes - set(_PRECISIONS):
         raise UnsupportedError(
-            f"Expected weights in float32 or float16, got {dtype}, for which XNNPACK has no "
-            "kernels; call model.float() first."
+            f"Expected weights in float32 or float16, got {dtype}, for which {lacking}; call "
+            "model.float() first."
         )
     return "fp16" if dtypes == {torch.float16} else "fp32"
 

@@ -5,6 +5,7 @@ leave to the caller: a model with nothing left to fold, and calibration data tha
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,17 +14,22 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from torchfuse.checking import copy_tensors, run
 from torchfuse.errors import CalibrationError, InputError, first_line
 from torchfuse.inputs import Case, cases
 from torchfuse.quieting import quiet
+from torchfuse.restoring import put_back, random_state_kept
 from torchfuse.targets import executorch
 
 __all__ = [
     "QuantizationResult",
     "QuantizedLayer",
+    "calibrate",
     "checked_calibration",
+    "is_quantized_graph",
     "quantize",
     "require_eval_mode",
+    "require_forward",
 ]
 
 _BACKENDS = ("xnnpack",)
@@ -88,14 +94,15 @@ def quantize(
     require_eval_mode(model)
     example = cases(example_inputs)[0]
     data = checked_calibration(calibration)
+    require_forward([example, *data])
     traced = example
     if dynamic_shapes is None:
         # The batch of the largest case, since torch.export takes a size of 1 for a constant.
         traced = max([example, *data], key=_elements)
         _require_runs(model, traced)
-        dynamic_shapes = _differing_sizes(traced, [example, *data])
+        dynamic_shapes = _differing_sizes(model, traced, [example, *data])
     program = executorch.capture(model, traced, dynamic_shapes)
-    with quiet():
+    with quiet(), random_state_kept():
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             XNNPACKQuantizer,
             get_symmetric_quantization_config,
@@ -114,7 +121,7 @@ def quantize(
         )
         with _clamps_as_activations():
             prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
-        _calibrate(prepared, data)
+        calibrate(prepared, data)
         converted = convert_pt2e(prepared)
     return QuantizationResult(converted, tuple(_layers(converted)))
 
@@ -142,7 +149,15 @@ def _clamps_as_activations() -> Iterator[None]:
 
 
 def require_eval_mode(model: nn.Module) -> None:
-    """Raise InputError if a part of `model` is in training mode; exported graphs have no modes."""
+    """Raise InputError if `model` is no module, or a part of it is in training mode.
+
+    Exported graphs have no modes.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"Expected a model, a torch.nn.Module, got {type(model).__name__}; a function becomes "
+            "one as the `forward` of a class."
+        )
     if isinstance(model, fx.GraphModule):
         return
     training = [
@@ -156,6 +171,21 @@ def require_eval_mode(model: nn.Module) -> None:
             f"{f' and {len(training) - 1} more modules are' if training[1:] else ' is'} in "
             "training mode; call model.eval() first."
         )
+
+
+def require_forward(given: list[Case]) -> None:
+    """Raise InputError if a case calls another method than `forward`, the one that is exported."""
+    for case in given:
+        if case.method != "forward":
+            raise InputError(
+                f"Expected inputs of `forward`, the method that a file holds, got {case}; export a "
+                f"module whose forward calls `{case.method}`."
+            )
+
+
+def is_quantized_graph(graph: fx.Graph) -> bool:
+    """Return whether torchao has quantized a part of an exported graph."""
+    return any("quantized_decomposed" in str(node.target) for node in graph.nodes)
 
 
 def checked_calibration(calibration: Any) -> list[Case]:
@@ -197,8 +227,7 @@ def checked_calibration(calibration: Any) -> list[Case]:
 
 def _require_runs(model: nn.Module, case: Case) -> None:
     try:
-        with torch.no_grad():
-            model(*case.args, **case.kwargs)
+        run(model, case)
     except Exception as error:
         raise CalibrationError(
             f"{type(model).__name__} cannot run on {case}, the largest of the calibration data and "
@@ -206,11 +235,22 @@ def _require_runs(model: nn.Module, case: Case) -> None:
         ) from error
 
 
-def _calibrate(prepared: nn.Module, data: list[Case]) -> None:
+def calibrate(
+    prepared: nn.Module, data: list[Case], *, buffers: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Run a model with observers in it on the calibration data.
+
+    Every case is run on copies, with the `buffers` of the model itself (by name) as they are given.
+
+    Raises:
+        CalibrationError: the model cannot run on a case, or returns NaN or Inf.
+    """
     for number, case in enumerate(data):
         try:
+            args, kwargs = copy_tensors((case.args, dict(case.kwargs)))  # `forward` may write to it
             with torch.no_grad():
-                outputs = prepared(*case.args, **case.kwargs)
+                outputs = prepared(*args, **kwargs)
+                put_back(prepared, buffers or {})
         except Exception as error:
             raise CalibrationError(
                 f"The model cannot run on calibration case {number}, {case}: {first_line(error)}."
@@ -231,7 +271,7 @@ def _elements(case: Case) -> int:
     return sum(tensor.numel() for tensor in _tensors(case))
 
 
-def _differing_sizes(traced: Case, others: list[Case]) -> Any:
+def _differing_sizes(model: nn.Module, traced: Case, others: list[Case]) -> Any:
     """Return torch.export's `dynamic_shapes` in which the sizes that differ are free, or None."""
     leaves, spec = pytree.tree_flatten((traced.args, dict(traced.kwargs)))
     free: list[dict[int, Any] | None] = [None] * len(leaves)
@@ -249,9 +289,8 @@ def _differing_sizes(traced: Case, others: list[Case]) -> Any:
     if not any(free):
         return None
     args, kwargs = pytree.tree_unflatten(free, spec)
-    if not kwargs:
-        return args
-    return {f"arg_{i}": shape for i, shape in enumerate(args)} | kwargs if args else kwargs
+    # torch.export wants them by the names of forward's arguments, `*args` and `**kwargs` included.
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
 def _layers(converted: fx.GraphModule) -> Iterable[QuantizedLayer]:

@@ -6,7 +6,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CopyOnWrite", "restored"]
+__all__ = ["CopyOnWrite", "put_back", "random_state_kept", "restored"]
 
 # How deep plain objects in a module's attributes are entered (module → cache → its list → …).
 _DEPTH = 4
@@ -97,7 +97,8 @@ def restored(model: Any, mode: CopyOnWrite | None = None) -> Iterator[None]:
     mode = CopyOnWrite() if mode is None else mode
     undo = _random_state()
     undo += _tensors(modules)
-    undo += _attributes(modules)
+    undo += _script_tensors([m for m in modules if isinstance(m, torch.jit.ScriptModule)])
+    undo += _attributes([m for m in modules if not isinstance(m, torch.jit.ScriptModule)])
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -110,6 +111,26 @@ def restored(model: Any, mode: CopyOnWrite | None = None) -> Iterator[None]:
             for step in reversed(undo):
                 step()
             mode.put_back()
+
+
+def put_back(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Gives the buffers of those names copies of these values, whatever became of them."""
+    copies: dict[int, torch.Tensor] = {}  # one for each tensor, so that shared ones stay shared
+    for name, value in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        copy = copies.setdefault(id(value), value.clone())
+        setattr(model.get_submodule(owner), attribute, copy)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """A context after which the random state of torch, Python and numpy is as it was before."""
+    undo = _random_state()
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
 
 
 def _random_state() -> list[Callable[[], object]]:
@@ -145,6 +166,22 @@ def _tensors(modules: list[nn.Module]) -> list[Callable[[], object]]:
                 tensor.grad = grad
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
+
+    return [undo]
+
+
+def _script_tensors(modules: list[torch.jit.ScriptModule]) -> list[Callable[[], object]]:
+    """Undoes `self.buffer = …` in scripted modules, whose attributes are TorchScript's own."""
+    before = [
+        (module, name, tensor)
+        for module in modules
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+    ]
+
+    def undo() -> None:
+        for module, name, tensor in before:
+            if getattr(module, name) is not tensor:
+                setattr(module, name, tensor)
 
     return [undo]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,22 @@ class Nested(nn.Module):
         return {"scaled": y * scale, "all": [y, (y.relu(),)]}
 
 
+class Largest(nn.Module):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+        self.args, self.options = args, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.max(*self.args, **self.options).values
+
+
+class Other(nn.Module):
+    """Takes something besides a tensor."""
+
+    def forward(self, x: Tensor, other: Any) -> Tensor:
+        return x * 2 if other in (None, 2, "double") else x
+
+
 RIGHT = {
     # fails in ExecuTorch 1.4.1's FuseBatchNormPass unless the batch norm is gone first
     "a bare Sequential with a batch norm": (
@@ -65,6 +82,12 @@ RIGHT = {
         nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), settled(nn.BatchNorm2d(6))),
         (1, 4, 5, 5),
     ),
+    # XNNPACK's partitioner reads the stride, which torch leaves out here
+    "max-pooling without a stride": (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), (1, 3, 8, 8)),
+    "max-pooling with padding": (nn.MaxPool2d((2, 3), padding=1), (1, 3, 8, 8)),
+    "the largest along a dimension": (Largest(1), (1, 3, 8, 8)),
+    "the largest along the last dimension": (Largest(3), (1, 3, 8, 8)),
+    "the largest along a dimension that is kept": (Largest(3, keepdim=True), (1, 3, 8, 8)),
     "channels_last weights": (
         nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last),
         (1, 3, 8, 8),
@@ -79,6 +102,50 @@ def test_computes_what_the_model_computes(name: str) -> None:
     for seed in (5, 6):
         x = image(*shape, seed=seed)
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_largest_along_a_dimension_is_delegated_where_xnnpack_can() -> None:
+    lowered = lower(capture(Largest(3, keepdim=True).eval(), Case((image(1, 3, 8, 8),))))
+    assert lowered.delegation.calls_left == 0
+
+
+@pytest.mark.parametrize("other", [None, 2, 3.5, True])
+def test_arguments_may_be_other_things_than_tensors(
+    other: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    x = image(2, 3)
+    run = made(Other(), Case((x, other)))
+    assert torch.equal(run(x, other), Other()(x, other))
+    with pytest.raises(InputError, match=r"takes 2×3 float32, a number; got 2×3 float32, 2×3"):
+        run(x, x)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_string_among_the_arguments_is_an_error() -> None:
+    x = image(2, 3)
+    with pytest.raises(UnsupportedError, match="on 2×3 float32, 'double': Unsupported python type"):
+        made(Other(), Case((x, "double")))(x, "double")
+
+
+@pytest.mark.parametrize("size", [(1, 1, 8, 8), (5, 1, 8, 8)], ids=str)
+def test_takes_inputs_of_any_strides(size: tuple[int, ...]) -> None:
+    # A slice of `[n, 1, 8, 8]` keeps strides that ExecuTorch takes for channels_last.
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(8, 3)
+    ).eval()
+    x = image(5, 8, 8)[:, None][: size[0]]
+    assert x.shape == size
+    torch.testing.assert_close(made(model, Case((x,)))(x), model(x))
+    odd = torch.from_numpy(np.asfortranarray(image(*size, seed=1).numpy()))
+    torch.testing.assert_close(made(model, Case((odd,)))(odd), model(odd))
+
+
+def test_a_kernel_that_refuses_after_a_good_call_is_an_error_of_ours() -> None:
+    lowered = lower(capture(nn.Linear(4, 3).eval(), Case((image(2, 4),))))
+    run = ExecutorchModel(lowered.program)  # without the signature, any smaller size may be right
+    run(image(2, 4))
+    with pytest.raises(UnsupportedError, match="on 1×4 float32: Attempted to resize a static"):
+        run(image(1, 4))
 
 
 def test_takes_inputs_in_channels_last() -> None:

@@ -1,6 +1,5 @@
 """Today's mobile target: an ExecuTorch program (`.pte`) for XNNPACK, and the runtime it runs on."""
 
-import copy
 import logging
 import re
 import sys
@@ -9,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from torchfuse.copying import copied
 from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
 from torchfuse.exported_fusing import fold
@@ -66,16 +66,18 @@ def capture(
     """Return the exported program of `model`, with no batch norm left that could be folded.
 
     Raises:
-        UnsupportedError: torch.export cannot capture the model, or not with these dynamic shapes.
+        UnsupportedError: torch.export cannot capture the model, or not with these dynamic shapes;
+            or the model writes to its inputs or buffers.
     """
     if any(with_default_strides(t) is not t for t in model.state_dict(keep_vars=True).values()):
         # XNNPACK lays out its weights itself, and its partitioner takes contiguous ones only.
-        model = copy.deepcopy(model)
+        model = copied(model)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = with_default_strides(tensor.data)
     case = _traceable(case, dynamic_shapes)
     program = _export(model, case, dynamic_shapes)
+    _require_pure(program)
     if _has_batch_norms(program):
         program = fold(program, prove=False).program  # what is made of it is compared as a whole
     if _has_batch_norms(program):
@@ -83,11 +85,63 @@ def capture(
             graph_module = program.module(check_guards=False)
         if write_batch_norms_plainly(graph_module):
             program = _export(graph_module, case, dynamic_shapes)
+    _spell_out(program.graph)
     return program
 
 
 def _has_batch_norms(program: torch.export.ExportedProgram) -> bool:
     return any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes)
+
+
+def _require_pure(program: torch.export.ExportedProgram) -> None:
+    """Raise UnsupportedError if the program writes to an input or a buffer of its own."""
+    if not any(map(_may_write_to_input, program.graph.nodes)):
+        return
+    with quiet():
+        signature = program.run_decompositions({}).graph_signature  # in the form that tells exactly
+    written = (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values())
+    if written:
+        raise UnsupportedError(
+            f"Expected a model that leaves its inputs and buffers as they are, got one that writes "
+            f"to {' and '.join(written)}, which an ExecuTorch program does not keep; compute new "
+            "tensors: `x = x - 0.5` in place of `x.sub_(0.5)`."
+        )
+
+
+def _may_write_to_input(node: fx.Node) -> bool:
+    """Return whether the node writes to memory that a view, or a no-op, may have of an input."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return False
+    written: Any = node.args[0] if node.args else None
+    while isinstance(written, fx.Node) and written.op == "call_function":
+        schema = getattr(written.target, "_schema", None)
+        arguments = [] if schema is None else schema.arguments
+        is_view = any(argument.alias_info is not None for argument in arguments)
+        if not is_view and written.target is not torch.ops.aten.dropout.default:
+            return False
+        written = written.args[0] if written.args else None
+    return True
+
+
+def _spell_out(graph: fx.Graph) -> None:
+    """Write two operators in the form in which XNNPACK's partitioner does not fail on them.
+
+    It reads the stride of a max-pooling, which torch leaves out where it is the kernel's size; and
+    it takes the values of any `max` along a dimension, of which its own serializer refuses all
+    but those along one of the two last of four, kept.
+    """
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is aten.max_pool2d.default and not (len(node.args) > 2 and node.args[2]):
+            x, kernel, *rest = node.args
+            node.args = (x, kernel, kernel, *rest[1:])
+        elif node.target is aten.max.dim:
+            x, dim, keep = (*node.args, False)[:3]
+            is_taken = keep and dim in (2, 3) and x.meta["val"].dim() == 4
+            used = {user.args[1]: user for user in node.users if user.users}
+            if list(used) == [0] and not is_taken:
+                used[0].target, used[0].args = aten.amax.default, (x, [dim], keep)
+                graph.eliminate_dead_code()
 
 
 def _traceable(case: Case, dynamic_shapes: Any) -> Case:
@@ -96,22 +150,33 @@ def _traceable(case: Case, dynamic_shapes: Any) -> Case:
     torch.export takes a size of 1 in the example for a constant, whatever was declared.
     """
 
+    def require_shapes(given: Any) -> None:
+        if not isinstance(given, Mapping | tuple | list | None):
+            raise InputError(
+                "Expected dynamic_shapes for each argument of forward, as torch.export takes them "
+                f"(`({{0: torch.export.Dim('batch', max=8)}},)` for one), got {given!r} in "
+                f"{dynamic_shapes!r}."
+            )
+
     def traceable(value: Any, sizes: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        require_shapes(sizes)
         dynamic = dict(enumerate(sizes) if isinstance(sizes, tuple | list) else sizes or {})
         ones = [
-            isinstance(size, torch.export.Dim) and value.shape[dim] == 1 and size.max > 1
+            isinstance(size, torch.export.Dim) and value.shape[dim : dim + 1] == (1,) < (size.max,)
             for dim, size in dynamic.items()
         ]
         repeats = [1] * value.dim()
         for dim, is_one in zip(dynamic, ones, strict=True):
-            repeats[dim] += is_one
+            if is_one:
+                repeats[dim] = 2
         return with_default_strides(value.repeat(repeats) if any(ones) else value)
 
+    require_shapes(dynamic_shapes)
     names = list(case.kwargs)
     if isinstance(dynamic_shapes, Mapping):
-        declared = list(dynamic_shapes.values())[: len(case.args)]
+        declared = [*dynamic_shapes.values(), *[None] * len(case.args)][: len(case.args)]
         by_name = {name: dynamic_shapes.get(name) for name in names}
     else:
         declared = [*(dynamic_shapes or ()), *[None] * len(case.args)][: len(case.args)]
@@ -331,7 +396,7 @@ class ExecutorchModel:
             self._load()
         inputs = self._flat(args, kwargs)
         self._check(inputs)
-        outputs: Sequence[Any] = self._method.execute(inputs) if self._ran else self._first(inputs)
+        outputs = self._execute(inputs)
         if self._out_spec is not None and not self._out_spec.is_leaf():
             return pytree.tree_unflatten(outputs, self._out_spec)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -359,7 +424,18 @@ class ExecutorchModel:
                 )
         return [with_default_strides(leaf) for leaf in flat]
 
-    def _first(self, inputs: list[Any]) -> Sequence[Any]:
+    def _execute(self, inputs: list[Any]) -> Sequence[Any]:
+        if self._ran:  # then it is unlikely to fail, and listening to the runtime costs time
+            try:
+                outputs: Sequence[Any] = self._method.execute(inputs)
+            except RuntimeError:
+                return self._listening(inputs)
+            return outputs
+        outputs = self._listening(inputs)
+        self._ran = True
+        return outputs
+
+    def _listening(self, inputs: list[Any]) -> Sequence[Any]:
         # The runtime's exceptions hold an error number, and the reason is what it prints.
         lines: list[str] = []
         try:
@@ -371,7 +447,6 @@ class ExecutorchModel:
                 f"ExecuTorch cannot run the program on {_described(inputs)}: "
                 f"{(reasons or [first_line(error)])[0].rstrip('.')}."
             ) from error
-        self._ran = True
         return outputs
 
     def _check(self, inputs: list[Any]) -> None:
@@ -422,8 +497,9 @@ def _inputs(described: Any, sizes: Sequence[Any] | None) -> tuple[_Input, ...]:
 
 def _tensor_info(described: Any, index: int) -> Any:
     try:
-        return described.input_tensor_meta(index)
-    except RuntimeError:  # not a tensor
+        with quiet_runtime():  # the exception says enough
+            return described.input_tensor_meta(index)
+    except (RuntimeError, IndexError):  # not a tensor
         return None
 
 

@@ -4,9 +4,9 @@ TorchScript and torch.ao's eager quantization are deprecated; whatever needs the
 """
 
 import contextlib
-import copy
 import inspect
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +20,13 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 from torch.jit.mobile import _load_for_lite_interpreter
 
+from torchfuse.checking import copy_tensors, run
+from torchfuse.copying import copied
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
 from torchfuse.inputs import Case
+from torchfuse.quantizing import calibrate
 from torchfuse.quieting import quiet
+from torchfuse.restoring import put_back
 
 __all__ = [
     "Scripted",
@@ -54,22 +58,20 @@ def quantize(model: nn.Module, calibration: list[Case], *, engine: str = "qnnpac
         UnsupportedError: this build has no such engine, or the converted model cannot run.
     """
     with _engine(engine), quiet():
-        prepared = copy.deepcopy(model)
+        prepared = copied(model)
         prepared.qconfig = ao.get_default_qconfig(engine)
         ao.prepare(prepared, inplace=True)
-        with torch.no_grad():
-            for case in calibration:
-                prepared(*case.args, **case.kwargs)
-            converted: nn.Module = ao.convert(prepared, inplace=True)
-            _make_scales_scalar(converted)
-            try:
-                converted(*calibration[0].args, **calibration[0].kwargs)
-            except (NotImplementedError, RuntimeError) as error:
-                raise UnsupportedError(
-                    f"the int8 model cannot run ({first_line(error)}): every part that runs in "
-                    "int8 must lie between a QuantStub and a DeQuantStub, and additions and "
-                    "concatenations in between must be FloatFunctionals"
-                ) from error
+        calibrate(prepared, calibration, buffers=dict(model.named_buffers(remove_duplicate=False)))
+        converted: nn.Module = ao.convert(prepared, inplace=True)
+        _make_scales_scalar(converted)
+        try:
+            run(converted, calibration[0])
+        except (NotImplementedError, RuntimeError) as error:
+            raise UnsupportedError(
+                f"the int8 model cannot run ({first_line(error)}): every part that runs in "
+                "int8 must lie between a QuantStub and a DeQuantStub, and additions and "
+                "concatenations in between must be FloatFunctionals"
+            ) from error
     return converted
 
 
@@ -79,21 +81,26 @@ def script(model: nn.Module, case: Case) -> Scripted:
     Raises:
         UnsupportedError: it can be neither scripted nor traced.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     _make_scales_scalar(model)
     with quiet(), torch.no_grad():
         try:
             scripted = torch.jit.script(model)
-            scripted(*case.args, **case.kwargs)
+            run(scripted, case)
         except Exception as error:  # noqa: BLE001  # the compiler raises whatever it likes
             reason = first_line(error)
         else:
             return Scripted(scripted, None)
         try:
-            call = inspect.signature(model.forward).bind(*case.args, **case.kwargs)
+            args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
+            call = inspect.signature(model.forward).bind(*args, **kwargs)
             if call.kwargs:
                 raise TypeError(f"tracing takes no keyword-only arguments, {list(call.kwargs)}")
-            traced = torch.jit.trace(model, call.args)
+            before = copied(model)
+            with warnings.catch_warnings():  # the caller is told that, and why, it was traced
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+                traced = torch.jit.trace(model, call.args)
+            put_back(traced, dict(before.named_buffers(remove_duplicate=False)))
         except Exception as error:
             raise UnsupportedError(
                 f"{type(model).__name__} can be neither scripted ({reason}) nor traced "
