@@ -10,7 +10,12 @@ from torch.nn.utils import parametrize
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["computed_weight", "is_weight_hook", "unparametrized"]
+__all__ = [
+    "computed_weight",
+    "is_state_dict_hook_of_torch",
+    "is_weight_hook",
+    "unparametrized",
+]
 
 
 def unparametrized(layer: nn.Module) -> bool:
@@ -26,6 +31,14 @@ def is_weight_hook(hook: object) -> bool:
         "torch.nn.utils.weight_norm",
         "torch.nn.utils.spectral_norm",
     )
+
+
+def is_state_dict_hook_of_torch(hook: object) -> bool:
+    """Whether a state_dict hook belongs to a weight norm or a parametrization of torch."""
+    inner = getattr(hook, "hook", hook)  # torch wraps some hooks
+    inner = getattr(inner, "__func__", inner)
+    name = getattr(inner, "__module__", None) or type(inner).__module__
+    return str(name).startswith("torch.nn.utils.")
 
 
 def computed_weight(layer: nn.Module) -> Tensor:

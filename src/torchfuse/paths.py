@@ -286,11 +286,21 @@ def _other_methods(subject: Subject, match: Match) -> Refusal | None:
     for path in _ancestors(match):
         module = subject.modules[path]
         for function in _methods_of(module).reaching(_children_towards(path, match)):
-            if (function.__code__, path) in subject.graph.codes:
+            mentions = _mentions(function)
+            if _ran(subject, function, path):
+                read = next(filter(None, (pair.breaks(path, m) for m in mentions)), None)
+                if read is not None:
+                    return Refusal(
+                        f"{type(module).__name__}.{function.__name__} asks for `{read}`, which "
+                        "folding changes.",
+                        "Keep what it needs in an attribute of its own.",
+                    )
                 continue
             if path and not _is_mentioned(subject, function.__name__):
                 continue
-            reached = next(filter(None, (pair.split(path, m) for m in _mentions(function))), None)
+            if pair.is_direct(path, function):
+                continue
+            reached = next(filter(None, (pair.split(path, m) for m in mentions)), None)
             if reached is not None:
                 return Refusal(
                     f"{type(module).__name__}.{function.__name__}, which did not run here, uses "
@@ -299,6 +309,16 @@ def _other_methods(subject: Subject, match: Match) -> Refusal | None:
                     f'method="{function.__name__}")]; otherwise remove it.',
                 )
     return None
+
+
+def _ran(subject: Subject, function: FunctionType, path: str) -> bool:
+    """Whether the method ran on the module at `path` in the recorded pass."""
+    codes = subject.graph.codes
+    if (function.__code__, path) in codes:
+        return True
+    # A call past nn.Module.__call__ (a compiled wrapper) runs, for all we see, in its caller.
+    unseen = not subject.graph.module_calls_of(path)
+    return unseen and any(code is function.__code__ for code, _ in codes)
 
 
 def _is_mentioned(subject: Subject, method: str) -> bool:
@@ -402,7 +422,7 @@ class _Mention:
     """One way in which a method reaches what is below `self`: `self.layers[0].conv(x)`."""
 
     chain: tuple[str | None, ...]  # ("layers", "0", "conv"); None: any child
-    usage: str  # "called", "entered" (indexed, iterated), "read"
+    usage: str  # "called", "compared", "read"
 
 
 @lru_cache(maxsize=4096)
@@ -460,7 +480,9 @@ def _mention(
             return None
         if name in ("enumerate", "zip", "iter", "reversed", "list", "tuple", "next"):
             return _Mention((*chain, None), "called") if called_names else None
-    if isinstance(parent, (ast.Compare, ast.Delete)):
+    if isinstance(parent, ast.Compare):
+        return _Mention(tuple(chain), "compared")
+    if isinstance(parent, ast.Delete):
         return None
     if isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
         return _Mention((*chain, None), "called") if called_names else None
@@ -493,6 +515,7 @@ def _dynamic(
 
 
 _TENSORS = frozenset({"weight", "bias", "running_mean", "running_var"})
+_IDENTITY = nn.Identity()
 _FACTS = frozenset({"dtype", "device", "shape", "size", "dim", "numel", "ndim", "requires_grad"})
 
 
@@ -507,7 +530,7 @@ class _Pair:
         """The path that `mention`, in a method of the module at `path`, uses without the other."""
         for reached, rest in self._resolved(path, mention.chain):
             has_first, has_second = (self._contains(reached, p) for p in (self.first, self.second))
-            if has_first == has_second:
+            if has_first == has_second or mention.usage == "compared":
                 continue
             if not rest:
                 return reached
@@ -518,6 +541,32 @@ class _Pair:
             if has_second and reached == self.second and mention.usage == "read":
                 return f"{reached}.{rest[0]}"
         return None
+
+    def is_direct(self, path: str, function: FunctionType) -> bool:
+        """Whether the method calls the batch norm right on the layer's output, and does no more."""
+        below = f"{path}." if path else ""
+        names = self.first.removeprefix(below), self.second.removeprefix(below)
+        reaching = [m for m in _mentions(function) if self.split(path, m) is not None]
+        return (
+            [m.usage for m in reaching] == ["called", "called"]
+            and {m.chain for m in reaching} == {(names[0],), (names[1],)}
+            and _is_direct(function.__code__, *names)
+        )
+
+    def breaks(self, path: str, mention: _Mention) -> str | None:
+        """What the mention asks for that is another thing, or gone, once the pair is folded."""
+        for reached, rest in self._resolved(path, mention.chain):
+            if not rest:
+                continue
+            if reached == self.second and not hasattr(_IDENTITY, rest[0]):
+                return f"{reached}.{rest[0]}"
+            if reached == self.first and rest[0] == "bias" and self._adds_bias:
+                return f"{reached}.bias"
+        return None
+
+    @property
+    def _adds_bias(self) -> bool:
+        return getattr(self.subject.modules[self.first], "bias", None) is None
 
     def _resolved(
         self, path: str, chain: tuple[str | None, ...]

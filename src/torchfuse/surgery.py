@@ -14,7 +14,12 @@ from torch.nn.utils import parametrize
 
 from torchfuse.errors import FusionError
 from torchfuse.folding import fold_batch_norm
-from torchfuse.parametrized import computed_weight, is_weight_hook, unparametrized
+from torchfuse.parametrized import (
+    computed_weight,
+    is_state_dict_hook_of_torch,
+    is_weight_hook,
+    unparametrized,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -246,6 +251,15 @@ def _bake(layer: nn.Module) -> None:
         # torch's own removal writes the computed weight into the original's memory.
         layer.__class__ = type(layer).__mro__[1]
         del layer._modules["parametrizations"]
+    for hooks in (
+        layer._state_dict_hooks,
+        layer._state_dict_pre_hooks,
+        layer._load_state_dict_pre_hooks,
+        layer._load_state_dict_post_hooks,
+    ):
+        for key, hook in list(hooks.items()):
+            if is_state_dict_hook_of_torch(hook):
+                del hooks[key]
     for key, hook in list(layer._forward_pre_hooks.items()):
         if is_weight_hook(hook):
             del layer._forward_pre_hooks[key]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from torchfuse.parametrized import unparametrized
+from torchfuse.parametrized import is_state_dict_hook_of_torch, unparametrized
 from torchfuse.rules._rule import Match, Refusal, Subject
 from torchfuse.tracing import keeps_channels, other_readers
 
@@ -94,7 +94,7 @@ def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
             f"A hook of `{match.second}` sees its input, which folding changes.",
             "Remove the hook, or put it on what follows.",
         )
-    if norm._state_dict_hooks or norm._load_state_dict_pre_hooks or norm._state_dict_pre_hooks:
+    if _has_state_dict_hooks(norm):
         return Refusal(f"`{match.second}` has state_dict hooks, which would be lost.")
     own = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     added = [*norm._modules, *sorted({*norm._parameters, *norm._buffers} - own)]
@@ -108,6 +108,17 @@ def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
     if added:
         return Refusal(f"`{match.second}` also holds {added[0]}, which would be lost.")
     return None
+
+
+def _has_state_dict_hooks(module: nn.Module) -> bool:
+    """Whether there are others than those of torch's own weight norms, which go when baked in."""
+    hooks = [
+        *module._state_dict_hooks.values(),
+        *module._state_dict_pre_hooks.values(),
+        *module._load_state_dict_pre_hooks.values(),
+        *module._load_state_dict_post_hooks.values(),
+    ]
+    return not all(map(is_state_dict_hook_of_torch, hooks))
 
 
 def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | None:
@@ -153,7 +164,7 @@ def _layer_is_a_module(subject: Subject, match: Match) -> Refusal | None:
                 "needs one.",
                 "Pass self.bias in its forward.",
             )
-    if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
+    if _has_state_dict_hooks(layer):
         return Refusal(f"`{match.first}` has state_dict hooks, which may not fit a folded layer.")
     return None
 
@@ -164,6 +175,8 @@ def _always_together(subject: Subject, match: Match) -> Refusal | None:
     ours = {id(call) for call in match.firsts}
     for call in match.firsts:
         for reader in graph.readers(call.operands["weight"].value):
+            if reader.kind == "held" and not unparametrized(subject.modules[match.first]):
+                continue  # a weight hook leaves the weight it computed in an attribute
             if id(reader) not in ours:
                 if reader.module_path == match.first:
                     return Refusal(

@@ -1,0 +1,265 @@
+"""What the source of a model says about ways that were not taken."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchfuse
+from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
+from torchfuse.inputs import Case
+
+
+class LooksAtSizes(ConvBn):
+    """Its forward reads a shape and a value, so that branches count."""
+
+    flag = True
+
+    def look(self, x):
+        return x.shape[-1], x.sum().item()
+
+
+class Nested(LooksAtSizes):
+    def forward(self, x):
+        size, _ = self.look(x)
+        y = self.bn(self.conv(x))
+        return y if size > 4 else F.relu(y)
+
+
+class OneAfterTheOther(LooksAtSizes):
+    def forward(self, x):
+        size, _ = self.look(x)
+        y = self.conv(x)
+        y = self.bn(y)
+        if size > 4:
+            y = F.relu(y)
+        return y
+
+
+class OnConfiguration(LooksAtSizes):
+    def forward(self, x):
+        self.look(x)
+        y = self.conv(x)
+        if self.flag and self.bn is not None:
+            y = self.bn(y)
+        return y
+
+
+class Guarded(LooksAtSizes):
+    def forward(self, x):
+        size, value = self.look(x)
+        if size < 1 or value != value:
+            raise ValueError("no")
+        y = self.conv(x)
+        assert y.dim() == 4
+        return self.bn(y)
+
+
+class InSequential(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        y = self.stem(x)
+        return y if x.mean() > 0 else -y
+
+
+class InALoopOverItsOwn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4)])
+
+    def forward(self, x):
+        x.sum().item()
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            y = conv(x)
+            x = norm(y)
+        return x
+
+
+@pytest.mark.parametrize(
+    "model", [Nested, OneAfterTheOther, OnConfiguration, Guarded, InSequential, InALoopOverItsOwn]
+)
+def test_code_that_has_only_one_way_from_conv_to_norm_is_fused(model):
+    torch.manual_seed(0)
+    assert_fuses(trained(model(), IMAGE), IMAGE)
+
+
+class ReadLater(LooksAtSizes):
+    def forward(self, x):
+        size, _ = self.look(x)
+        y = self.conv(x)
+        z = self.bn(y)
+        return z if size > 4 else y
+
+
+class NotOnEverySide(LooksAtSizes):
+    def forward(self, x):
+        size, _ = self.look(x)
+        y = self.conv(x)
+        return self.bn(y) if size > 4 else y
+
+
+def norm_if(model, y, x):
+    return model.bn(y) if x.sum() > -1e9 else y
+
+
+class InAHelper(ConvBn):
+    def forward(self, x):
+        return norm_if(self, self.conv(x), x)
+
+
+class Catching(ConvBn):
+    def forward(self, x):
+        y = self.conv(x)
+        try:
+            return self.bn(y.view(2, 4, 8, 8))
+        except RuntimeError:
+            return y
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (ReadLater, "branch may depend on values"),
+        (NotOnEverySide, "branch may depend on values"),
+        (InAHelper, r"branch may depend on values of tensors \(read at test_paths.py:\d+\)"),
+        (Catching, "catches errors"),
+    ],
+)
+def test_code_with_another_way_is_left_alone_and_says_where(model, reason):
+    torch.manual_seed(0)
+    assert_left_alone(trained(model(), IMAGE), IMAGE, because=reason)
+
+
+class Direct(ConvBn):
+    def encode(self, x):
+        return self.bn(self.conv(x)).mean((2, 3))
+
+
+class Setup(ConvBn):
+    def init_weights(self):
+        nn.init.zeros_(self.bn.weight)
+
+    def freeze(self):
+        for parameter in self.conv.parameters():
+            parameter.requires_grad_(False)
+        for module in self.modules():
+            module.eval()
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ConvBn()
+
+    def forward(self, x):
+        return self.block(x)
+
+    def features(self, x):
+        return [self.block(x)]
+
+    @property
+    def dtype(self):
+        return self.block.conv.weight.dtype
+
+
+@pytest.mark.parametrize("model", [Direct, Setup, Whole])
+def test_methods_that_do_not_separate_the_two_are_no_obstacle(model):
+    torch.manual_seed(0)
+    assert_fuses(trained(model(), IMAGE), IMAGE)
+
+
+class ReturnsTheConv(ConvBn):
+    def hidden(self, x):
+        return self.conv(x)
+
+
+class NormAlone(ConvBn):
+    def normed(self, x):
+        return self.bn(x)
+
+
+class ReadsTheWeight(ConvBn):
+    def penalty(self):
+        return self.conv.weight.square().sum()
+
+
+class ByIndex(nn.Sequential):
+    def stem(self, x):
+        return self[0](x)
+
+
+class Tapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def taps(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        (ReturnsTheConv(), "hidden"),
+        (NormAlone(), "normed"),
+        (ReadsTheWeight(), "penalty"),
+        (ByIndex(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), "stem"),
+        (Tapping(), "taps"),
+    ],
+)
+def test_methods_that_separate_the_two_are_named(model, method):
+    assert_left_alone(trained(model, IMAGE), IMAGE, because=rf"\.{method}, which did not run here")
+
+
+def test_a_recorded_method_speaks_for_itself():
+    class Model(ConvBn):
+        def encode(self, x):
+            y = self.conv(x)
+            if self.training:
+                return y
+            return self.bn(y).mean()
+
+    torch.manual_seed(0)
+    model = trained(Model(), IMAGE)
+    assert torchfuse.plan(model, IMAGE).fusions == ()
+    cases = [Case((IMAGE,)), Case((IMAGE,), method="encode")]
+    result = torchfuse.fuse(model, cases)
+    assert len(result.plan.fusions) == 1
+    assert result.check.passed
+
+
+class AsksForChannels(ConvBn):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn.num_features
+
+
+class AsksForTheBias(ConvBn):
+    def __init__(self):
+        super().__init__(nn.Conv2d(4, 4, 3, bias=False))
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y if self.conv.bias is None else y - 1
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"), [(AsksForChannels, "bn.num_features"), (AsksForTheBias, "conv.bias")]
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_code_that_asks_for_what_folding_changes_is_left_alone(model, asked, verify):
+    torch.manual_seed(0)
+    model = trained(model(), IMAGE)
+    result = torchfuse.fuse(model, IMAGE, verify=verify)
+    assert f"asks for `{asked}`" in result.plan.skips[0].reason
+    assert torch.equal(result.model(IMAGE), model(IMAGE))
