@@ -62,7 +62,8 @@ def main() -> None:
             print(f"{seed + 1}: {dict(count)}", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - began
 
-    table = Table(title=f"{options.cases} random networks, {seconds:.0f} s, one thread")
+    print(f"{options.cases} random networks, {seconds:.0f} s, one thread")
+    table = Table()
     table.add_column("")
     table.add_column("count", justify="right")
     rows = ("right", "wrong", "crashed", "networks with a fusion", "fused", "skipped")

@@ -139,7 +139,7 @@ def _network(random: Random, seed: int, steps: int) -> Network:
     draft.values["input"] = torch.randn(2, *shape)
     current = draft.let("input + 0" if random.random() < 0.3 else "input")
     for _ in range(steps):
-        current = _step(draft, current)
+        current = _step(draft, current, _STEPS)
         if draft.values[current].abs().max() > 100:
             current = draft.let(f"{current} * 0.01")
     result = current
@@ -150,7 +150,23 @@ def _network(random: Random, seed: int, steps: int) -> Network:
 
 def _finish(draft: _Draft, shape: tuple[int, ...], result: str) -> Network:
     """Return the draft as an instance of a class whose source can be read."""
-    text = ["class RandomNetwork(torch.nn.Module):", "    def forward(self, input):"]
+    source = _give_class(draft, "RandomNetwork", result)
+    model = draft.model
+    for module in model.modules():
+        module.__dict__.pop("kept", None)
+    blocks = [m.source for m in model.modules() if m is not model and hasattr(m, "source")]
+    modules = "\n".join(f"#   {line}" for line in repr(model).splitlines())
+    training = [name for name, module in model.named_modules() if name and module.training]
+    model.training = False
+    header = f"# seed {draft.seed}; in training mode: {training}\n{modules}\n"
+    return Network(
+        model, shape, "\n".join([header, *blocks, source]), tuple(draft.methods), draft.rough
+    )
+
+
+def _give_class(draft: _Draft, name: str, result: str) -> str:
+    """Make the draft's module an instance of a class made of its lines; return the source."""
+    text = [f"class {name}(torch.nn.Module):", "    def forward(self, input):"]
     text += [f"        {line}" for line in draft.lines]
     text += [f"        return {result}"]
     for method, lines in draft.methods.items():
@@ -160,19 +176,8 @@ def _finish(draft: _Draft, shape: tuple[int, ...], result: str) -> Network:
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     space: dict[str, type[nn.Module]] = {"torch": torch, "F": F, "__name__": __name__}
     exec(compile(source, filename, "exec"), space)
-    model = draft.model
-    model.__dict__.pop("kept", None)
-    model.__class__ = space["RandomNetwork"]
-    modules = "\n".join(f"#   {line}" for line in repr(model).splitlines())
-    training = [name for name, module in model.named_modules() if name and module.training]
-    model.training = False
-    return Network(
-        model,
-        shape,
-        f"# seed {draft.seed}; in training mode: {training}\n{modules}\n{source}",
-        tuple(draft.methods),
-        draft.rough,
-    )
+    draft.model.__class__ = space[name]
+    return source
 
 
 # ── layers, each made to fit the value it is applied to ──────────────────────────────────────────
@@ -566,7 +571,59 @@ def _mixed_dtype(draft: _Draft, current: str) -> str:
     return draft.let(f"{y}.float()")
 
 
-_STEPS: tuple[tuple[int, Callable[[_Draft, str], str]], ...] = (
+def _nested(draft: _Draft, current: str) -> str:
+    """Append a block with a class of its own, called once, twice, or past its own forward."""
+    inner = _Draft(draft.random, draft.seed, nn.Module())
+    inner.values["input"] = draft.values[current]
+    y = inner.let("input")
+    for _ in range(draft.random.randint(1, 3)):
+        y = _step(inner, y, _SIMPLE_STEPS)
+    source = _give_class(inner, f"Block{draft.names}", y)
+    inner.model.source = source
+    inner.model.training = False
+    name = draft.name("block")
+    setattr(draft.model, name, inner.model)
+    draft.rough |= inner.rough
+    layers = [n for n, m in inner.model.named_children() if n.startswith(("conv", "linear", "bn"))]
+    uses = ["self.{0}({1})"] * 6 + ["self.{0}.forward({1})", "self.{0}(self.{0}({1}))"]
+    uses += [f"self.{{0}}.{method}({{1}})" for method in inner.methods]
+    if layers:
+        layer = draft.random.choice(layers)
+        uses.append(f"self.{{0}}({{1}}) + self.{{0}}.{layer}({{1}}).mean()")
+        if getattr(inner.model, layer).weight is not None:
+            uses.append(f"self.{{0}}({{1}}) + self.{{0}}.{layer}.weight.sum() * 0.1")
+        if getattr(inner.model, layer).bias is not None:
+            uses.append(f"self.{{0}}({{1}}) + getattr(self.{{0}}, {layer!r}).bias.sum() * 0.1")
+    y = draft.let(draft.random.choice(uses).format(name, current))
+    if inner.methods and draft.chance(0.5):
+        method = draft.name("features_")
+        call = f"return self.{name}.{next(iter(inner.methods))}({current})"
+        draft.methods[method] = [*draft.lines, call]
+    return y
+
+
+def _by_index(draft: _Draft, current: str) -> str:
+    """Append conv, norm, activation held in a list or Sequential and called one by one."""
+    value = draft.values[current]
+    if _dims(value) not in (1, 2, 3):
+        return _conv_norm(draft, current)
+    conv = _conv(draft, value)
+    layers = [conv, _batch_norm(draft, conv(value)), nn.ReLU()]
+    kind = draft.pick(nn.ModuleList, nn.Sequential)
+    name = draft.add("layers", kind(layers))
+    if draft.chance(0.5):
+        y = draft.let(current)
+        draft.write(f"for layer in self.{name}:", f"    {y} = layer({y})")
+        return y
+    y = draft.let(f"self.{name}[0]({current})")
+    if draft.chance(0.2):
+        return draft.let(f"self.{name}[1]({y}) + {y}.mean()")
+    y = draft.let(f"self.{name}[1]({y})")
+    return draft.let(f"self.{name}[-1]({y})")
+
+
+_Step = Callable[[_Draft, str], str]
+_SIMPLE_STEPS: tuple[tuple[int, _Step], ...] = (
     (14, _conv_norm),
     (6, _conv_neutral_norm),
     (5, _sequential),
@@ -584,11 +641,13 @@ _STEPS: tuple[tuple[int, Callable[[_Draft, str], str]], ...] = (
     (3, _pool),
     (2, _sequence),
     (1, _mixed_dtype),
+    (3, _by_index),
 )
+_STEPS = (*_SIMPLE_STEPS, (8, _nested))
 
 
-def _step(draft: _Draft, current: str) -> str:
-    weights, steps = zip(*_STEPS, strict=True)
+def _step(draft: _Draft, current: str, choices: tuple[tuple[int, _Step], ...]) -> str:
+    weights, steps = zip(*choices, strict=True)
     step = draft.random.choices(steps, weights)[0]
     state = SimpleNamespace(
         lines=list(draft.lines), values=dict(draft.values), held=list(draft.held)
