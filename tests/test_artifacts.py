@@ -365,3 +365,57 @@ def test_a_read_only_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ArtifactError, match="the file is read-only; choose another name"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "secret.pt"
+    path.write_bytes(b"before")
+    path.chmod(0o600)
+    write_atomically(path, b"after")
+    assert path.read_bytes() == b"after"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(ArtifactError, match="it is a device or a pipe; give the name of a file"):
+        write_atomically(pipe, b"")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("x" * 300 + ".pt", "File name too long"), ("a\0.pt", "null")]
+)
+def test_a_name_that_no_file_can_have_is_an_error(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"Cannot write .*{reason}.*; choose another name"):
+        write_atomically(tmp_path / name, b"")
+    with pytest.raises(ArtifactError, match=f"cannot be read: .*{reason}"):
+        check(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ["pt", "ptl"])
+def test_a_seal_cut_off_anywhere_is_found_without_a_child(
+    form: str, payloads: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchfuse.artifacts._first_load", lambda *_: pytest.fail("not found"))
+    path = tmp_path / f"model.{form}"
+    sealed = seal_zip(payloads[form], METADATA)
+    for length in range(len(payloads[form]), len(sealed)):
+        path.write_bytes(sealed[:length])
+        with pytest.raises(ArtifactError, match="the seal after the archive is cut off"):
+            check(path)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_code_beside_a_foreign_file_is_run(
+    form: str, payloads: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("json", "torch", "torchfuse", "contextlib", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    path = tmp_path / f"model.{form}"
+    path.write_bytes(payloads[form])
+    monkeypatch.chdir(tmp_path)
+    check(path.name)
+    assert not (tmp_path / "ran").exists()

@@ -97,7 +97,7 @@ def test_a_quantized_model_leaves_no_dequantization_outside() -> None:
     x = torch.randn(1, 3, 8, 8)
     quantized = quantize(model, x, torch.randn(4, 3, 8, 8)).model
     found = lower(capture(quantized, Case((x,)))).delegation
-    assert found.quantize_pairs_left == 0
+    assert found.dequantizations_left == 0
     assert found.calls_left == 0
     assert found.partitions == 1
 

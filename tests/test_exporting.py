@@ -525,3 +525,30 @@ def test_what_cannot_be_exported_at_all_is_an_error_of_ours(
         model.eval()
     with pytest.raises(error, match=message):
         torchfuse.export(model, given, path, **options)
+
+
+def test_fp16_that_the_delegate_runs_half_of_is_an_error(tmp_path: Path) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.deep = nn.Conv2d(3, 8, 3), nn.Conv3d(1, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.deep(self.flat(x)[:, None])
+
+    with pytest.raises(UnsupportedError, match=r"in fp16: XNNPACK does not run .*convolution"):
+        torchfuse.export(Half().eval(), image(1, 3, 8, 8), tmp_path / "m.pte", precision="fp16")
+
+
+def test_keys_of_a_nested_dict_may_come_in_any_order(tmp_path: Path) -> None:
+    class Difference(nn.Module):
+        def forward(self, pair: dict[str, Tensor], *, scale: Tensor, shift: Tensor) -> Tensor:
+            return (pair["a"] - pair["b"]) * scale + shift
+
+    a, b, scale, shift = (image(2, 3, seed=seed) for seed in range(4))
+    given = Case(({"a": a, "b": b},), {"scale": scale, "shift": shift})
+    run = torchfuse.load(torchfuse.export(Difference().eval(), given, tmp_path / "m.pte").path)
+    expected = (a - b) * scale + shift
+    torch.testing.assert_close(run({"b": b, "a": a}, shift=shift, scale=scale), expected)
+    with pytest.raises(InputError, match="or other nesting"):
+        run({"b": b, "c": a}, shift=shift, scale=scale)

@@ -192,6 +192,10 @@ def test_inputs_are_ones_of_the_given_shapes_types_and_formats() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            {"input_dims": "1,3,2000000,2000000", "input_type": "float"},
+            r"^Input dims 1,3,2000000,2000000 cannot be allocated: .*; give smaller ones",
+        ),
         ({"input_dims": "1"}, r"^Input dims and type should have the same number of items\. \(1 v"),
         ({"input_type": "float"}, r"Input dims and type should have the same .* \(0 vs 1\)"),
         ({}, r"^Input dims and format should have the same number of items\. \(0 vs 1\)$"),

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import secrets
+import stat
 import struct
 import subprocess
 import sys
@@ -67,7 +68,13 @@ _PTE_HEADER = struct.Struct("<I4s4sIQQ")
 _PTE_SEGMENT_SIZE = struct.Struct("<Q")
 _PTE_HEADER_WITHOUT_SEGMENT_SIZE = 24  # its length field's value in files of older versions
 
-_FIRST_LOAD_SECONDS = 120  # importing torch on a slow disk takes most of it
+# Not `-m`, which looks in the current folder first: a file that came with the model, say json.py,
+# would be run.
+_FIRST_LOAD = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from torchfuse.first_load import main; main(*sys.argv[1:])"
+)
+_FIRST_LOAD_TIMEOUT_S = 120  # importing torch on a slow disk takes most of it
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(os.path.realpath(path))  # a symbolic link stays one: the file it names changes
     beside = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        # 0o666 and not tempfile's 0o600: the user's umask decides who can read the model.
+        # 0o666 and not tempfile's 0o600: the user's umask decides who can read the model, and
+        # whoever could read a file that is replaced.
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(descriptor, "wb") as file:
+            if target.exists():
+                beside.chmod(stat.S_IMODE(target.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -146,9 +156,18 @@ def check_destination(path: str | os.PathLike[str]) -> None:
     Raises:
         ArtifactError: folder missing, no permission, a read-only file, or a folder of that name.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            target.stat()
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise _cannot_write(path, f"{reason}", "choose another name") from error
     if target.is_dir():
         raise _cannot_write(path, "it is a folder", "add a file name")
+    if target.exists() and not target.is_file():
+        # As root the rename would replace even /dev/null, for the whole system.
+        raise _cannot_write(path, "it is a device or a pipe", "give the name of a file")
     if target.exists() and not _is_writable(target):
         # The rename alone would replace a read-only file without asking.
         raise _cannot_write(path, "the file is read-only", "choose another name")
@@ -241,9 +260,10 @@ def check(path: str | os.PathLike[str]) -> CheckedFile:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ArtifactError(f"Expected a model file, but '{path}' does not exist.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ArtifactError(
-            f"Expected a model file, but '{path}' cannot be read: {error.strerror}."
+            f"Expected a model file, but '{path}' cannot be read: {reason}."
         ) from error
     if not data:
         raise _damaged(path, "it is empty")
@@ -300,14 +320,16 @@ def _check_pte(path: Path, data: bytes) -> None:
 def _check_zip(path: Path, data: bytes, form: Format) -> None:
     if not data.startswith(_ZIP_START):
         raise _damaged(path, "a TorchScript file is a zip archive, and this does not begin as one")
+    end = data.rfind(_ZIP_END, 0, len(data) - _ZIP_END_BYTES + len(_ZIP_END))
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             bad = archive.testzip()
             names = {name.partition("/")[2] for name in archive.namelist()}
-            comment = archive.comment
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError) as error:
         raise _damaged(path, f"its zip archive is not whole ({error})") from error
-    if comment.startswith(_OPENING):
+    (comment_length,) = struct.unpack_from("<H", data, end + _ZIP_END_BYTES - 2)
+    after = end + _ZIP_END_BYTES
+    if data.startswith(_OPENING, after) or len(data) != after + comment_length:
         raise _damaged(path, "the seal after the archive is cut off")
     if bad is not None:
         raise _damaged(path, f"'{bad}' in its zip archive does not match its CRC")
@@ -325,7 +347,7 @@ def _check_zip(path: Path, data: bytes, form: Format) -> None:
 def _first_load(path: Path, form: Format, _sha256: str) -> None:
     # A fresh interpreter and not a fork: a fork of a process with torch's threads can hang.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    command = [sys.executable, "-m", "torchfuse.first_load", form, str(path.resolve())]
+    command = [sys.executable, "-c", _FIRST_LOAD, form, str(path.resolve())]
     try:
         child = subprocess.run(  # noqa: S603  # our own interpreter and module, no shell
             command,
@@ -333,11 +355,11 @@ def _first_load(path: Path, form: Format, _sha256: str) -> None:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=_FIRST_LOAD_SECONDS,
+            timeout=_FIRST_LOAD_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise _damaged(path, f"loading it did not end in {_FIRST_LOAD_SECONDS} s") from error
+        raise _damaged(path, f"loading it did not end in {_FIRST_LOAD_TIMEOUT_S} s") from error
     if child.returncode < 0:
         raise _damaged(path, f"the runtime dies loading it (signal {-child.returncode})")
     if child.returncode > 0:

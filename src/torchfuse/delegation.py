@@ -43,7 +43,7 @@ class Delegation:
     partitions: int  # pieces the program is cut into; 1 when everything is delegated
     operators: tuple[OperatorDelegation, ...]
     elements: int  # written by all operators
-    quantize_pairs_left: int  # dequantize nodes outside the delegate
+    dequantizations_left: int  # calls outside the delegate
 
     @property
     def macs(self) -> int:
@@ -122,7 +122,7 @@ class Delegation:
         closing = (
             f"{self.delegate} runs {self.calls_delegated} of {calls} operator calls{of_macs}, in "
             f"{self.partitions} {'piece' if self.partitions == 1 else 'pieces'}; "
-            f"{self.quantize_pairs_left} dequantizations are left outside."
+            f"{self.dequantizations_left} dequantizations are left outside."
         )
         return "\n".join([line.rstrip() for line in lines] + [closing])
 
@@ -168,7 +168,7 @@ def delegation_of(
         partitions=partitions,
         operators=operators,
         elements=sum(sum(map(_elements, nodes)) for nodes in calls.values()),
-        quantize_pairs_left=sum(len(calls[f"de{name}", False]) for name in quantizing),
+        dequantizations_left=sum(len(calls[f"de{name}", False]) for name in quantizing),
     )
 
 

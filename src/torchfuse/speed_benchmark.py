@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from torchfuse.c10_flags import Flag, FlagError, HelpRequest, help_text, read_flags
-from torchfuse.errors import InputError, TorchfuseError, UnsupportedError
+from torchfuse.errors import InputError, TorchfuseError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,12 @@ def _ones(dims_text: str, type_name: str, format_name: str) -> "torch.Tensor":
             f"Unsupported input memory format: {format_name} "
             f"(it is one of {', '.join(memory_formats)})"
         )
-    ones = torch.ones(dims, dtype=dtypes[type_name])
+    try:
+        ones = torch.ones(dims, dtype=dtypes[type_name])
+    except RuntimeError as error:
+        raise InputError(
+            f"Input dims {dims_text} cannot be allocated: {first_line(error)}; give smaller ones."
+        ) from error
     return ones.contiguous(memory_format=memory_formats[format_name])
 
 

@@ -215,3 +215,36 @@ def test_loading_an_int8_file_says_nothing(tmp_path):
     command = [sys.executable, "-c", code, path]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout == run.stderr == ""
+
+
+class Auxiliary(nn.Module):
+    """A batch norm of its own for training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+        self.main, self.second, self.auxiliary = (nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.training:
+            return self.auxiliary(y)
+        return self.second(torch.relu(self.main(y)))
+
+
+def test_a_branch_for_training_is_no_fold():
+    module = torchscript.script(settled(Auxiliary()), CASE).module
+    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module, fold=False))
+    assert counts["aten::batch_norm"] == 2
+
+
+def test_a_freeze_that_folds_one_of_two_batch_norms_is_an_error(monkeypatch):
+    freeze = torch.jit.freeze
+    monkeypatch.setattr(
+        torch.jit,
+        "freeze",
+        lambda module, optimize_numerics: freeze(module, optimize_numerics=True),
+    )
+    module = torchscript.script(settled(Auxiliary()), CASE).module
+    with pytest.raises(UnsupportedError, match="with its 2 batch norms, got 1: this build of tor"):
+        torchscript.optimize_for_mobile(module, fold=False)

@@ -413,9 +413,9 @@ class ExecutorchModel:
             flat = list(args)  # the common case, without the flattening that costs more than a look
         else:
             names = self._in_spec.child(1).context
-            if set(names) == set(kwargs):
-                kwargs = {name: kwargs[name] for name in names}
             flat, spec = pytree.tree_flatten((args, kwargs))
+            if spec != self._in_spec:
+                flat, spec = pytree.tree_flatten(_with_keys_in_order((args, kwargs), self._in_spec))
             if spec != self._in_spec:
                 raise InputError(
                     f"The program takes {self._in_spec.child(0).num_children} inputs by position "
@@ -456,6 +456,18 @@ class ExecutorchModel:
         raise InputError(
             f"The program takes {', '.join(map(str, self._inputs))}; got {_described(inputs)}."
         )
+
+
+def _with_keys_in_order(value: Any, spec: pytree.TreeSpec) -> Any:
+    """Return nested arguments with the keys of their dicts in the order that `spec` has."""
+    kind = type(value)
+    if kind not in (dict, list, tuple) or kind is not spec.type or len(value) != spec.num_children:
+        return value
+    if kind is dict and set(value) != set(spec.context):
+        return value
+    keys = list(spec.context) if kind is dict else range(len(value))
+    children = [_with_keys_in_order(value[key], spec.child(i)) for i, key in enumerate(keys)]
+    return dict(zip(keys, children, strict=True)) if kind is dict else kind(children)
 
 
 @dataclass(frozen=True)
