@@ -26,6 +26,9 @@ __all__ = ["compare"]
 
 Progress = Callable[[str], None]
 
+# Every turn has untimed calls of its own, so what is left for the warm-up is what a model does once.
+_WARMUP_CALLS = 10
+
 
 @dataclass(frozen=True)
 class _Variant:
@@ -84,6 +87,7 @@ def compare(
         latencies = measure_interleaved(
             {_name(variant): variant.call for variant in variants},
             case,
+            warmup=_WARMUP_CALLS,
             runs=runs,
             threads=threads,
             on_round=lambda done, runs: progress(f"timing, round {done} of {runs}"),

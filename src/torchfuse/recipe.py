@@ -29,7 +29,7 @@ WHOLE_LIST = [["conv", "bn", "relu"]]
 Say = Callable[[str], None]
 
 
-def run(folder: Path, *, say: Say, progress: Say, runs: int = 50) -> list[Comparison]:
+def run(folder: Path, *, say: Say, progress: Say, runs: int = 30) -> list[Comparison]:
     """Return the comparisons of the example model, of a digits net and of MobileNetV2.
 
     Artifacts are left in `folder`, one folder a model. `say` is given what the recipe prints,

@@ -17,7 +17,7 @@ __all__ = ["command"]
     help="Folder for the artifacts and for comparison.json.",
 )
 @click.option(
-    "--runs", type=click.IntRange(min=2), default=50, show_default=True, help="Timed runs a row."
+    "--runs", type=click.IntRange(min=2), default=30, show_default=True, help="Timed runs a row."
 )
 def command(out: Path, runs: int) -> None:
     """Run PyTorch's "Fuse Modules" recipe end to end, on this machine."""
