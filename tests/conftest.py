@@ -1,4 +1,4 @@
-"""Model files that several tests run."""
+"""Model files that several tests run, and one thread to run them in."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,9 @@ from torchfuse.artifacts import seal_pte, seal_zip, write_atomically
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
 from torchfuse.targets import executorch, torchscript
+
+# Two threads on two busy cores take ten times as long for models this small.
+torch.set_num_threads(1)
 
 
 class Third(nn.Module):

@@ -266,10 +266,10 @@ def test_the_state_dict_keeps_the_keys_of_what_stayed() -> None:
     assert folded.program.state_dict.keys() == {"conv.weight", "conv.bias"}
     assert folded.key_map == {
         "conv.weight": "conv.weight",
-        "bn.weight": None,
-        "bn.bias": None,
-        "bn.running_mean": None,
-        "bn.running_var": None,
+        "bn.weight": "conv.weight",
+        "bn.bias": "conv.bias",
+        "bn.running_mean": "conv.bias",
+        "bn.running_var": "conv.weight",
         "bn.num_batches_tracked": None,
     }
     assert isinstance(folded.program.state_dict["conv.bias"], nn.Parameter)
@@ -314,7 +314,7 @@ def test_fuse_exported_gives_the_program_the_plan_the_proof_and_the_key_map() ->
     assert [fusion.modules for fusion in result.plan.fusions] == [("conv", "bn")]
     assert result.check.passed
     assert len(result.check.outputs) == 2  # the example inputs, and others like them
-    assert result.key_map["bn.weight"] is None
+    assert result.key_map["bn.weight"] == "conv.weight"
     assert_same(program.module()(IMAGE), result.model.module()(IMAGE))
 
 

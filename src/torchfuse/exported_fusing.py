@@ -200,6 +200,7 @@ class _Edit:
         self.order = [spec.arg.name for spec in program.graph_signature.input_specs]
         self.state: dict[str, Tensor] = dict(program.state_dict)
         self.pairs: dict[str, _Pair] = {}  # by the batch norm's name
+        self.taken_in: dict[str, str] = {}  # old key → new key of what took it in
         self.fusions: list[Fusion] = []
         self.skips: list[Skip] = []
         for node in list(self.graph.nodes):
@@ -338,6 +339,17 @@ class _Edit:
         norm.replace_all_uses_with(_args(norm)[0])
         self.graph.erase_node(norm)
         tracked = str(self.specs[mean.name].target).rpartition(".")[0] + ".num_batches_tracked"
+        new_weight_key, new_bias_key = (str(self.specs[n.name].target) for n in _args(layer)[1:3])
+        self.taken_in |= {
+            str(self.specs[node.name].target): key
+            for node, key in (
+                (gamma, new_weight_key),
+                (variance, new_weight_key),
+                (beta, new_bias_key),
+                (mean, new_bias_key),
+            )
+            if node is not None
+        }
         self._drop_unused({*(node.name for node in values), *self._named(tracked)})
 
     def _stored(
@@ -413,7 +425,9 @@ class _Edit:
             verifiers=old.verifiers,
         )
         plan = FusionPlan("ExportedProgram", _scope(old), tuple(self.fusions), tuple(self.skips))
-        key_map = {key: key if key in self.state else None for key in old.state_dict}
+        key_map = {
+            key: key if key in self.state else self.taken_in.get(key) for key in old.state_dict
+        }
         return Folded(program, plan, key_map)
 
     def _renamed(self, argument: Any) -> Any:

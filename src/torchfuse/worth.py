@@ -19,13 +19,19 @@ class Target:
     folds: frozenset[str]
 
 
+_RELUS = ("conv_relu", "linear_relu")
+
 # ExecuTorch: FuseBatchNormPass. ONNX Runtime: ConvBNFusion. OpenVINO: LinOpSequenceFusion.
 TARGETS = {
     "eager": Target("PyTorch eager mode", frozenset()),
     "torchscript": Target("TorchScript frozen without numeric optimization", frozenset()),
-    "executorch": Target("ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn"})),
-    "onnxruntime": Target("ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn"})),
-    "openvino": Target("OpenVINO", frozenset({"conv_bn", "conv_transpose_bn", "linear_bn"})),
+    "executorch": Target(
+        "ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn", *_RELUS})
+    ),
+    "onnxruntime": Target("ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn", *_RELUS})),
+    "openvino": Target(
+        "OpenVINO", frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", *_RELUS})
+    ),
 }
 
 
