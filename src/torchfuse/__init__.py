@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from torchfuse.delegation import Delegation, DelegationWarning
     from torchfuse.eager import fuse_modules, fuse_modules_qat
     from torchfuse.equivalence import Equivalence, OutputDifference
+    from torchfuse.errors import (
+        ArtifactError,
+        CalibrationError,
+        CaptureError,
+        FusionError,
+        FusionWarning,
+        InputError,
+        TorchfuseError,
+        UnsupportedError,
+    )
     from torchfuse.exported_fusing import fuse_exported
     from torchfuse.exporting import export, load
     from torchfuse.fusing import (
@@ -29,17 +39,25 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact",
+    "ArtifactError",
+    "CalibrationError",
+    "CaptureError",
     "Comparison",
     "Delegation",
     "DelegationWarning",
     "Equivalence",
     "Fusion",
+    "FusionError",
     "FusionPlan",
     "FusionResult",
+    "FusionWarning",
+    "InputError",
     "Measurement",
     "OutputDifference",
     "QuantizationResult",
     "Skip",
+    "TorchfuseError",
+    "UnsupportedError",
     "compare",
     "export",
     "fuse",
@@ -59,17 +77,25 @@ __all__ = [
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
 _HOME = {
     "Artifact": "artifacts",
+    "ArtifactError": "errors",
+    "CalibrationError": "errors",
+    "CaptureError": "errors",
     "Comparison": "comparison",
     "Delegation": "delegation",
     "DelegationWarning": "delegation",
     "Equivalence": "equivalence",
     "Fusion": "planning",
+    "FusionError": "errors",
     "FusionPlan": "planning",
     "FusionResult": "fusing",
+    "FusionWarning": "errors",
+    "InputError": "errors",
     "Measurement": "timing",
     "OutputDifference": "equivalence",
     "QuantizationResult": "quantizing",
     "Skip": "planning",
+    "TorchfuseError": "errors",
+    "UnsupportedError": "errors",
     "compare": "comparing",
     "export": "exporting",
     "fuse": "fusing",

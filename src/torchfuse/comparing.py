@@ -26,7 +26,7 @@ __all__ = ["compare"]
 
 Progress = Callable[[str], None]
 
-# Every turn has untimed calls of its own, so what is left for the warm-up is what a model does once.
+# Every turn has untimed calls of its own; what is left for the warm-up is what a model does once.
 _WARMUP_CALLS = 10
 
 
@@ -151,13 +151,15 @@ def _variants(
     legacy: list[Precision] = ["fp32"]
     lowered: list[Precision] = ["fp32", "fp16"]
     if calibration is None:
-        notes.append("int8: there is no calibration data")
+        notes.append("left out: int8, since there is no calibration data")
     else:
         lowered.append("int8")
         if any(isinstance(module, QuantStub) for module in model.modules()):
             legacy.append("int8")
         else:
-            notes.append("int8 in TorchScript: the model has no QuantStub and DeQuantStub")
+            notes.append(
+                "left out: int8 in TorchScript, since the model has no QuantStub and DeQuantStub"
+            )
     wanted: list[tuple[nn.Module, str, str, Precision]] = [
         (module, name, suffix, precision)
         for precision in legacy
@@ -169,7 +171,7 @@ def _variants(
         try:
             yield save(module, name, suffix, precision)
         except UnsupportedError as error:
-            notes.append(f"{precision} .{suffix}, {name}: {error}")
+            notes.append(f"left out: {precision} .{suffix}, {name}: {error}")
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -53,6 +53,10 @@ class Equivalence:
         """One sentence per output that did not pass."""
         return tuple(f"{o.name}: {o.problem}" for o in self.outputs if not o.passed)
 
+    def __bool__(self) -> bool:
+        """Whether it passed, so that `assert verify(…)` means what it says."""
+        return self.passed
+
     def __str__(self) -> str:
         """One line per output, the verdict last."""
         lines = [

@@ -20,7 +20,7 @@ __all__ = ["command"]
     "--runs", type=click.IntRange(min=2), default=30, show_default=True, help="Timed runs a row."
 )
 def command(out: Path, runs: int) -> None:
-    """Run PyTorch's "Fuse Modules" recipe end to end, on this machine."""
+    """Run PyTorch's "Fuse Modules" recipe end to end, on this machine (one to three minutes)."""
     from rich.console import Console
 
     from torchfuse import recipe

@@ -30,20 +30,16 @@ def _cells(row: Row, *, is_baseline: bool) -> list[str]:
         f"{row.target} {row.precision}",
         _duration(row.latency.median_s),
         _duration(row.latency.iqr_s),
-        "baseline" if is_baseline else _cell(row.speedup),
+        "baseline" if is_baseline else _times(row.speedup),
         "" if row.size_bytes is None else _size(row.size_bytes),
         "" if is_baseline else _difference(row),
         "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %",
     ]
 
 
-def _cell(ratio: Ratio) -> str:
-    return _times(ratio) if ratio.measurable else "not measurable"
-
-
 def _times(ratio: Ratio) -> str:
     if not ratio.measurable:
-        return "no measurable difference"
+        return "not measurable"
     return f"{ratio.value:.2f}× ({ratio.low:.2f}…{ratio.high:.2f})"
 
 
@@ -76,15 +72,12 @@ def closing_sentence(comparison: Comparison) -> str:
             ("TorchScript", "fused", ".pt"),
         )
     ]
-    return (
-        f"{comparison.model}: fusing bought {_bought(fused)}; "
-        f"quantizing bought {_bought(quantized)}."
-    )
+    return f"{comparison.model}: fusing {_bought(fused)}; quantizing {_bought(quantized)}."
 
 
 def _bought(pairs: list[tuple[str, Row | None, Row | None]]) -> str:
     gains = [_gain(place, before, after) for place, before, after in pairs if before and after]
-    return " and ".join(gains) or "nothing that was compared"
+    return " and ".join(gains) or "was not compared"
 
 
 def _gain(place: str, before: Row, after: Row) -> str:
@@ -93,7 +86,14 @@ def _gain(place: str, before: Row, after: Row) -> str:
         more.append(f"{100 * after.size_bytes / before.size_bytes:.0f} % of the size")
     if before.accuracy is not None and after.accuracy is not None:
         more.append(f"{100 * (after.accuracy - before.accuracy):+.2f} points of accuracy")
-    return f"{_times(gain(before, after))} in {place}" + (f" ({', '.join(more)})" if more else "")
+    speed = gain(before, after)
+    if not speed.measurable:
+        text = "made no measurable difference"
+    elif speed.value > 1:
+        text = f"made it {_times(speed)} as fast"
+    else:
+        text = f"made it slower, {_times(speed)} as fast,"
+    return f"{text} in {place}" + (f" ({', '.join(more)})" if more else "")
 
 
 def delegation_lines(comparison: Comparison) -> list[str]:

@@ -21,7 +21,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
     def line(step: str) -> None:
         nonlocal last
-        kind = re.sub(r"\d+", "", step)  # "round 3 of 50" once, not fifty times
+        kind = re.sub(r"\b\d+ of \d+", "", step)  # "round 3 of 50" once, not fifty times
         if kind != last:
             print(step, file=sys.stderr)
         last = kind
