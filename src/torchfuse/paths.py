@@ -337,10 +337,10 @@ def _methods_named_by(class_: type) -> frozenset[str]:
     for base in class_.__mro__:
         if base is nn.Module or base.__module__.startswith("torch."):
             continue
-        for name, member in vars(base).items():
+        for member in vars(base).values():
             function = member.fget if isinstance(member, property) else member
             if isinstance(function, FunctionType):
-                names |= _names(function.__code__) - {name}
+                names |= _names(function.__code__)
     return frozenset(names)
 
 

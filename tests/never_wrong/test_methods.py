@@ -50,6 +50,27 @@ def test_a_method_of_the_owner_of_the_block_is_seen() -> None:
     check(trained(Outer(), IMAGE), IMAGE, methods=("hidden",))
 
 
+def test_a_method_that_calls_the_method_of_the_same_name_of_a_block_is_seen() -> None:
+    class Block(ConvBn):
+        def forward_features(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)
+
+        def forward_features(self, x: Tensor) -> Tensor:
+            return self.block.forward_features(x)
+
+    assert_left_alone(
+        trained(Outer(), IMAGE), IMAGE, because="forward_features", methods=("forward_features",)
+    )
+
+
 def test_a_method_that_reaches_modules_by_index_is_seen() -> None:
     class Model(nn.Sequential):
         def stem(self, x: Tensor) -> Tensor:
