@@ -15,8 +15,7 @@ from torch.ao.quantization import QuantStub
 from torchfuse.artifacts import Artifact, Precision
 from torchfuse.checking import verify
 from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row
-from torchfuse.delegation import DelegationWarning
-from torchfuse.errors import ArtifactError, UnsupportedError
+from torchfuse.errors import ArtifactError, ExportWarning, UnsupportedError
 from torchfuse.exporting import export, load
 from torchfuse.fusing import fuse
 from torchfuse.inputs import cases
@@ -134,7 +133,7 @@ def _variants(
         path = folder / f"{precision}_{name.replace(' ', '_')}.{suffix}"
         progress(f"saving {path.name}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DelegationWarning)  # it becomes a note
+            warnings.simplefilter("ignore", ExportWarning)  # it becomes a note
             artifact = export(
                 module,
                 example_inputs,
@@ -145,7 +144,7 @@ def _variants(
             )
         if artifact.delegation is not None and artifact.delegation.warning is not None:
             notes.append(f"{precision} .{suffix}: {artifact.delegation.warning}")
-        notes.extend(f"{path.name} was {note}" for note in artifact.notes)
+        notes.extend(f"{path.name}: {note}" for note in artifact.notes)
         return _Variant(name, f".{suffix}", precision, load(path), artifact)
 
     legacy: list[Precision] = ["fp32"]

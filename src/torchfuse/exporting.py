@@ -98,7 +98,7 @@ def export(
 ) -> Artifact:
     """Write `model` to `path`, and return what was written.
 
-    The model is fused, converted, loaded back, run and compared with `model`; only then is the
+    The model is converted, loaded back, run and compared with `model`; only then is the
     file written, whole or not at all. `model` itself is unchanged.
 
     Args:
