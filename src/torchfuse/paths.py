@@ -298,10 +298,8 @@ def _other_methods(subject: Subject, match: Match) -> Refusal | None:
                 continue
             if path and not _is_mentioned(subject, function.__name__):
                 continue
-            if pair.is_direct(path, function):
-                continue
             reached = next(filter(None, (pair.split(path, m) for m in mentions)), None)
-            if reached is not None:
+            if reached is not None and not pair.is_direct(path, function):
                 return Refusal(
                     f"{type(module).__name__}.{function.__name__}, which did not run here, uses "
                     f"`{reached}` on its own.",
@@ -525,9 +523,12 @@ class _Pair:
     def __init__(self, subject: Subject, match: Match) -> None:
         self.subject = subject
         self.first, self.second = match.modules
+        self._children: dict[str, frozenset[str]] = {}
 
     def split(self, path: str, mention: _Mention) -> str | None:
         """The path that `mention`, in a method of the module at `path`, uses without the other."""
+        if len(mention.chain) < 2 and len(self._towards(path)) < 2:
+            return None  # it leads no further than to a child that holds both
         for reached, rest in self._resolved(path, mention.chain):
             has_first, has_second = (self._contains(reached, p) for p in (self.first, self.second))
             if has_first == has_second or mention.usage == "compared":
@@ -564,6 +565,18 @@ class _Pair:
                 return f"{reached}.bias"
         return None
 
+    def _towards(self, path: str) -> frozenset[str]:
+        """Names of the children of the module at `path` that hold one of the two, or are it."""
+        known = self._children.get(path)
+        if known is None:
+            below = f"{path}." if path else ""
+            known = self._children[path] = frozenset(
+                p[len(below) :].split(".")[0]
+                for p in (self.first, self.second)
+                if p.startswith(below)
+            )
+        return known
+
     @property
     def _adds_bias(self) -> bool:
         return getattr(self.subject.modules[self.first], "bias", None) is None
@@ -577,12 +590,7 @@ class _Pair:
         name, *rest = chain
         below = f"{path}." if path else ""
         if name is None:
-            towards = {
-                p[len(below) :].split(".")[0]
-                for p in (self.first, self.second)
-                if p.startswith(below)
-            }
-            for child in towards:
+            for child in self._towards(path):
                 if rest:
                     yield from self._resolved(below + child, tuple(rest))
                 else:
