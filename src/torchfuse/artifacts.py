@@ -90,6 +90,16 @@ class Artifact:
     equivalence: "Equivalence | None" = None  # with the model it was made from
     notes: tuple[str, ...] = ()  # what was done otherwise than asked, and why
 
+    def __str__(self) -> str:
+        """What was written, in a few lines."""
+        lines = [f"{self.path}: {self.precision} .{self.format}, {self.size_bytes / 1e3:.1f} kB"]
+        lines.append(f"SHA-256 {self.sha256}")
+        if self.equivalence is not None:
+            lines.append(f"compared with the model: {self.equivalence}")
+        if self.delegation is not None:
+            lines.append(str(self.delegation))
+        return "\n".join([*lines, *self.notes])
+
 
 @dataclass(frozen=True)
 class CheckedFile:

@@ -56,6 +56,12 @@ def verify(
     for name, bound in (("rtol", rtol), ("atol", atol), ("min_sqnr_db", min_sqnr_db)):
         if bound is not None and (math.isnan(bound) or (bound < 0 and name != "min_sqnr_db")):
             raise InputError(f"{name} must be a number of at least 0; got {bound}.")
+    for name, model in (("reference", reference), ("candidate", candidate)):
+        if not callable(model):
+            raise InputError(
+                f"Expected a model or another callable as {name}, got {type(model).__name__}; for "
+                "a file give torchfuse.load(path), for the result of fuse() its .model."
+            )
     listed = cases(example_inputs)
     outputs: list[OutputDifference] = []
     for index, case in enumerate(listed):

@@ -51,6 +51,14 @@ class FusionWarning(UserWarning):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line that says something of an error's text, else its type's name."""
+    r"""Return the first line that says something of an error's text, else its type's name.
+
+    >>> first_line(RuntimeError("\n  Expected 3 channels.\nException raised from …"))
+    'Expected 3 channels'
+    """
     lines = (line.strip(" .") for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    line = next(filter(None, lines), type(error).__name__)
+    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE].rsplit(" ", 1)[0] + " …"
+
+
+_LONGEST_LINE = 300  # torch's dispatcher puts all backends that there are on one

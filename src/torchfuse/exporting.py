@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
@@ -128,6 +128,9 @@ def export(
     require_forward(examples)
     for case in examples:
         _require_finite(model, case)
+    if precision is not None and precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise InputError(f"Expected a precision of {known}, got {precision!r}.")
     if precision == "int8":
         calibration = checked_calibration(calibration)
     elif calibration is not None:

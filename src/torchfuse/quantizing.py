@@ -155,7 +155,8 @@ def require_eval_mode(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"Expected a model, a torch.nn.Module, got {type(model).__name__}; a function becomes "
+            f"Expected a model, a torch.nn.Module, got {type(model).__name__}; of a FusionResult or "
+            "QuantizationResult give its .model, and a function becomes "
             "one as the `forward` of a class."
         )
     if isinstance(model, fx.GraphModule):

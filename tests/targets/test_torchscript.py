@@ -183,6 +183,13 @@ def test_keyword_inputs_are_traced_by_position():
 
 def test_an_int8_model_without_stubs_is_an_error_that_says_what_is_missing():
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(UnsupportedError, match=r"there is no QuantStub; add them, or use '\.pte'"):
+        torchscript.quantize(model, [CASE])
+
+
+def test_int8_outside_of_the_stubs_is_an_error_that_says_so():
+    model = settled(nn.Sequential(ao.QuantStub(), nn.Conv2d(3, 4, 3), ao.DeQuantStub()))
+    model[0], model[1] = model[1], model[0]
     with pytest.raises(UnsupportedError, match="must lie between a QuantStub and a DeQuantStub"):
         torchscript.quantize(model, [CASE])
 

@@ -57,6 +57,11 @@ def quantize(model: nn.Module, calibration: list[Case], *, engine: str = "qnnpac
     Raises:
         UnsupportedError: this build has no such engine, or the converted model cannot run.
     """
+    if not any(isinstance(module, ao.QuantStub) for module in model.modules()):
+        raise UnsupportedError(
+            f"int8 by torch.ao needs a QuantStub where {type(model).__name__} enters int8 and a "
+            "DeQuantStub where it leaves it, and there is no QuantStub; add them, or use '.pte'"
+        )
     with _engine(engine), quiet():
         prepared = copied(model)
         prepared.qconfig = ao.get_default_qconfig(engine)
