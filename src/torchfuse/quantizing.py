@@ -155,9 +155,8 @@ def require_eval_mode(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"Expected a model, a torch.nn.Module, got {type(model).__name__}; of a FusionResult or "
-            "QuantizationResult give its .model, and a function becomes "
-            "one as the `forward` of a class."
+            f"Expected a model, a torch.nn.Module, got {type(model).__name__}; a function becomes "
+            "one as the `forward` of a class, and a result of fuse or quantize holds one as .model."
         )
     if isinstance(model, fx.GraphModule):
         return
