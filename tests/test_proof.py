@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import torchfuse
 from fusing_checks import IMAGE, relative_difference, trained
 from torchfuse.folding import fold_into_weight
+from torchfuse.rules import RULES
 
 Fold = tuple[Tensor, Tensor]
 
@@ -127,3 +128,60 @@ def test_without_verifying_nothing_is_found(
     result = torchfuse.fuse(model, IMAGE, verify=False)
     assert len(result.plan.fusions) == 2
     assert relative_difference(model(IMAGE), result.model(IMAGE)) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_error_that_only_the_whole_model_shows_is_seen_in_half_precision(
+    dtype: torch.dtype,
+) -> None:
+    class Hidden(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            # Depends on what folding changes, where no recording sees it.
+            shift = float(self.conv1.weight.detach().double().numpy().sum())
+            return super().forward(x) * (1 + 0.003 * shift)
+
+    torch.manual_seed(0)
+    model = trained(Hidden(), IMAGE).to(dtype)
+    result = torchfuse.fuse(model, IMAGE.to(dtype))
+    assert ("conv1", "bn1") not in {fusion.modules for fusion in result.plan.fusions}
+    assert torch.equal(result.model(IMAGE.to(dtype)), model(IMAGE.to(dtype))) or (
+        len(result.plan.fusions) == 1
+    )
+
+
+def test_a_merge_that_breaks_the_model_is_rolled_back() -> None:
+    class ReadsTheWeight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(x)) * self.conv.out_channels
+
+    assert "conv_relu" in {rule.name for rule in RULES}
+    model = ReadsTheWeight().eval()
+    result = torchfuse.fuse(model, IMAGE, rules=["conv_relu"])
+    assert result.plan.fusions == ()
+    assert result.check.passed
+    assert torch.equal(result.model(IMAGE), model(IMAGE))
+
+
+def test_masked_scores_do_not_stop_a_fold() -> None:
+    class Masked(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(x[:, :1] > 0, float("-inf"))
+
+    torch.manual_seed(0)
+    model = Masked().eval()
+    result = torchfuse.fuse(model, IMAGE)
+    assert len(result.plan.fusions) == 2, str(result.plan)
+    assert result.check.passed
+
+
+def test_nan_in_the_output_of_one_side_alone_does_not_pass(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, lambda w, b: (w, torch.where(torch.arange(len(b)) == 0, torch.nan, b)))
+    result = torchfuse.fuse(model, IMAGE)
+    assert result.plan.fusions == ()

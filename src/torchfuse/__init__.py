@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         plan,
         unfuse,
     )
+    from torchfuse.inputs import Case
     from torchfuse.planning import Fusion, FusionPlan, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
     from torchfuse.timing import Measurement, measure
@@ -43,6 +44,7 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "CaptureError",
+    "Case",
     "Comparison",
     "Delegation",
     "DelegationWarning",
@@ -79,6 +81,7 @@ __all__ = [
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
 _HOME = {
     "Artifact": "artifacts",
+    "Case": "inputs",
     "ArtifactError": "errors",
     "CalibrationError": "errors",
     "CaptureError": "errors",

@@ -108,8 +108,12 @@ def compare_outputs(
     atol: float | None = None,
     min_sqnr_db: float | None = None,
     prefix: str = "",
+    finite_only: bool = False,
 ) -> list[OutputDifference]:
-    """One record per leaf of the two outputs, as `run` gives them, matched by name."""
+    """One record per leaf of the two outputs, as `run` gives them, matched by name.
+
+    With `finite_only`, NaN and Inf pass where both have the same one, and the rest is compared.
+    """
     records = [
         _unequal(prefix + name, "only the candidate returns it.")
         for name in actual
@@ -119,8 +123,25 @@ def compare_outputs(
         if name not in actual:
             records.append(_unequal(prefix + name, "the candidate does not return it."))
         else:
-            records.append(_compared(prefix + name, leaf, actual[name], rtol, atol, min_sqnr_db))
+            other = actual[name]
+            if finite_only:
+                leaf, other = _without_equal_nonfinite(leaf, other)
+            records.append(_compared(prefix + name, leaf, other, rtol, atol, min_sqnr_db))
     return records
+
+
+def _without_equal_nonfinite(a: Any, b: Any) -> tuple[Any, Any]:
+    """Both with zeros where both have the same NaN or Inf; as they are if one has another."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a, b
+    if a.shape != b.shape or a.dtype != b.dtype or not a.is_floating_point():
+        return a, b
+    odd = ~torch.isfinite(a)
+    if not torch.equal(odd, ~torch.isfinite(b)):
+        return a, b
+    if not torch.equal(a[odd].nan_to_num(nan=0.0), b[odd].nan_to_num(nan=0.0)):
+        return a, b
+    return a.masked_fill(odd, 0), b.masked_fill(odd, 0)
 
 
 def _compared(

@@ -90,9 +90,10 @@ class Found:
 def _scope(graph: Graph) -> tuple[str, ...]:
     shown = ", ".join(graph.cases[:3]) + (" …" if len(graph.cases) > 3 else "")
     sentences = [
-        f"Holds for {shown}, and for other inputs that take the same way through the code.",
-        "Holds for inference: with every module's training flag as it was here (eval mode), the "
-        "same attributes, and the same arguments that are not tensors.",
+        f"{shown}, and other inputs with the same numbers of dimensions that take the same way "
+        "through the code.",
+        "Every module's training flag and attributes as they were here, and the same arguments "
+        "that are not tensors.",
     ]
     if graph.reads:
         places = list(dict.fromkeys(read.where for read in graph.reads))

@@ -328,11 +328,13 @@ def _verified(
 ) -> tuple[Equivalence, Fusions]:
     """The whole-model comparison, and what remains fused after undoing what differs."""
     check = _compared(target, tried, expected)
-    if check.passed or not found.matches:
+    if not found.matches or (check.passed and not proving.is_blurred(expected)):
         return check, done
     _undo(target, done, check=False)
     # In float64 only a wrong fold differs by more than its last digits.
     wide = proving.widened(_copy, target, tried)
+    if wide is None and check.passed:
+        return check, _apply(target, found, keep=True)
     subject, inputs, outputs = wide if wide is not None else (target, tried, expected)
 
     def outcome(matches: list[tuple[Rule, Match]]) -> Equivalence:
@@ -346,7 +348,7 @@ def _verified(
     kept: list[tuple[Rule, Match]] = []
 
     def search(group: list[tuple[Rule, Match]]) -> None:
-        if outcome(kept + group).passed:
+        if not group or outcome(kept + group).passed:
             kept.extend(group)
         elif len(group) > 1:
             search(group[: len(group) // 2])
@@ -359,11 +361,13 @@ def _verified(
             )
 
     search([entry for entry in everything if entry[0].merge is None])
-    merges = [entry for entry in everything if entry[0].merge is not None]
-    found.matches = kept + merges
+    found.matches = kept + [entry for entry in everything if entry[0].merge is not None]
     found.drop_orphans()
-    check = outcome(found.matches)
-    return check, _apply(target, found, keep=True)
+    search([entry for entry in found.matches if entry[0].merge is not None])
+    exact = outcome(list(kept))
+    done = _apply(target, found, keep=True)
+    check = _compared(target, tried, expected)
+    return check if check.passed else exact, done
 
 
 def _compared(model: nn.Module, tried: list[Case], expected: list[dict[str, Any]]) -> Equivalence:

@@ -104,6 +104,12 @@ def test_a_target_that_folds_itself_is_named(net: str) -> None:
     assert result.stdout.splitlines()[-1] == expected
 
 
+def test_the_verdict_on_a_target_is_no_part_of_json_on_stdout(net: str) -> None:
+    result = run(net, "--target", "openvino", "--json")
+    FusionPlan.from_json(result.stdout)
+    assert "Fusing is not worth it for OpenVINO" in result.stderr
+
+
 def test_an_error_is_one_line_and_status_1(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torchfuse", "plan", str(tmp_path / "no.py:net")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,5 +1,6 @@
 """How a plan reads; the golden files are what the command prints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,11 @@ def test_no_line_is_wider_than_the_terminal() -> None:
 
 def test_module_names_are_not_taken_for_markup() -> None:
     assert "[head] + norm" in text(PLAN)
+
+
+def test_the_cost_of_kept_originals_is_printed() -> None:
+    assert "Originals kept for unfuse: 1.23 MB" in text(replace(PLAN, originals_bytes=1_234_567))
+    assert "Originals" not in text(replace(PLAN, originals_bytes=0))
 
 
 def test_unknown_is_a_question_mark_and_zero_is_zero() -> None:

@@ -36,7 +36,7 @@ _ANY = "any"
 @click.option("--rule", "rules", multiple=True, metavar="RULE", help="Only this rule; repeatable.")
 @click.option(
     "--json", "json_file", is_flag=False, flag_value=_STDOUT, metavar="[FILE]",
-    help="Write the plan as JSON to FILE, or print it instead of the table.",
+    help="Write the plan as JSON to FILE, or, after MODEL, print it instead of the table.",
 )  # fmt: skip
 @click.option(
     "--fail-on-skip", "fail_on", multiple=True, metavar="RULE",
@@ -66,7 +66,9 @@ def command(
     if json_file == _STDOUT:
         click.echo(plan.to_json())
     else:
-        print_plan(plan, target)
+        print_plan(plan)
+    if target is not None:  # beside JSON on stdout, it must not be part of it
+        click.echo(f"\n{worth(plan, target)}", err=json_file == _STDOUT)
     if json_file not in (None, _STDOUT):
         from torchfuse.artifacts import write_atomically
 
@@ -88,14 +90,12 @@ def planned(loaded: model_source.LoadedModel, rules: tuple[str, ...]) -> FusionP
     return plan
 
 
-def print_plan(plan: FusionPlan, target: str | None = None) -> None:
+def print_plan(plan: FusionPlan) -> None:
     """Print the table; rows are wrapped on a terminal, and one line each in a pipe or file."""
     if sys.stdout.isatty():
         Console().print(render.renderable(plan))
     else:
         click.echo(render.text(plan))
-    if target is not None:
-        click.echo(f"\n{worth(plan, target)}")
 
 
 def _check_rules(names: tuple[str, ...]) -> None:

@@ -37,6 +37,8 @@ def renderable(plan: FusionPlan) -> RenderableType:
     if plan.skips:
         parts.append(_not_fused(plan.skips))
     parts.append(_scope(plan))
+    if plan.originals_bytes:
+        parts += [Text(), Text(f"Originals kept for unfuse: {_bytes(plan.originals_bytes)}")]
     return Group(*parts)
 
 
