@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchfuse.errors import CaptureError
 from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
-from torchfuse.kinds import DATA_READS, METADATA, SHAPE_ONLY, SHAPE_READS, kind_of, name_of, roles
+from torchfuse.kinds import DATA_READS, HARMLESS, METADATA, SHAPE_ONLY, kind_of, name_of, roles
 from torchfuse.nesting import named_leaves
 from torchfuse.parametrized import is_weight_hook
 from torchfuse.restoring import CopyOnWrite, restored
@@ -208,20 +208,21 @@ class _Recording:
                 self.current = None
                 self.running = False
             stack.close()
-            leaves = [leaf for _, leaf in named_leaves(output)]
-            self.add("output", "output", self.values_in(leaves), "")
-            del output, leaves
+            returned = self.values_in([leaf for _, leaf in named_leaves(output)])
+            self.add("output", "output", returned, "")
             self.ids = {key: index for key, index in self.ids.items() if key >= 0}
             self.kept.clear()
-            self._note_held(before)
+            # What is alive now is held by something outside, or by the output in other ways.
+            self._note_held(before, set(returned))
+            del output
 
-    def _note_held(self, before: int) -> None:
+    def _note_held(self, before: int, returned: set[int]) -> None:
         """Marks what outlives the pass (before attributes are put back) as read."""
         held = self._alive(before)
-        if held:
+        if set(held) - returned:
             gc.collect()  # a reference cycle is nobody's; what is older than the pass is frozen
             held = self._alive(before)
-        self.add("held", "held after the pass", held, None)
+        self.add("held", "held after the pass", [v for v in held if v not in returned], None)
 
     def _alive(self, before: int) -> list[int]:
         return [
@@ -267,7 +268,7 @@ class _Functions(TorchFunctionMode):
                 return func(*args, **kwargs)
             finally:
                 recording.current = None
-                if name in SHAPE_READS:
+                if name not in HARMLESS:
                     self._note_read("shape")
         known: set[int] = set()
         operands: dict[str, Operand] = {}
@@ -321,12 +322,16 @@ class _Functions(TorchFunctionMode):
         return result
 
     def _note_read(self, kind: str) -> None:
-        frame = sys._getframe(2)
-        module = frame.f_globals.get("__name__", "")
-        if kind == "shape" and module.startswith("torch."):
+        frame: Any = sys._getframe(2)
+        while frame.f_globals.get("__name__") in ("torch._tensor", "torch.overrides"):
+            frame = frame.f_back  # a method of Tensor that is written in Python
+        if kind == "shape" and frame.f_globals.get("__name__", "").startswith("torch."):
             return  # torch's own layers do not hand sizes on to anyone's branch
         where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        self.recording.graph.reads.append(Read(kind, where, self.recording.module_path()))
+        recording = self.recording
+        recording.graph.reads.append(
+            Read(kind, where, recording.module_path(), len(recording.graph.calls), frame.f_code)
+        )
 
 
 class _Operators(CopyOnWrite):
@@ -370,7 +375,10 @@ class _Operators(CopyOnWrite):
             str(i): recording.operand(t, "unknown") for i, t in enumerate(_tensors((args, kwargs)))
         }
         if func is torch.ops.aten._local_scalar_dense.default:
-            recording.graph.reads.append(Read("data", "scripted code", recording.module_path()))
+            position = len(recording.graph.calls)
+            recording.graph.reads.append(
+                Read("data", "scripted code", recording.module_path(), position, None)
+            )
         results = tuple(recording.operand(t, "call") for t in _tensors(result))
         written = frozenset(
             recording.value_of(tensor, "unknown") for tensor in self.written(func, args)
@@ -429,6 +437,9 @@ def _patched(recording: _Recording) -> Iterator[None]:
         (ThreadPoolExecutor, "submit"),
         (queue.Queue, "put"),
     ]
+    if (pools := sys.modules.get("multiprocessing.pool")) is not None:
+        names = ("apply_async", "_map_async", "imap", "imap_unordered")
+        entries += [(pools.Pool, name) for name in names]
     originals = [(owner, name, getattr(owner, name)) for owner, name in entries]
     nn.Module.__call__ = _torchfuse_call  # type: ignore[method-assign]  # put back below
     for owner, name, function in originals:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchfuse.branches import may_fork
 from torchfuse.capture import record
-from torchfuse.paths import uncertain
+from torchfuse.methods import reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import Match, Refusal, Rule, Subject
 from torchfuse.tracing import origin
@@ -181,7 +182,7 @@ def _judge_activation(found: Found, rules: Sequence[Rule], second: str, calls: l
         found.skip((first, second), refusal, rule.name)
         return
     match = Match(first, second, tuple(firsts), tuple(between), tuple(calls))
-    verdict = rule.check(subject, match) or uncertain(subject, match)
+    verdict = _judged(subject, rule, match)
     if verdict is None:
         found.matches.append((rule, match))
     else:
@@ -229,13 +230,16 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
         tuple(between for _, between in traced),
         tuple(calls),
     )
-    verdict = rule.check(subject, match)
-    if verdict is None:
-        verdict = uncertain(subject, match)
+    verdict = _judged(subject, rule, match)
     if verdict is None:
         found.matches.append((rule, match))
     else:
         found.skip(match.modules, verdict, rule.name)
+
+
+def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
+    """What was recorded first, then what the source says about other ways and other methods."""
+    return rule.check(subject, match) or may_fork(subject, match) or reached_apart(subject, match)
 
 
 def _not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:

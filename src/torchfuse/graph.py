@@ -107,11 +107,13 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class Read:
-    """Python looked at a tensor's values ("data": bool, item, …) or at its sizes ("shape")."""
+    """Python looked at a tensor's values ("data": bool, item, …) or at facts about it ("shape")."""
 
     kind: str
     where: str  # "file.py:12"
     module_path: str | None
+    position: int  # this many calls had been made
+    code: CodeType | None  # the function that looked; None: scripted code
 
 
 @dataclass(eq=False)

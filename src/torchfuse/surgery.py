@@ -20,6 +20,7 @@ from torchfuse.parametrized import (
     is_weight_hook,
     unparametrized,
 )
+from torchfuse.restoring import restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -199,8 +200,8 @@ def plain_layer(layer: nn.Module) -> nn.Module:
     """`layer` itself, or, if its weight is computed, a layer whose weight is a plain parameter."""
     if unparametrized(layer):
         return layer
-    with torch.no_grad():
-        weight = computed_weight(layer)
+    with restored(layer):
+        weight = computed_weight(layer).clone()
     plain = _shell(type(layer), _attributes(layer))
     _bake(plain)
     plain._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)

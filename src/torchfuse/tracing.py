@@ -98,11 +98,25 @@ def keeps_channels(first: Call, between: Sequence[Call], last: Call, axis: int) 
     if not between:
         return axis == 1
     numbers = torch.arange(channels, dtype=torch.float32)
+    column = numbers.reshape(-1, *[1] * (len(made.shape) - axis - 1))
     probe = torch.empty_strided(made.shape, made.stride, dtype=torch.float32)
-    probe.copy_(numbers.reshape(-1, *[1] * (len(made.shape) - axis - 1)).expand(made.shape))
+    probe.copy_(column.expand(made.shape))
+    # A reshape may keep the channels apart only at this size: N×C×1×1 to (−1, C).
+    larger = [size if i == axis else size + 1 for i, size in enumerate(made.shape)]
+    return _is_by_channel(probe, first, between, last, numbers) is True and (
+        _is_by_channel(column.expand(larger).clone(), first, between, last, numbers) is not False
+    )
+
+
+def _is_by_channel(
+    probe: Tensor, first: Call, between: Sequence[Call], last: Call, numbers: Tensor
+) -> bool | None:
+    """Whether `probe`, moved, has number c in all of channel c; None if it cannot be moved so."""
     try:
-        moved = replay(between, last, probe, made)
-    except (ValueError, RuntimeError, KeyError, TypeError):
-        return False
+        moved = replay(between, last, probe, first.results[0])
+    except (ValueError, RuntimeError, KeyError, TypeError, IndexError):
+        return None
+    if moved.dim() < 2 or moved.shape[1] != len(numbers):
+        return None  # a batch norm of this many channels refuses it as well
     expected = numbers.reshape(-1, *[1] * (moved.dim() - 2)).expand(moved.shape)
     return torch.equal(moved.float(), expected)

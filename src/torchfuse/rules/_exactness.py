@@ -6,18 +6,27 @@ on other paths is `paths.py`'s question.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import ast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from torchfuse.parametrized import is_state_dict_hook_of_torch, unparametrized
+from torchfuse.parametrized import (
+    computed_weight,
+    is_state_dict_hook_of_torch,
+    unparametrized,
+)
+from torchfuse.restoring import restored
 from torchfuse.rules._rule import Match, Refusal, Subject
+from torchfuse.sources import syntax_of
 from torchfuse.tracing import keeps_channels, other_readers
 
 if TYPE_CHECKING:
+    from types import CodeType
+
     from torchfuse.graph import Call
 
 __all__ = ["foldable", "read_by"]
@@ -89,6 +98,12 @@ def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
             "call; only rewriting the graph could remove it.",
             _REWRITE_ONLY,
         )
+    if id(norm) in subject.holders:
+        return Refusal(
+            f"`{match.second}` is also held by the plain attribute `{subject.holders[id(norm)]}`, "
+            "through which it would still be called.",
+            "Hold it only as a submodule.",
+        )
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
         return Refusal(
             f"A hook of `{match.second}` sees its input, which folding changes.",
@@ -158,15 +173,47 @@ def _layer_is_a_module(subject: Subject, match: Match) -> Refusal | None:
                 "rewriting the graph could add the bias that folding needs.",
                 _REWRITE_ONLY,
             )
-        if layer.bias is None and not any("bias" in f.code.co_names for f in call.frames):
+        if not _passes_bias(subject, layer, call):
             return Refusal(
-                f"`{match.first}` ({type(layer).__name__}) does not pass its bias on, and folding "
-                "needs one.",
+                f"`{match.first}` ({type(layer).__name__}) does not pass its bias on as it is, and "
+                "folding needs one.",
                 "Pass self.bias in its forward.",
             )
     if _has_state_dict_hooks(layer):
         return Refusal(f"`{match.first}` has state_dict hooks, which may not fit a folded layer.")
     return None
+
+
+def _passes_bias(subject: Subject, layer: Any, call: Call) -> bool:
+    """Whether a bias that the layer has, or is given, reaches the function just as it is."""
+    if layer.bias is not None:
+        operand = call.operands.get("bias")
+        if operand is None:
+            return False
+        names = subject.graph.values[operand.value].names
+        return any(_same(subject, name, layer, "bias") for name in names)
+    frames = [frame for frame in call.frames if frame.code.co_name != "handle_torch_function"]
+    if any(frame.module.startswith("torch.nn.modules.") for frame in frames):
+        return True  # torch's own forward, by itself or through super()
+    return any(_hands_bias_on(frame.code) for frame in frames)
+
+
+def _hands_bias_on(code: CodeType) -> bool:
+    """Whether every mention of a bias is an argument, or a question whether there is one."""
+    tree = syntax_of(code)
+    if tree is None:
+        return False
+    handed = [
+        argument
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for argument in (*node.args, *(keyword.value for keyword in node.keywords))
+    ]
+    asked = [node.left for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+    mentions = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "bias"]
+    return any(m is h for m in mentions for h in handed) and all(
+        any(mention is known for known in (*handed, *asked)) for mention in mentions
+    )
 
 
 def _always_together(subject: Subject, match: Match) -> Refusal | None:
@@ -248,6 +295,12 @@ def _weight_is_its_own(subject: Subject, match: Match) -> Refusal | None:
                 f"The weight of `{match.first}` is computed, and may change, in training mode.",
                 "Call model.eval() first.",
             )
+        with restored(layer):
+            if not torch.equal(computed_weight(layer), computed_weight(layer)):
+                return Refusal(
+                    f"The weight of `{match.first}` is computed anew, and differently, at every "
+                    "call.",
+                )
     elif not isinstance(layer.weight, nn.Parameter):
         return Refusal(f"The weight of `{match.first}` is no parameter.")
     else:
@@ -258,6 +311,7 @@ def _weight_is_its_own(subject: Subject, match: Match) -> Refusal | None:
                     f"`{match.first}` ({type(layer).__name__}) computes the weight it uses.",
                     "Make it a parametrization (torch.nn.utils.parametrize): those are baked in.",
                 )
+    ours = {id(call) for call in match.firsts}
     inside = {id(module) for module in layer.modules()}
     for name, _ in layer.named_parameters():
         value = subject.graph.value_named(f"{match.first}.{name}" if match.first else name)
@@ -272,7 +326,10 @@ def _weight_is_its_own(subject: Subject, match: Match) -> Refusal | None:
             )
         for reader in subject.graph.readers(value.index):
             path = reader.module_path
-            if path is None or id(subject.modules[path]) not in inside:
+            if id(reader) in ours:
+                continue
+            computing = not unparametrized(layer) and path is not None
+            if not computing or id(subject.modules[path or ""]) not in inside:
                 return Refusal(
                     f"The weight or bias of `{match.first}` is also read by {_described(reader)}."
                 )

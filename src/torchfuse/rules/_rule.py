@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from types import CellType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from torchfuse.graph import Call, Graph
 
@@ -33,9 +36,36 @@ class Subject:
     modules: dict[str, nn.Module]  # by every path
 
     @cached_property
+    def holders(self) -> dict[int, str]:
+        """Modules (by id) that a plain attribute holds, beside or within a container: its name."""
+        found: dict[int, str] = {}
+        for path, module in self.modules.items():
+            for name, value in vars(module).items():
+                if name != "_modules":
+                    for inner in _modules_in(value, 3):
+                        found.setdefault(id(inner), f"{path}.{name}" if path else name)
+        return found
+
+    @cached_property
     def classes(self) -> frozenset[type]:
         """The classes of the model and of all modules in it."""
         return frozenset(type(module) for module in self.modules.values())
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__, depth)
+    elif isinstance(value, FunctionType) and depth:
+        for cell in value.__closure__ or ():
+            if cell != CellType():  # an empty cell has no contents
+                yield from _modules_in(cell.cell_contents, depth - 1)
+    elif isinstance(value, partial) and depth:
+        yield from _modules_in((value.func, value.args, value.keywords), depth)
+    elif isinstance(value, (list, tuple, set, dict)) and depth:
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(entry, depth - 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,90 @@
+"""The source of Python functions, as syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import textwrap
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["assigned_attributes", "functions_of", "is_setup", "names_in", "syntax_of"]
+
+
+@lru_cache(maxsize=4096)
+def syntax_of(code: CodeType) -> ast.FunctionDef | None:
+    """The function's syntax tree; None if there is no source, or it is no plain function."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return None
+    return next((node for node in tree.body[:1] if isinstance(node, ast.FunctionDef)), None)
+
+
+@lru_cache(maxsize=4096)
+def functions_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
+    """The functions that a class and its bases (torch's own apart) define, decorators taken off.
+
+    A function that a subclass overrides is left out, unless the override goes on to `super()`.
+    """
+    hidden: set[str] = set()
+    found: list[tuple[str, FunctionType]] = []
+    for base in class_.__mro__:
+        if base is nn.Module or base.__module__.startswith("torch.") or base is object:
+            continue
+        for name, member in vars(base).items():
+            function = _function(member)
+            if function is None or name in hidden:
+                continue
+            if "super" not in names_in(function.__code__):
+                hidden.add(name)
+            found.append((name, function))
+    return tuple(found)
+
+
+def _function(member: Any) -> FunctionType | None:
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    elif isinstance(member, functools.cached_property):
+        member = member.func
+    try:
+        member = inspect.unwrap(member)
+    except (ValueError, AttributeError):
+        return None
+    return member if isinstance(member, FunctionType) else None
+
+
+@lru_cache(maxsize=8192)
+def names_in(code: CodeType) -> frozenset[str]:
+    """The names and strings that a function and the functions inside it mention."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= names_in(constant)
+        elif isinstance(constant, str):
+            names.add(constant)
+    return frozenset(names)
+
+
+@lru_cache(maxsize=8192)
+def assigned_attributes(code: CodeType) -> frozenset[str]:
+    """The attributes that a function assigns."""
+    return frozenset(
+        str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"
+    )
+
+
+_SETUP = ("init", "initialize", "initialise", "reset")
+_SETUP_NAMES = frozenset({"extra_repr", "__repr__", "__init__", "__setstate__", "__getstate__"})
+
+
+def is_setup(name: str) -> bool:
+    """Whether a method of this name sets a model up or prints it, and computes no outputs."""
+    return name in _SETUP_NAMES or any(word in _SETUP for word in name.split("_"))
