@@ -1,7 +1,7 @@
 """When is it exact to fold a batch norm into the layer before it? Every condition, with its reason.
 
 Conditions are about what was recorded, and about the modules as they are. What the code could do
-on other paths is `paths.py`'s question.
+on other ways through it is the question of `branches.py` and `methods.py`.
 """
 
 from __future__ import annotations
