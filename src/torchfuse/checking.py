@@ -108,19 +108,11 @@ def compare_outputs(
     atol: float | None = None,
     min_sqnr_db: float | None = None,
     prefix: str = "",
-<<<<<<< HEAD
     finite_only: bool = False,
 ) -> list[OutputDifference]:
     """One record per leaf of the two outputs, as `run` gives them, matched by name.
 
     With `finite_only`, NaN and Inf pass where both have the same one, and the rest is compared.
-=======
-    finite: bool = True,
-) -> list[OutputDifference]:
-    """One record per leaf of the two outputs, as `run` gives them, matched by name.
-
-    Without `finite`, NaN and Inf that both have at the same places are left out (masked logits).
->>>>>>> 6084e40 (Branches and other methods: helpers, decorators, super, state, picked modules; reads of facts count; biases and holders)
     """
     records = [
         _unequal(prefix + name, "only the candidate returns it.")
@@ -132,18 +124,12 @@ def compare_outputs(
             records.append(_unequal(prefix + name, "the candidate does not return it."))
         else:
             other = actual[name]
-<<<<<<< HEAD
             if finite_only:
                 leaf, other = _without_equal_nonfinite(leaf, other)
-=======
-            if not finite:
-                leaf, other = _without_common_infinities(leaf, other)
->>>>>>> 6084e40 (Branches and other methods: helpers, decorators, super, state, picked modules; reads of facts count; biases and holders)
             records.append(_compared(prefix + name, leaf, other, rtol, atol, min_sqnr_db))
     return records
 
 
-<<<<<<< HEAD
 def _without_equal_nonfinite(a: Any, b: Any) -> tuple[Any, Any]:
     """Both with zeros where both have the same NaN or Inf; as they are if one has another."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -156,15 +142,6 @@ def _without_equal_nonfinite(a: Any, b: Any) -> tuple[Any, Any]:
     if not torch.equal(a[odd].nan_to_num(nan=0.0), b[odd].nan_to_num(nan=0.0)):
         return a, b
     return a.masked_fill(odd, 0), b.masked_fill(odd, 0)
-=======
-def _without_common_infinities(a: Any, b: Any) -> tuple[Any, Any]:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()):
-        return a, b
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not torch.strided:
-        return a, b
-    same = ~torch.isfinite(a) & ((a == b) | (torch.isnan(a) & torch.isnan(b)))
-    return a.masked_fill(same, 0), b.masked_fill(same, 0)
->>>>>>> 6084e40 (Branches and other methods: helpers, decorators, super, state, picked modules; reads of facts count; biases and holders)
 
 
 def _compared(

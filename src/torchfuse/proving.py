@@ -138,11 +138,7 @@ def compare(expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]
     records: list[OutputDifference] = []
     for number, (a, b) in enumerate(zip(expected, actual, strict=True)):
         prefix = f"case {number + 1}: " if len(expected) > 1 else ""
-<<<<<<< HEAD
         records += compare_outputs(a, b, prefix=prefix, finite_only=True)
-=======
-        records += compare_outputs(a, b, prefix=prefix, finite=False)
->>>>>>> 6084e40 (Branches and other methods: helpers, decorators, super, state, picked modules; reads of facts count; biases and holders)
     return Equivalence(tuple(records))
 
 
