@@ -6,19 +6,18 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.branches import may_fork
 from torchfuse.capture import record
 from torchfuse.methods import reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
-from torchfuse.rules import Match, Refusal, Rule, Subject
+from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 from torchfuse.tracing import origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import nn
 
     from torchfuse.graph import Call, Graph
     from torchfuse.inputs import Case
@@ -79,7 +78,7 @@ class Found:
         """The plan as plain data."""
         return FusionPlan(
             model=self.subject.graph.model,
-            scope=_scope(self.subject.graph),
+            scope=_scope(self.subject),
             fusions=tuple(
                 _fusion(self.subject, rule, match, self.max_rel.get(match.second))
                 for rule, match in self.matches
@@ -88,13 +87,15 @@ class Found:
         )
 
 
-def _scope(graph: Graph) -> tuple[str, ...]:
+def _scope(subject: Subject) -> tuple[str, ...]:
+    graph = subject.graph
+    trains = any(module.training for module in subject.modules.values())
+    modes = "Every module's training flag" if trains else "Evaluation mode, every module's flag"
     shown = ", ".join(graph.cases[:3]) + (" …" if len(graph.cases) > 3 else "")
     sentences = [
         f"{shown}, and other inputs with the same numbers of dimensions that take the same way "
         "through the code.",
-        "Every module's training flag and attributes as they were here, and the same arguments "
-        "that are not tensors.",
+        f"{modes} and attributes as they were here, and the same arguments that are not tensors.",
     ]
     if graph.reads:
         places = list(dict.fromkeys(read.where for read in graph.reads))
@@ -112,15 +113,17 @@ def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Foun
     subject = Subject(model, graph, dict(model.named_modules(remove_duplicate=False)))
     found = Found(subject, given)
     seen: set[str] = set()
+    folds = any(rule.merge is None for rule in rules)
     for second, calls in _norm_calls(subject).items():
         seen.add(second)
-        _judge(found, rules, second, calls)
+        if folds:
+            _judge(found, rules, second, calls)
     activations = [rule for rule in rules if rule.merge is not None]
     if activations:
         for second, calls in _relu_calls(subject).items():
             _judge_activation(found, activations, second, calls)
     for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and path not in seen:
+        if folds and isinstance(module, _BatchNorm) and path not in seen:
             found.skip(
                 (path,),
                 Refusal(
@@ -172,7 +175,9 @@ def _judge_activation(found: Found, rules: Sequence[Rule], second: str, calls: l
             between.append(moved)
     known = {rule.pattern[0]: rule for rule in rules}
     if not firsts or firsts[0].kind not in known:
-        return  # none of the rules that were asked for is about this
+        if isinstance(subject.modules[second], nn.ReLU):
+            found.skip((second,), _not_what_was_asked_for(subject, firsts, rules), None)
+        return
     rule, first = known[firsts[0].kind], firsts[0].module_path or ""
     if len(firsts) < len(calls) or any(maker.module_path != first for maker in firsts):
         refusal = Refusal(
@@ -209,7 +214,11 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
     known = {rule.pattern[0]: rule for rule in rules if rule.pattern[1] == "batch_norm"}
     foldable = [maker for maker in makers if maker is not None and maker.kind in known]
     if not foldable:
-        found.skip((second,), _not_after_a_layer(subject, makers), None)
+        unasked = [r.name for r in RULES if r.pattern[1] == "batch_norm" and r.pattern[0] in kinds]
+        refusal = _not_after_a_layer(subject, makers)
+        if unasked:
+            refusal = Refusal(f"The rule {unasked[0]}, which is about it, was not asked for.")
+        found.skip((second,), refusal, None)
         return
     rule = known[foldable[0].kind]
     paths = {_owner_path(subject, maker, ("weight",)) for maker in foldable}
@@ -259,6 +268,28 @@ def _not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refus
     return Refusal(
         f"Its input comes from {shown}, not straight from a convolution or linear layer."
     )
+
+
+def _not_what_was_asked_for(
+    subject: Subject, makers: Sequence[Call], rules: Sequence[Rule]
+) -> Refusal:
+    names = " and ".join(rule.name for rule in rules)
+    norms = [maker for maker in makers if maker.kind == "batch_norm"]
+    if norms:
+        return Refusal(
+            f"Its input comes from the batch norm `{norms[0].module_path}`, which this plan does "
+            "not fold.",
+            "Ask for the rule that folds it too, or for bn_relu.",
+        )
+    for maker in makers:
+        path = maker.module_path
+        if path is not None and subject.modules[path]._forward_hooks:
+            return Refusal(
+                f"Its input comes from {maker.target}, in or after a hook of `{path}`.",
+                "Remove the hook.",
+            )
+    shown = ", ".join(sorted({_kind_in_words(maker) for maker in makers})) or "outside the model"
+    return Refusal(f"Its input comes from {shown}, which {names} does not take.")
 
 
 def _kind_in_words(maker: Call) -> str:

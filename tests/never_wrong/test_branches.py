@@ -121,7 +121,7 @@ def test_a_branch_on_the_training_flag_stays_right_in_both_modes() -> None:
     model.train()
     result.model.train()
     if result.plan.fusions:
-        assert any("eval" in sentence for sentence in result.plan.scope)
+        assert any("Evaluation mode" in sentence for sentence in result.plan.scope)
     else:
         torch.testing.assert_close(result.model(IMAGE), model(IMAGE))
 

@@ -93,3 +93,68 @@ def test_left_alone_and_says_why(model, reason):
     (skip,) = torchfuse.plan(model().eval(), IMAGE, rules=["conv_relu"]).skips
     assert reason in skip.reason
     assert skip.rule == "conv_relu"
+
+
+def test_a_relu_in_place_is_no_second_reader():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)
+    ).eval()
+    result = torchfuse.fuse(model, IMAGE, rules=["conv_relu"])
+    assert len(result.plan.fusions) == 2
+    assert torch.equal(result.model(IMAGE), model(IMAGE))
+
+
+def test_what_was_read_before_a_relu_in_place_is_a_second_reader():
+    class Model(SecondReader):
+        def forward(self, x):
+            y = self.conv(x)
+            mean = y.mean()
+            return torch.relu_(y) * 0 + self.relu(y) + mean
+
+    class InPlace(SecondReader):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            y = self.conv(x)
+            mean = y.mean()
+            return self.relu(y) + mean
+
+    for class_ in (Model, InPlace):
+        model = class_().eval()
+        result = torchfuse.fuse(model, IMAGE, rules=["conv_relu"], verify=False)
+        assert result.plan.fusions == ()
+        assert torch.equal(result.model(IMAGE), model(IMAGE))
+
+
+def test_a_parametrized_conv_is_merged_as_it_is():
+    torch.manual_seed(0)
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(conv, nn.ReLU()).eval()
+    result = torchfuse.fuse(model, IMAGE, rules=["conv_relu"])
+    assert type(result.model[0]) is nni.ConvReLU2d
+    assert torch.equal(result.model(IMAGE), model(IMAGE))
+
+
+def test_without_the_rule_that_folds_the_batch_norm_between_it_says_so():
+    plan = torchfuse.plan(conv_relu(nn.BatchNorm2d(4)), IMAGE, rules=["conv_relu"])
+    (skip,) = plan.skips
+    assert skip.modules == ("2",)
+    assert skip.reason == "Its input comes from the batch norm `1`, which this plan does not fold."
+
+
+def test_a_rule_that_was_not_asked_for_is_named():
+    plan = torchfuse.plan(conv_relu(nn.BatchNorm2d(4)), IMAGE, rules=["linear_bn"])
+    (skip,) = plan.skips
+    assert skip.reason == "The rule conv_bn, which is about it, was not asked for."
+
+
+def test_a_hook_on_the_conv_is_not_passed_over_in_silence():
+    model = conv_relu()
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    plan = torchfuse.plan(model, IMAGE, rules=["conv_relu"])
+    assert plan.fusions == ()
+    (skip,) = plan.skips
+    assert "hook of `0`" in skip.reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from torchfuse.rules._exactness import read_by
 from torchfuse.rules._rule import Match, Refusal, Rule, Subject
@@ -29,7 +30,7 @@ def merging_rule(
         return _mergeable(subject, match, classes)
 
     def merge(first: nn.Module, second: nn.Module) -> nn.Module:
-        return classes[type(first)](first, second)
+        return classes[type_before_parametrizations(first)](first, second)
 
     return Rule(name, (kind, "relu"), summary, check, rewrite=None, merge=merge)
 
@@ -42,7 +43,7 @@ def _mergeable(
         return Refusal(
             f"The relu in `{match.second or 'the model'}` is no nn.ReLU module.", "Use nn.ReLU."
         )
-    if type(first) not in classes:
+    if type_before_parametrizations(first) not in classes:
         known = ", ".join(class_.__name__ for class_ in classes)
         return Refusal(
             f"`{match.first}` is a {type(first).__name__}; there are fused classes for {known}."
@@ -52,7 +53,8 @@ def _mergeable(
             return Refusal(f"A hook of `{path}` may depend on where it is.", "Remove the hook.")
     ours = {id(call) for call in match.firsts}
     for entry in subject.graph.module_calls_of(match.first):
-        if any(id(call) not in ours for call in subject.graph.calls[entry.first : entry.last]):
+        inside = subject.graph.calls[entry.first : entry.last]
+        if any(id(call) not in ours for call in inside if call.module_path == match.first):
             return Refusal(
                 f"`{match.first}` is called more than once, and not always right before "
                 f"`{match.second}`.",
@@ -62,5 +64,7 @@ def _mergeable(
         if any(call.kind != "batch_norm" for call in between):
             return Refusal(f"Something lies between `{match.first}` and `{match.second}`.")
         for reader in other_readers(subject.graph, (layer, *between), relu):
-            return Refusal(read_by(match.first, reader))
+            # What reads the memory after a ReLU in place reads the ReLU's output.
+            if not (relu.written and reader.index > relu.index):
+                return Refusal(read_by(match.first, reader))
     return None
