@@ -77,18 +77,32 @@ def check(
 ) -> "torchfuse.FusionResult":
     """Fuse `model`, assert that nothing it computes changed, return the result.
 
-    Compared: the given inputs, others like them, other batch sizes, `others`, and `methods`.
+    Compared: the given inputs, others like them, other batch sizes, `others`, and `methods`. It
+    must hold by the conditions alone too: the proof is there to find their defects, not for them
+    to rely on.
     """
     reference = copy.deepcopy(model)
     result = torchfuse.fuse(model, inputs)
+    unproved = torchfuse.fuse(model, inputs, verify=False)
+    for fused in (result.model, unproved.model):
+        _assert_computes_the_same(reference, fused, inputs, others, methods)
+    return result
+
+
+def _assert_computes_the_same(
+    reference: nn.Module,
+    fused: nn.Module,
+    inputs: Tensor,
+    others: tuple[Tensor, ...],
+    methods: tuple[str, ...],
+) -> None:
     cases = [inputs, like(inputs, 1), like(inputs, 2) * 3 - 1, like(inputs, 3, 5), *others]
     with torch.no_grad():
         for case in cases:
-            assert_same(reference(case.clone()), result.model(case.clone()))
+            assert_same(reference(case.clone()), fused(case.clone()))
         for method in methods:
             expected = getattr(reference, method)(inputs.clone())
-            assert_same(expected, getattr(result.model, method)(inputs.clone()))
-    return result
+            assert_same(expected, getattr(fused, method)(inputs.clone()))
 
 
 def assert_fuses(
