@@ -19,7 +19,7 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.rules import Match, Refusal, Subject
-from torchfuse.sources import assigned_attributes, functions_of, is_setup, names_in, syntax_of
+from torchfuse.sources import syntax_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -51,7 +51,7 @@ _PLAIN = frozenset(
 def may_fork(subject: Subject, match: Match) -> Refusal | None:
     """None if the code between the two takes the recorded way for every input."""
     reads = subject.graph.reads
-    volatile = _volatile(subject)
+    volatile = subject.volatile
     done: set[tuple[CodeType, ...]] = set()
     for first, second in zip(match.firsts, match.seconds, strict=True):
         between = _between(subject, first, second)
@@ -92,22 +92,6 @@ def may_fork(subject: Subject, match: Match) -> Refusal | None:
                     _HINT,
                 )
     return None
-
-
-def _volatile(subject: Subject) -> frozenset[str]:
-    """Attributes that the code that ran assigns, itself or in methods it names: not configuration.
-
-    What only methods assign that did not run is changed from outside, like any configuration.
-    """
-    ran = {code for code, _ in subject.graph.codes}
-    called = {name for code in ran for name in names_in(code)}
-    ran |= {
-        function.__code__
-        for class_ in subject.classes
-        for name, function in functions_of(class_)
-        if name in called and not is_setup(name) and name != "train"
-    }
-    return frozenset(name for code in ran for name in assigned_attributes(code))
 
 
 @dataclass(frozen=True)
@@ -168,7 +152,10 @@ def _enclosing(subject: Subject, call: Call) -> list[ModuleCall]:
 def _passed_through(subject: Subject, first: Call, second: Call) -> Iterator[CodeType]:
     """The forward functions of modules that were given the layer's output, and gave it back."""
     made = {result.value for result in first.results}
-    for entry in subject.graph.module_calls:
+    start = 0 if first.within is None else first.within + 1  # in the order in which they began
+    for entry in subject.graph.module_calls[start:]:
+        if entry.first > second.index:
+            break
         if first.index < entry.first and entry.last <= second.index and made & set(entry.inputs):
             forward = inspect.unwrap(type(subject.modules[entry.path]).forward)
             if isinstance(forward, FunctionType) and not forward.__module__.startswith("torch."):
@@ -177,7 +164,7 @@ def _passed_through(subject: Subject, first: Call, second: Call) -> Iterator[Cod
 
 def _helpers(subject: Subject, code: CodeType, span: _Span) -> Iterator[CodeType]:
     """The user's plain functions and methods that run within the span, and what those call."""
-    class_ = type(subject.modules[span.path])
+    class_: Any = type(subject.modules[span.path])
     waiting = list(_called(code, span.python_module, class_, span.after, span.before))
     seen: set[CodeType] = set()
     while waiting:
@@ -188,12 +175,14 @@ def _helpers(subject: Subject, code: CodeType, span: _Span) -> Iterator[CodeType
             waiting += _called(function.__code__, function.__module__, class_, 0, math.inf)
 
 
+@lru_cache(maxsize=8192)
 def _called(
     code: CodeType, python_module: str, class_: type, after: float, before: float
-) -> Iterator[FunctionType]:
+) -> tuple[FunctionType, ...]:
     tree = syntax_of(code)
     if tree is None:
-        return
+        return ()
+    found: list[FunctionType] = []
     known = vars(sys.modules[python_module]) if python_module in sys.modules else {}
     offset = code.co_firstlineno - 1
     for node in ast.walk(tree):
@@ -208,7 +197,8 @@ def _called(
             target = getattr(class_, node.func.attr, None)
         unwrapped = inspect.unwrap(target) if callable(target) else None
         if isinstance(unwrapped, FunctionType):
-            yield unwrapped
+            found.append(unwrapped)
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
 from torchfuse.kinds import DATA_READS, HARMLESS, METADATA, SHAPE_ONLY, kind_of, name_of, roles
 from torchfuse.nesting import named_leaves
 from torchfuse.parametrized import is_weight_hook
-from torchfuse.restoring import CopyOnWrite, restored
+from torchfuse.restoring import MODULE_TABLES, CopyOnWrite, restored
 
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
@@ -93,8 +93,9 @@ class _Recording:
             if id(module) not in seen:
                 seen.add(id(module))
                 for name, value in vars(module).items():
-                    registered = name in ("_parameters", "_buffers", "_modules")
-                    for tensor in () if registered else _tensors(value):
+                    if type(value) in _PLAIN or name in MODULE_TABLES:
+                        continue
+                    for tensor in _tensors(value):
                         index = self.value_of(tensor, "model")
                         attributes.setdefault(index, []).append(prefix + name)
         for index in {*names, *attributes}:
@@ -536,16 +537,30 @@ def _key(tensor: Tensor) -> int:
         return -id(tensor)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+# What most arguments and attributes are, and what certainly holds no tensor.
+_PLAIN = frozenset(
+    {int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout}
+)
+
+
+def _tensors(value: Any) -> list[Tensor]:
     """The tensors in nested arguments or results."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if type(value) in _PLAIN:
+        return
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, (list, tuple, set)):
         for entry in value:
-            yield from _tensors(entry)
-    elif isinstance(value, Mapping):
+            _collect(entry, found)
+    elif isinstance(value, (dict, Mapping)):
         for entry in value.values():
-            yield from _tensors(entry)
+            _collect(entry, found)
 
 
 def _replaced(value: Any, recording: _Recording, known: set[int], operands: dict[str, Any]) -> Any:

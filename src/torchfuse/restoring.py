@@ -23,8 +23,10 @@ _DEPTH = 4
 # set, but these operators' schemas do not say so.
 _BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
 
-# Dictionaries that every module has; nearly always empty, and what they hold is not entered.
-_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+# Dictionaries that every module has: parameters, submodules, hooks.
+MODULE_TABLES = frozenset(
+    name for name, value in vars(nn.Module()).items() if isinstance(value, dict)
+)
 
 
 class CopyOnWrite(TorchDispatchMode):
@@ -33,6 +35,10 @@ class CopyOnWrite(TorchDispatchMode):
     It sees every ATen operator of this thread, also inside scripted functions. Backing up on the
     first write, and not the whole model beforehand, is what keeps a pass over a large model cheap.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler just to keep it off this mode
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -209,7 +215,7 @@ class _Attributes:
         attributes = dict(vars(module))
         self.mappings.append((vars(module), attributes))
         for name, value in attributes.items():
-            if name in _HOOKS:
+            if name in MODULE_TABLES:
                 self.mappings.append((value, dict(value)))
             elif not isinstance(value, _ATOMS):
                 self.keep(value, _DEPTH)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from torchfuse.sources import assigned_attributes, functions_of, is_setup, names_in
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -45,6 +47,23 @@ class Subject:
                     for inner in _modules_in(value, 3):
                         found.setdefault(id(inner), f"{path}.{name}" if path else name)
         return found
+
+    @cached_property
+    def volatile(self) -> frozenset[str]:
+        """Attributes that the code that ran assigns, itself or in methods it names.
+
+        They are state, not configuration. What only methods assign that did not run is changed
+        from outside, like any configuration.
+        """
+        ran = {code for code, _ in self.graph.codes}
+        called = {name for code in ran for name in names_in(code)}
+        ran |= {
+            function.__code__
+            for class_ in self.classes
+            for name, function in functions_of(class_)
+            if name in called and not is_setup(name) and name != "train"
+        }
+        return frozenset(name for code in ran for name in assigned_attributes(code))
 
     @cached_property
     def classes(self) -> frozenset[type]:
