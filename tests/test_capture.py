@@ -1,6 +1,7 @@
 import random
 import threading
 import warnings
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -259,3 +260,41 @@ def test_a_failing_pass_leaves_no_trace_either():
         record(model, [Case((X.clone(),))])
     assert (model.calls, model.count.item()) == (0, 0)
     assert nn.Module.__call__ is call
+
+
+class Closing(Block):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y), lambda: y
+
+
+class Slotted:
+    __slots__ = ("y", "z")
+
+    def __init__(self, y, z):
+        self.y, self.z = y, z
+
+
+class Slotting(Block):
+    def forward(self, x):
+        y = self.conv(x)
+        return Slotted(y, self.bn(y))
+
+
+@pytest.mark.parametrize("model", [Closing, Slotting])
+def test_what_the_output_holds_in_other_ways_is_held(model):
+    graph = record(model().eval(), [Case((X,))])
+    conv = next(call for call in graph.calls if call.kind == "conv")
+    kinds = [call.kind for call in graph.readers(conv.results[0].value)]
+    assert kinds == ["batch_norm", "held"]
+
+
+def test_showing_a_tensor_reads_it():
+    assert readers_between(lambda y: f"{y}") == ["__format__"]
+    assert readers_between(repr) == ["__repr__"]
+
+
+def test_work_in_a_pool_that_was_there_before_is_noted():
+    with ThreadPool(1) as pool:
+        model = Block(lambda y: pool.apply(torch.sum, (y.detach(),))).eval()
+        assert record(model, [Case((X,))]).threads

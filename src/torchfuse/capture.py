@@ -403,6 +403,9 @@ class _Operators(CopyOnWrite):
 @contextmanager
 def _frozen() -> Iterator[None]:
     """Garbage collection looks only at what is made inside."""
+    if gc.get_freeze_count():  # frozen by the user, and to stay so
+        yield
+        return
     gc.freeze()
     try:
         yield

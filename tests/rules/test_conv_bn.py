@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import torchfuse
 from fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -139,8 +140,6 @@ def test_left_alone_where_the_dropout_between_is_active():
     torch.manual_seed(0)
     model = trained(Between(nn.Dropout()), images(2))
     model.between.train()
-    import torchfuse
-
     (skip,) = torchfuse.plan(model, images(2)).skips
     assert "comes from dropout" in skip.reason or "training mode" in skip.reason
 
@@ -165,3 +164,58 @@ def test_the_parameters_saved_count_an_added_bias():
     assert without.plan.fusions[0].parameters_saved == 4
     assert with_bias.plan.fusions[0].macs_saved == 2 * 4 * 4 * 4
     assert with_bias.plan.fusions[0].traffic_saved_bytes == 2 * 4 * (2 * 4 * 4 * 4)
+
+
+class ReadsItsBias(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x - self.bias.mean())
+
+
+class IgnoresItsBias(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class ScalesItsBias(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (ReadsItsBias, "weight or bias of `conv` is also read by another use: mean"),
+        (IgnoresItsBias, "does not pass its bias on as it is"),
+        (ScalesItsBias, "does not pass its bias on as it is"),
+    ],
+)
+def test_left_alone_where_a_subclass_does_something_else_with_its_bias(conv, reason):
+    torch.manual_seed(0)
+    assert_left_alone(trained(ConvBn(conv(4, 4, 3)), images(2)), images(2), because=reason)
+
+
+def test_left_alone_where_the_batch_norm_is_held_elsewhere_too():
+    class Model(ConvBn):
+        def __init__(self, hold):
+            super().__init__()
+            self.held = hold(self.bn)
+
+        def forward(self, x):
+            return self.bn(self.conv(x))
+
+    for hold in (lambda bn: {"a": [bn]}, lambda bn: bn.forward, lambda bn: lambda x, bn=bn: bn(x)):
+        torch.manual_seed(0)
+        model = Model(hold).eval()
+        (skip,) = torchfuse.plan(model, images(2)).skips
+        assert "also held by the plain attribute `held`" in skip.reason
+
+
+def test_left_alone_where_a_reshape_keeps_the_channels_only_at_one_size():
+    class Model(ConvBn):
+        def forward(self, x):
+            return self.bn(self.conv(x).reshape(-1, 4))
+
+    pixels = torch.randn(3, 4, 1, 1)
+    model = Model(nn.Conv2d(4, 4, 1), nn.BatchNorm1d(4)).eval()
+    (skip,) = torchfuse.plan(model, pixels).skips
+    assert "not the channel axis" in skip.reason

@@ -77,6 +77,7 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
     elif isinstance(value, MethodType):
         yield from _modules_in(value.__self__, depth)
     elif isinstance(value, FunctionType) and depth:
+        yield from _modules_in((value.__defaults__, value.__kwdefaults__), depth)
         for cell in value.__closure__ or ():
             if cell != CellType():  # an empty cell has no contents
                 yield from _modules_in(cell.cell_contents, depth - 1)
