@@ -6,8 +6,9 @@
     W' = W · s, along W's out channels
     b' = (b − μ) · s + β                [out]
 
-Computed in float64 and rounded once to the weight's dtype, so that half and bfloat16 layers lose
-no more than that rounding.
+s and b' are computed in float64 and rounded once. So is W' in half, bfloat16 and float64; float32
+weights are multiplied in float32, by the rounded s: two roundings, at most one unit in the last
+place, at half the time.
 """
 
 from dataclasses import dataclass
@@ -60,13 +61,19 @@ def fold_into_weight(
     """
     folded = torch.empty_like(weight, requires_grad=False)  # keeps the layout (channels_last)
     scale = _scale_per_row(weight, affine.scale, transposed_groups)
+    if weight.dtype is torch.float32:
+        torch.mul(weight.detach(), scale.float(), out=folded)
+        return folded, _folded_bias(bias, affine).float()
     rows = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
     for block, wide, scales in zip(
         folded.split(rows), weight.detach().split(rows), scale.split(rows), strict=True
     ):
         block.copy_(wide.to(torch.float64, copy=True).mul_(scales))
-    shift = affine.shift if bias is None else bias.detach().double() * affine.scale + affine.shift
-    return folded, shift.to(weight.dtype)
+    return folded, _folded_bias(bias, affine).to(weight.dtype)
+
+
+def _folded_bias(bias: Tensor | None, affine: ChannelAffine) -> Tensor:
+    return affine.shift if bias is None else bias.detach().double() * affine.scale + affine.shift
 
 
 def _scale_per_row(weight: Tensor, scale: Tensor, transposed_groups: int) -> Tensor:
