@@ -344,6 +344,30 @@ def test_unfuse_restores_hooks_and_statistics(net: Net) -> None:
     assert calls == [1]
 
 
+def test_unfuse_keeps_the_hooks_that_were_added_since(net: Net) -> None:
+    calls: list[str] = []
+    before = net.conv.register_forward_pre_hook(lambda module, args: calls.append("before"))
+    torchfuse.fuse(net, IMAGE, inplace=True)
+    net.conv.register_forward_hook(lambda module, args, output: calls.append("conv"))
+    net.bn.register_forward_hook(lambda module, args, output: calls.append("bn"))
+    torchfuse.unfuse(net, inplace=True)
+    calls.clear()
+    net(IMAGE)
+    assert calls == ["before", "conv", "bn"]
+    before.remove()
+    net(IMAGE)
+    assert calls == ["before", "conv", "bn", "conv", "bn"]
+
+
+def test_unfuse_keeps_what_was_frozen_or_made_trainable_since(net: Net) -> None:
+    net.stem[0].weight.requires_grad_(False)
+    fused = torchfuse.fuse(net, IMAGE).model
+    fused.requires_grad_(False)
+    assert not any(p.requires_grad for p in torchfuse.unfuse(fused).parameters())
+    fused.requires_grad_(True)
+    assert all(p.requires_grad for p in torchfuse.unfuse(fused).parameters())
+
+
 def test_unfuse_refuses_if_fused_weights_changed(fused: Net) -> None:
     with torch.no_grad():
         fused.conv.weight[0, 0, 0, 0] += 1

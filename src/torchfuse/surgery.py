@@ -121,9 +121,7 @@ def fold_in(
         original_layer=(type(layer), _attributes(layer)) if keep else None,
         original_norm=norm if keep else None,
     )
-    trains = any(p.requires_grad for name, p in layer.named_parameters() if name != "bias")
-    owner = layer if layer.bias is not None else norm
-    bias_trains = trains if owner.bias is None else bool(owner.bias.requires_grad)
+    trains, bias_trains = _trains(layer, norm)
     _bake(layer)
     with torch.inference_mode(False):
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
@@ -188,12 +186,56 @@ def take_back(model: nn.Module, folded: Folded, *, check: bool = True) -> None:
                 "before changing them, or load an unfused checkpoint with "
                 "load_unfused_state_dict()."
             )
+    placeholder = model.get_submodule(folded.second[0])
     training = layer.training
+    now, then = (
+        (layer.weight.requires_grad, layer.bias.requires_grad),
+        _trains(folded.layer, folded.norm),
+    )
+    hooks = {name: table for name, table in vars(layer).items() if name in _HOOK_TABLES}
+    for name, table in hooks.items():
+        _keep_hooks_of_today(table, attributes[name])
     layer.__class__ = class_
     vars(layer).clear()
-    vars(layer).update(_copied(attributes), training=training)
-    norm.training = model.get_submodule(folded.second[0]).training
+    vars(layer).update({**_copied(attributes), **hooks}, training=training)
+    norm.training = placeholder.training
+    for name in _HOOK_TABLES:
+        vars(norm)[name].update(vars(placeholder)[name])
     _put(model, folded.second, norm)
+    for index, of_bias in enumerate((False, True)):
+        if now[index] != then[index]:  # frozen, or made trainable, while it was fused
+            for module in (layer, norm):
+                for name, parameter in module.named_parameters():
+                    if (name == "bias") == of_bias or not any(now):
+                        parameter.requires_grad_(now[index])
+
+
+# Dictionaries of hooks that every module has; handles refer to them, so they stay the same objects.
+_HOOK_TABLES = frozenset(
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, dict) and name not in ("_parameters", "_buffers", "_modules")
+)
+
+
+def _keep_hooks_of_today(table: dict[int, Any], original: dict[int, Any]) -> None:
+    """Puts back, in place, the hooks that folding took off; what came or went since stays so."""
+    taken_off = {
+        key: hook
+        for key, hook in original.items()
+        if key not in table and (is_weight_hook(hook) or is_state_dict_hook_of_torch(hook))
+    }
+    today = dict(table)
+    table.clear()
+    table.update(taken_off)
+    table.update(today)
+
+
+def _trains(layer: nn.Module, norm: nn.Module) -> tuple[bool, bool]:
+    """Whether the folded weight and bias are to be trained."""
+    weight = any(p.requires_grad for name, p in layer.named_parameters() if name != "bias")
+    owner = layer if layer.bias is not None else norm
+    return weight, weight if owner.bias is None else bool(owner.bias.requires_grad)
 
 
 def plain_layer(layer: nn.Module) -> nn.Module:
