@@ -22,7 +22,10 @@ def problems(network: Network) -> list[str]:
     found += [f"planning changed the model: {line}" for line in _changes(before, model)]
     restored = torchfuse.unfuse(copy.deepcopy(result.model))
     found += [f"unfuse did not restore: {line}" for line in _changes(before, restored)]
-    found += _different_outputs(network, before, result.model)
+    found += _different_outputs(network, copy.deepcopy(before), result.model)
+    # By the conditions alone too: the proof is there to find their defects.
+    unproved = torchfuse.fuse(model, network.inputs(0), verify=False).model
+    found += [f"unproved, {line}" for line in _different_outputs(network, before, unproved)]
     return found
 
 

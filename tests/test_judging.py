@@ -39,7 +39,10 @@ def judged(
 ) -> list[str]:
     plan = SimpleNamespace(to_json=lambda: "{}")
     monkeypatch.setattr(
-        torchfuse, "fuse", lambda model, inputs: SimpleNamespace(model=fuse(model)), raising=False
+        torchfuse,
+        "fuse",
+        lambda model, inputs, verify=True: SimpleNamespace(model=fuse(model)),
+        raising=False,
     )
     monkeypatch.setattr(torchfuse, "plan", lambda model, inputs: plan, raising=False)
     monkeypatch.setattr(torchfuse, "unfuse", unfuse, raising=False)
