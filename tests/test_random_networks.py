@@ -2,7 +2,7 @@
 
 from random import Random
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from judging import problems
@@ -13,6 +13,7 @@ from networks import network
     max_examples=200,
     deadline=None,
     derandomize=True,
+    phases=[Phase.generate],  # shrinking takes minutes, and the source is short as it is
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.randoms(use_true_random=False), st.integers(0, 2**16))
