@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import torchfuse
 from fusing_checks import IMAGE, ConvBn, check, trained
 
 
@@ -17,3 +18,17 @@ def test_a_parametrized_conv_stays_right(wrap: object) -> None:
 def test_a_conv_with_the_old_weight_norm_or_spectral_norm_stays_right(wrap: object) -> None:
     # The old ones recompute the weight in a pre-hook: a folded weight would be overwritten.
     check(trained(ConvBn(wrap(nn.Conv2d(4, 4, 3))), IMAGE), IMAGE)
+
+
+class ReadsTheComputedWeight(ConvBn):
+    """The parameters behind the weight are read inside the conv both times, also for the sum."""
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.conv.weight.sum()
+
+
+def test_a_computed_weight_that_something_else_reads_is_left_alone() -> None:
+    model = ReadsTheComputedWeight(parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
+    check(trained(model, IMAGE), IMAGE)
+    (skip,) = torchfuse.plan(model, IMAGE).skips
+    assert "is also read outside of its calls" in skip.reason

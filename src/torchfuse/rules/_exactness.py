@@ -333,6 +333,15 @@ def _weight_is_its_own(subject: Subject, match: Match) -> Refusal | None:
                 return Refusal(
                     f"The weight or bias of `{match.first}` is also read by {_described(reader)}."
                 )
+            # A read of a parametrized `.weight` from elsewhere computes it in the same modules.
+            if parametrize.is_parametrized(layer) and not any(
+                call.first <= reader.index < call.last
+                for call in subject.graph.module_calls_of(match.first)
+            ):
+                return Refusal(
+                    f"The weight of `{match.first}`, which is parametrized, is also read outside "
+                    "of its calls."
+                )
         if any(value.index in call.written for call in subject.graph.writers(value.index)):
             return Refusal(f"A parameter of `{match.first}` is changed during the pass.")
     return None
