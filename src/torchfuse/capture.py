@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -472,9 +473,7 @@ def _module_call(
     parent = recording.stack[-1] if recording.stack else None
     first = len(graph.calls)
     inputs = recording.values_in((args, kwargs))
-    entry = ModuleCall(
-        path, type(module).__name__, recording.case, parent, inputs, (), first, first, callers
-    )
+    entry = ModuleCall(path, recording.case, parent, inputs, (), first, first, callers)
     graph.module_calls.append(entry)
     recording.stack.append(position)
     hooks = _hooks_of(module)
@@ -488,17 +487,7 @@ def _module_call(
     finally:
         if recording.stack:
             recording.stack.pop()
-    graph.module_calls[position] = ModuleCall(
-        path,
-        entry.type_name,
-        entry.case,
-        parent,
-        inputs,
-        outputs,
-        first,
-        len(graph.calls),
-        callers,
-    )
+    graph.module_calls[position] = replace(entry, outputs=outputs, last=len(graph.calls))
     return result
 
 

@@ -29,9 +29,8 @@ __all__ = ["Found", "find"]
 class Found:
     """Matches to be fused, and skips, of one model."""
 
-    def __init__(self, subject: Subject, given: Sequence[Case]) -> None:
+    def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.given = given
         self.matches: list[tuple[Rule, Match]] = []
         self.skips: list[Skip] = []
         self.max_rel: dict[str, float] = {}
@@ -111,7 +110,7 @@ def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Foun
     """Records `model` on the given cases and judges every batch norm, and what was asked for."""
     graph = record(model, given)
     subject = Subject(model, graph, dict(model.named_modules(remove_duplicate=False)))
-    found = Found(subject, given)
+    found = Found(subject)
     seen: set[str] = set()
     folds = any(rule.merge is None for rule in rules)
     for second, calls in _norm_calls(subject).items():

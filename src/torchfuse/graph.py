@@ -95,7 +95,6 @@ class ModuleCall:
     """One call of a module of the model, and the range of `Graph.calls` made inside it."""
 
     path: str
-    type_name: str
     case: int
     parent: int | None  # index into Graph.module_calls
     inputs: tuple[int, ...]  # values
