@@ -286,7 +286,7 @@ def test_what_torchscript_does_not_have_is_an_error(
 def test_a_file_that_computes_something_else_is_not_written(
     model: nn.Module, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchfuse import exported_fusing
+    from torchfuse.exported import fusing as exported_fusing
 
     fold = exported_fusing.fold_into_weight
 

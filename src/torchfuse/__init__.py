@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         TorchfuseError,
         UnsupportedError,
     )
-    from torchfuse.exported_fusing import fuse_exported
+    from torchfuse.exported.fusing import fuse_exported
     from torchfuse.exporting import export, load
     from torchfuse.fusing import (
         FusionResult,
@@ -105,7 +105,7 @@ _HOME = {
     "compare": "comparing",
     "export": "exporting",
     "fuse": "fusing",
-    "fuse_exported": "exported_fusing",
+    "fuse_exported": "exported.fusing",
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
     "load": "exporting",

@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from torchfuse import proving
 from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import FusionError, InputError
-from torchfuse.finding import Found, find
 from torchfuse.inputs import Case, cases
+from torchfuse.judging.finding import Found, find
 from torchfuse.rules import RULES, Match, Rule
 from torchfuse.surgery import (
     Fusions,

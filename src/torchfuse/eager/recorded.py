@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from torchfuse.capture import record
+from torchfuse.capture.recorded_run import record
 from torchfuse.checking import verify
 from torchfuse.errors import FusionError, first_line
 from torchfuse.graph import Graph, ModuleCall

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from torchfuse.judging.dataflow import keeps_channels, other_readers
+from torchfuse.judging.sources import syntax_of
 from torchfuse.parametrized import (
     computed_weight,
     is_state_dict_hook_of_torch,
@@ -21,8 +23,6 @@ from torchfuse.parametrized import (
 )
 from torchfuse.restoring import restored
 from torchfuse.rules._rule import Match, Refusal, Subject
-from torchfuse.sources import syntax_of
-from torchfuse.tracing import keeps_channels, other_readers
 
 if TYPE_CHECKING:
     from types import CodeType

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from torchfuse.judging.dataflow import other_readers
 from torchfuse.rules._exactness import read_by
 from torchfuse.rules._rule import Match, Refusal, Rule, Subject
-from torchfuse.tracing import other_readers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchfuse.sources import assigned_attributes, functions_of, is_setup, names_in
+from torchfuse.judging.sources import assigned_attributes, functions_of, is_setup, names_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torchfuse.copying import copied
 from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
-from torchfuse.exported_fusing import fold
-from torchfuse.exported_norms import write_batch_norms_plainly
+from torchfuse.exported.fusing import fold
+from torchfuse.exported.norms import write_batch_norms_plainly
 from torchfuse.first_load import SCALAR_TYPES
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet, quiet_runtime

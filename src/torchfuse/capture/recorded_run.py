@@ -24,9 +24,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from torchfuse.capture.kinds import (
+    DATA_READS,
+    HARMLESS,
+    METADATA,
+    SHAPE_ONLY,
+    kind_of,
+    name_of,
+    roles,
+)
 from torchfuse.errors import CaptureError
 from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
-from torchfuse.kinds import DATA_READS, HARMLESS, METADATA, SHAPE_ONLY, kind_of, name_of, roles
 from torchfuse.nesting import named_leaves
 from torchfuse.parametrized import is_weight_hook
 from torchfuse.restoring import MODULE_TABLES, CopyOnWrite, restored

@@ -18,8 +18,8 @@ from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from torchfuse.judging.sources import syntax_of
 from torchfuse.rules import Match, Refusal, Subject
-from torchfuse.sources import syntax_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -14,9 +14,9 @@ import torchfuse
 from as_if_trained import as_if_trained
 from foldable import count
 from fusing_checks import IMAGE, ROW, assert_same, like
-from torchfuse import exported_fusing
 from torchfuse.errors import InputError
-from torchfuse.exported_fusing import Folded, fold
+from torchfuse.exported import fusing as exported_fusing
+from torchfuse.exported.fusing import Folded, fold
 from zoo import HAND_WRITTEN, Entry
 
 # torch.export deep-copies its own pytree specs when it makes a module of a program.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchfuse.capture.kinds import MOVES, SHAPE_ONLY
 from torchfuse.graph import Call, Graph, Operand
-from torchfuse.kinds import MOVES, SHAPE_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

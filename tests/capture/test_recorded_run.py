@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchfuse.capture import record
+from torchfuse.capture.recorded_run import record
 from torchfuse.errors import CaptureError
 from torchfuse.inputs import Case
 
@@ -162,7 +162,7 @@ def test_data_and_shape_reads_are_noted_with_their_place():
 
     reads = record(Branching(), [Case((X.abs(),))]).reads
     assert [read.kind for read in reads] == ["shape", "data"]
-    assert reads[0].where.startswith("test_capture.py:")
+    assert reads[0].where.startswith("test_recorded_run.py:")
 
 
 def test_several_cases_are_merged_and_parameters_stay_the_same_value():

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchfuse.branches import may_fork
-from torchfuse.capture import record
-from torchfuse.methods import reached_apart
+from torchfuse.capture.recorded_run import record
+from torchfuse.judging.branches import may_fork
+from torchfuse.judging.dataflow import origin
+from torchfuse.judging.methods import reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
-from torchfuse.tracing import origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchfuse.branches import is_direct
+from torchfuse.judging.branches import is_direct
+from torchfuse.judging.sources import functions_of, is_setup, names_in, syntax_of
 from torchfuse.rules import Match, Refusal, Subject
-from torchfuse.sources import functions_of, is_setup, names_in, syntax_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

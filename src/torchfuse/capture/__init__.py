@@ -1,0 +1,1 @@
+"""Where graphs come from: a recorded run of any model that runs."""

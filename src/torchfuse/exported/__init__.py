@@ -1,0 +1,1 @@
+"""What is done in exported programs, by rewriting their graphs."""

@@ -1,0 +1,1 @@
+"""Which candidates are exact: on what was recorded, on other branches, for other methods."""
