@@ -22,7 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torchfuse
-from judging import problems
+from judge import problems
 from networks import network
 
 

@@ -4,10 +4,11 @@ Every network runs, is finite, and has batch norms whose statistics fit what the
 is kept (`network.source`), so a failing one is its own minimal reproducer, together with its seed.
 """
 
+import copy
 import itertools
 import linecache
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from types import SimpleNamespace
 
@@ -57,13 +58,22 @@ class Network:
     source: str
     methods: tuple[str, ...]  # public methods besides forward, each taking the same input
     rough: bool  # computes partly in bfloat16
+    dtype: torch.dtype = torch.float32
 
     def inputs(self, seed: int, batch: int = 2, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return random examples: seeds differ in scale and offset too, to flip data branches."""
         generator = torch.Generator().manual_seed(seed)
         scale, offset = ((1.0, 0.0), (1.0, 1.5), (0.7, -1.5))[seed % 3]
         noise = torch.randn(batch, *(shape or self.shape), generator=generator)
-        return noise * scale + offset
+        return (noise * scale + offset).to(self.dtype)
+
+    def in_float64(self) -> "Network":
+        """Return a copy that computes in float64 throughout: what differs there is wrong."""
+        model = copy.deepcopy(self.model).double()
+        for module in model.modules():
+            if hasattr(module, "low"):
+                module.low = module.high = torch.float64
+        return replace(self, model=model, rough=False, dtype=torch.float64)
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Return other example shapes that the network runs on without an error."""
@@ -166,7 +176,10 @@ def _finish(draft: _Draft, shape: tuple[int, ...], result: str) -> Network:
 
 def _give_class(draft: _Draft, name: str, result: str) -> str:
     """Make the draft's module an instance of a class made of its lines; return the source."""
-    text = [f"class {name}(torch.nn.Module):", "    def forward(self, input):"]
+    text = [f"class {name}(torch.nn.Module):"]
+    if hasattr(draft.model, "low"):
+        text += ["    low, high = torch.bfloat16, torch.float32", ""]
+    text += ["    def forward(self, input):"]
     text += [f"        {line}" for line in draft.lines]
     text += [f"        return {result}"]
     for method, lines in draft.methods.items():
@@ -563,12 +576,13 @@ def _mixed_dtype(draft: _Draft, current: str) -> str:
     if draft.values[current].dtype != torch.float32:
         return current
     draft.rough = True
-    y = draft.let(f"{current}.to(torch.bfloat16)")
+    draft.model.low, draft.model.high = torch.bfloat16, torch.float32
+    y = draft.let(f"{current}.to(self.low)")
     y = _producer(draft, y)
     if draft.chance(0.5):
-        y = draft.let(f"{y}.float()")
+        y = draft.let(f"{y}.to(self.high)")
     y = _norm(draft, y)
-    return draft.let(f"{y}.float()")
+    return draft.let(f"{y}.to(self.high)")
 
 
 def _nested(draft: _Draft, current: str) -> str:

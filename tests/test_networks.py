@@ -27,3 +27,16 @@ def test_random_networks_contain_what_can_go_wrong() -> None:
         "class Block", "for layer in self.layers", "[-1](",
     ):  # fmt: skip
         assert part in source, part
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_in_float64_a_network_computes_the_same_without_rounding(seed: int) -> None:
+    drawn = network(Random(seed), seed)
+    wide = drawn.in_float64()
+    tensors = [*wide.model.parameters(), *wide.model.buffers()]
+    assert not {t.dtype for t in tensors} & {torch.float32, torch.bfloat16}
+    with torch.no_grad():
+        outputs = drawn.model(drawn.inputs(0)), wide.model(wide.inputs(0))
+    first, second = (o[0] if isinstance(o, tuple) else o for o in outputs)
+    assert second.dtype == torch.float64
+    torch.testing.assert_close(first, second, check_dtype=False, rtol=0.1, atol=0.1)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import torchfuse
-from judging import problems
+from judge import problems
 from networks import Network, network
+from torchfuse.folding import ChannelAffine
 
 
 def drawn() -> Network:
@@ -37,11 +38,11 @@ def judged(
     fuse: Callable[[nn.Module], nn.Module],
     unfuse: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> list[str]:
-    plan = SimpleNamespace(to_json=lambda: "{}")
+    plan = SimpleNamespace(to_json=lambda: "{}", fusions=())
     monkeypatch.setattr(
         torchfuse,
         "fuse",
-        lambda model, inputs, verify=True: SimpleNamespace(model=fuse(model)),
+        lambda model, inputs, verify=True: SimpleNamespace(model=fuse(model), plan=plan),
         raising=False,
     )
     monkeypatch.setattr(torchfuse, "plan", lambda model, inputs: plan, raising=False)
@@ -55,6 +56,27 @@ def test_a_copy_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_weight_that_is_one_percent_off_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("differs by" in line for line in judged(monkeypatch, scaled))
+
+
+def test_a_fold_that_is_one_percent_off_is_seen_in_every_kind_of_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = ChannelAffine.of_batch_norm
+
+    def off(*statistics: object) -> ChannelAffine:
+        affine = right(*statistics)
+        return ChannelAffine(affine.scale * 1.01, affine.shift)
+
+    kinds = set()
+    for seed in range(40):
+        one = network(Random(seed), seed)
+        if torchfuse.plan(one.model, one.inputs(0)).fusions:
+            kinds.add(one.rough)
+            with monkeypatch.context() as patch:
+                patch.setattr(ChannelAffine, "of_batch_norm", off)
+                found = problems(one)
+            assert any(line.startswith("unproved, ") for line in found), one.source
+    assert kinds == {True, False}
 
 
 def test_an_original_that_changed_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
