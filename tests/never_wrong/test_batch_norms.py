@@ -111,3 +111,15 @@ def test_a_conv_subclass_that_pads_first_stays_right() -> None:
             return super().forward(F.pad(x, (1, 0, 1, 0)))
 
     check(trained(ConvBn(SamePadded(4, 4, 2)), IMAGE), IMAGE)
+
+
+def test_a_batch_norm_with_a_forward_or_call_of_its_own_is_left_alone() -> None:
+    class Called(nn.BatchNorm2d):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2
+
+    patched = nn.BatchNorm2d(4)
+    original = patched.forward
+    patched.forward = lambda x: original(x) * 2  # type: ignore[method-assign]
+    for norm in (Called(4), patched):
+        assert_left_alone(trained(ConvBn(None, norm), IMAGE), IMAGE, because="(of its own|forward)")

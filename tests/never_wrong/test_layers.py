@@ -5,6 +5,7 @@ The numbers are upstream issues: pt is pytorch/pytorch, ao pytorch/ao.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusing_checks import IMAGE, ROW, ConvBn, assert_fuses, assert_left_alone, check, trained
@@ -88,3 +89,31 @@ def test_unbatched_images_are_folded_exactly() -> None:
             return self.bn(torch.stack([self.conv(x[0]), x[1]]))
 
     check(trained(Model(), IMAGE), IMAGE)
+
+
+def test_a_conv_that_treats_its_bias_otherwise_than_torch_is_left_alone() -> None:
+    class Doubling(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if self.bias is None else y * 2
+
+    model = trained(ConvBn(Doubling(4, 4, 3, bias=False)), IMAGE)
+    assert_left_alone(model, IMAGE, because="bias")
+
+
+def test_a_conv_that_asks_whether_it_has_a_bias_and_hands_it_on_is_folded_exactly() -> None:
+    class Asking(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight, None if self.bias is None else self.bias)
+
+    assert_fuses(trained(ConvBn(Asking(4, 4, 3, bias=False)), IMAGE), IMAGE)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_made_of_the_result_is_no_obstacle() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.conv(x))
+            return torch.nested.nested_tensor([y[0], y[1]]).to_padded_tensor(0.0)
+
+    assert_fuses(trained(Model(), IMAGE), IMAGE)

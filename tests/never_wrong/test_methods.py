@@ -105,3 +105,82 @@ def test_a_sequential_within_a_sequential_is_adjacent_by_structure() -> None:
         nn.Sequential(nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4)),
     )
     assert_fuses(trained(model, IMAGE), IMAGE, times=2)
+
+
+def test_a_private_helper_that_another_public_method_calls_by_itself_is_seen() -> None:
+    class Model(ConvBn):
+        def _stem(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self._stem(x))
+
+        def features(self, x: Tensor) -> Tensor:
+            return self._stem(x)
+
+    assert_left_alone(
+        trained(Model(), IMAGE), IMAGE, because="Model.features calls", methods=("features",)
+    )
+
+
+def test_a_method_of_a_block_that_the_model_calls_by_itself_is_seen_densenet() -> None:
+    class Layer(ConvBn):
+        def bn_function(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.bn_function(x))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+        def bottleneck(self, x: Tensor) -> Tensor:
+            return self.layer.bn_function(x)
+
+    assert_left_alone(
+        trained(Outer(), IMAGE), IMAGE, because="Outer.bottleneck calls", methods=("bottleneck",)
+    )
+
+
+def test_a_module_found_by_a_getattr_of_the_class_is_seen() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ConvBn()
+
+        def __getattr__(self, name: str) -> object:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+        def stem(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    assert_left_alone(trained(Outer(), IMAGE), IMAGE, because="stem", methods=("stem",))
+
+
+def test_a_method_that_names_the_model_otherwise_or_puts_it_in_a_list_is_seen() -> None:
+    class Renamed(ConvBn):
+        def features(self, x: Tensor) -> Tensor:
+            model = self
+            return model.conv(x)
+
+    class Listed(ConvBn):
+        def features(self, x: Tensor) -> Tensor:
+            return [self][0].conv(x)
+
+    class ByDict(ConvBn):
+        def features(self, x: Tensor) -> Tensor:
+            return self.__dict__["_modules"]["conv"](x)
+
+    for model in (Renamed(), Listed(), ByDict()):
+        assert_left_alone(trained(model, IMAGE), IMAGE, because="features", methods=("features",))

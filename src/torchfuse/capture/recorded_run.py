@@ -160,20 +160,14 @@ class _Recording:
 
     def operand(self, tensor: Tensor, origin: str) -> Operand:
         index = self.value_of(tensor, origin)
-        if tensor.layout is torch.strided:
-            try:
-                stride, offset = tensor.stride(), tensor.storage_offset()
-            except RuntimeError:  # a nested tensor has no strides
-                stride, offset = (), 0
-        else:
-            stride, offset = (), 0
-        return Operand(
-            index,
-            tuple(tensor.shape),
-            tuple(stride),
-            int(offset),
-            str(tensor.dtype)[len("torch.") :],
-        )
+        shape: tuple[int, ...] = ()
+        stride: tuple[int, ...] = ()
+        offset = 0
+        if not tensor.is_nested:  # one of those has no shape
+            shape = tuple(tensor.shape)
+            if tensor.layout is torch.strided:
+                stride, offset = tuple(tensor.stride()), int(tensor.storage_offset())
+        return Operand(index, shape, stride, offset, str(tensor.dtype)[len("torch.") :])
 
     # Calls
 

@@ -20,7 +20,7 @@ from torchfuse.rules import Match, Refusal, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FunctionType
+    from types import CodeType, FunctionType
 
 __all__ = ["reached_apart"]
 
@@ -31,45 +31,75 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
     for path in _ancestors(match):
         module = subject.modules[path]
         for function in _methods_of(module).reaching(_children_towards(path, match)):
-            ran = _ran(subject, function, path)
+            ran = _ran(subject, function.__code__, path)
             if ran and (asked := pair.asked_by(path, function)) is not None:
                 return Refusal(
                     f"{type(module).__name__}.{function.__name__} asks for {asked}, which folding "
                     "changes.",
                     "Keep what it needs in an attribute of its own.",
                 )
-            if ran and not _is_public(subject, path, function):
-                continue
             if path and not _is_mentioned(subject, function.__name__):
+                continue
+            caller = _on_its_own(subject, path, function) if ran else function.__name__
+            if caller is None:
                 continue
             reached = {r for m in _mentions(function) if (r := pair.split(path, m)) is not None}
             if not reached or pair.is_direct(path, function):
                 continue
             if ran and {match.first, match.second} <= reached:
                 continue  # recorded with both: what it does with them is in the graph
-            how = "a method that can be called by itself," if ran else "which did not run here,"
+            how = "a method that can be called by itself" if ran else "which did not run here"
+            if caller != function.__name__:
+                how = f"which {caller} calls as well"
             return Refusal(
-                f"{type(module).__name__}.{function.__name__}, {how} uses `{min(reached)}` on its "
+                f"{type(module).__name__}.{function.__name__}, {how}, uses `{min(reached)}` on its "
                 "own.",
                 "If it is needed, record it too: example_inputs=[…, Case(args, "
-                f'method="{function.__name__}")]; otherwise remove it.',
+                f'method="{caller.rpartition(".")[2]}")]; otherwise remove it.',
             )
     return None
 
 
-def _ran(subject: Subject, function: FunctionType, path: str) -> bool:
-    """Whether the method ran on the module at `path` in the recorded pass."""
+def _ran(subject: Subject, code: CodeType, path: str) -> bool:
+    """Whether the method with this code ran on the module at `path` in the recorded pass."""
     codes = subject.graph.codes
-    if (function.__code__, path) in codes:
+    if (code, path) in codes:
         return True
     # A call past nn.Module.__call__ (a compiled wrapper) runs, for all we see, in its caller.
     unseen = not subject.graph.module_calls_of(path)
-    return unseen and any(code is function.__code__ for code, _ in codes)
+    return unseen and any(known is code for known, _ in codes)
 
 
-def _is_public(subject: Subject, path: str, function: FunctionType) -> bool:
-    """Whether the method is one of the model itself that anyone may call, and not an entry here."""
+def _on_its_own(
+    subject: Subject, path: str, function: FunctionType, seen: frozenset[CodeType] = frozenset()
+) -> str | None:
+    """Who may run a method that ran without what ran around it; None: nobody.
+
+    Its own name, if it is one of the model itself that anyone may call; else a `Class.method` that
+    calls it and did not run, of another module, or that may itself run on its own. How the
+    module's own code goes on after it, on other ways, is the question of `branches.py`.
+    """
     name = function.__name__
+    if name in ("forward", "__call__"):  # called as the module itself
+        return None
+    if _is_public(subject, path, name):
+        return name
+    seen |= {function.__code__}
+    for where, caller in subject.mentions.get(name, ()):
+        if caller.__code__ in seen:
+            continue
+        ran = _ran(subject, caller.__code__, where)
+        if (
+            (not ran and where != path and (not where or _is_mentioned(subject, caller.__name__)))
+            or _is_public(subject, where, caller.__name__)
+            or (ran and _on_its_own(subject, where, caller, seen) is not None)
+        ):
+            return f"{type(subject.modules[where]).__name__}.{caller.__name__}"
+    return None
+
+
+def _is_public(subject: Subject, path: str, name: str) -> bool:
+    """Whether the method is one of the model itself that anyone may call, and not an entry here."""
     entries = {"forward", "__call__", *(case.split("(")[0] for case in subject.graph.cases)}
     return path == "" and not name.startswith("_") and name not in entries
 
@@ -79,18 +109,7 @@ def _is_mentioned(subject: Subject, method: str) -> bool:
 
     What nothing in the model calls could only be called past the model, from outside.
     """
-    if method in ("forward", "__call__"):  # called as the module itself
-        return True
-    return any(method in _methods_named_by(class_) for class_ in subject.classes)
-
-
-@lru_cache(maxsize=4096)
-def _methods_named_by(class_: type) -> frozenset[str]:
-    return frozenset(
-        mentioned
-        for _, function in functions_of(class_)
-        for mentioned in names_in(function.__code__)
-    )
+    return method in ("forward", "__call__") or method in subject.mentions
 
 
 def _ancestors(match: Match) -> Iterator[str]:
@@ -123,7 +142,7 @@ class _Methods:
 _DYNAMIC = frozenset(
     {
         *("children", "named_children", "modules", "named_modules", "get_submodule", "_modules"),
-        *("getattr", "__getattr__", "values", "items"),
+        *("getattr", "__getattr__", "values", "items", "__dict__", "get_parameter"),
     }
 )
 
@@ -138,6 +157,7 @@ def _methods(class_: type) -> _Methods:
     by_name: dict[str, list[FunctionType]] = {}
     dynamic: list[FunctionType] = []
     indexed = issubclass(class_, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    indexed = indexed or _delegates(class_)
     for name, function in functions_of(class_):
         if is_setup(name) or (name.startswith("__") and name != "__call__"):
             continue
@@ -147,6 +167,11 @@ def _methods(class_: type) -> _Methods:
         if indexed or names & _DYNAMIC or _hands_self_on(function):
             dynamic.append(function)
     return _Methods(by_name, dynamic)
+
+
+def _delegates(class_: Any) -> bool:
+    """Whether `self.conv` may mean a module further in, found by the class's own __getattr__."""
+    return class_.__getattr__ is not nn.Module.__getattr__
 
 
 @lru_cache(maxsize=4096)
@@ -167,7 +192,7 @@ def _mentions(function: FunctionType) -> tuple[_Mention, ...]:
     tree = syntax_of(function.__code__)
     if tree is None or not tree.args.args:
         return ()
-    owner = tree.args.args[0].arg
+    owners = _names_of_self(tree)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     called_names = {
         n.func.id
@@ -177,9 +202,19 @@ def _mentions(function: FunctionType) -> tuple[_Mention, ...]:
     found = (
         _mention(node, parents, called_names)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and node.id == owner and isinstance(node.ctx, ast.Load)
+        if isinstance(node, ast.Name) and node.id in owners and isinstance(node.ctx, ast.Load)
     )
     return tuple(mention for mention in found if mention is not None)
+
+
+def _names_of_self(tree: ast.FunctionDef) -> frozenset[str]:
+    """`self`, and the names that it is given: `model = self`."""
+    names = {tree.args.args[0].arg}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(targets=targets, value=ast.Name(id=known)) if known in names:
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return frozenset(names)
 
 
 def _mention(
@@ -193,8 +228,10 @@ def _mention(
                 return None
             if parent.attr in ("children", "named_children", "modules", "named_modules"):
                 return _dynamic(parent, parents, chain, called_names)
-            if parent.attr in ("get_submodule", "_modules"):
+            if parent.attr in ("get_submodule", "_modules", "__dict__"):
                 return _dynamic(parent, parents, chain, called_names)
+            if parent.attr == "get_parameter":
+                return _Mention((*chain, None), "called")
             chain.append(parent.attr)
         elif isinstance(parent, ast.Subscript) and parent.value is node:
             index = parent.slice
@@ -204,6 +241,10 @@ def _mention(
         else:
             break
         node = parent
+    if not chain and isinstance(parent, _HOLDING):
+        return _Mention((None,), "called")  # so is it by whoever takes it out again
+    if isinstance(parent, ast.keyword):
+        parent = parents[parent]
     if isinstance(parent, ast.Call):
         if parent.func is node:
             return _Mention(tuple(chain), "called")
@@ -253,6 +294,7 @@ def _dynamic(
     return None
 
 
+_HOLDING = (ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Starred, ast.NamedExpr)
 _HARMLESS = frozenset(
     {
         *("isinstance", "hasattr", "len", "type", "id", "super", "getattr", "setattr", "print"),
@@ -276,7 +318,8 @@ class _Pair:
     def split(self, path: str, mention: _Mention) -> str | None:
         """The path that `mention`, in a method of the module at `path`, uses without the other."""
         both = self._contains(path, self.first) and self._contains(path, self.second)
-        if both and len(mention.chain) < 2 and len(self._towards(path)) < 2:
+        direct = len(mention.chain) < 2 and not _delegates(type(self.subject.modules[path]))
+        if both and direct and len(self._towards(path)) < 2:
             return None  # it leads no further than to a child that holds both
         for reached, rest in self._resolved(path, mention.chain):
             has_first, has_second = (self._contains(reached, p) for p in (self.first, self.second))
@@ -362,6 +405,9 @@ class _Pair:
                 yield from self._resolved(below + name, tuple(rest))
             else:
                 yield below + name, ()
+        elif _delegates(type(self.subject.modules[path])):
+            for child in self._towards(path):
+                yield from self._resolved(below + child, chain)
         elif path:
             yield path, tuple(entry or "" for entry in chain)
 

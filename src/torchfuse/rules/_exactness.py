@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from torchfuse.judging.dataflow import keeps_channels, other_readers
-from torchfuse.judging.sources import syntax_of
+from torchfuse.judging.sources import names_in, syntax_of
 from torchfuse.parametrized import (
     computed_weight,
     is_state_dict_hook_of_torch,
@@ -118,6 +118,14 @@ def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
             f"`{match.second}` is parametrized.",
             "Remove the parametrization first (torch.nn.utils.parametrize).",
         )
+    for name in ("forward", "__call__"):
+        if name in vars(norm) or (
+            name == "__call__" and type(norm).__call__ is not nn.Module.__call__
+        ):
+            return Refusal(
+                f"`{match.second}` has a {name} of its own, which would be lost.",
+                "Move what it adds into a module of its own.",
+            )
     if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return _subclass(subject, match, norm)
     if added:
@@ -192,14 +200,17 @@ def _passes_bias(subject: Subject, layer: Any, call: Call) -> bool:
             return False
         names = subject.graph.values[operand.value].names
         return any(_same(subject, name, layer, "bias") for name in names)
-    frames = [frame for frame in call.frames if frame.code.co_name != "handle_torch_function"]
-    if any(frame.module.startswith("torch.nn.modules.") for frame in frames):
-        return True  # torch's own forward, by itself or through super()
-    return any(_hands_bias_on(frame.code) for frame in frames)
+    own = [frame.code for frame in call.frames if not frame.module.startswith("torch.")]
+    handed = [_hands_bias_on(code) for code in own if "bias" in names_in(code)]
+    if not all(handed):
+        return False
+    # torch's own forward, by itself or through super(), hands it on too
+    torchs = any(frame.module.startswith("torch.nn.modules.") for frame in call.frames)
+    return torchs or bool(handed)
 
 
 def _hands_bias_on(code: CodeType) -> bool:
-    """Whether every mention of a bias is an argument, or a question whether there is one."""
+    """Whether every mention of a bias is an argument, or in `self.bias if … is None else …`."""
     tree = syntax_of(code)
     if tree is None:
         return False
@@ -209,11 +220,12 @@ def _hands_bias_on(code: CodeType) -> bool:
         if isinstance(node, ast.Call)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords))
     ]
-    asked = [node.left for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+    for choice in [node for node in handed if isinstance(node, ast.IfExp)]:
+        handed += [choice.body, choice.orelse]
+        if isinstance(choice.test, ast.Compare):
+            handed.append(choice.test.left)
     mentions = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "bias"]
-    return any(m is h for m in mentions for h in handed) and all(
-        any(mention is known for known in (*handed, *asked)) for mention in mentions
-    )
+    return bool(mentions) and all(any(m is h for h in handed) for m in mentions)
 
 
 def _always_together(subject: Subject, match: Match) -> Refusal | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import CellType, FunctionType, MethodType
@@ -64,6 +65,18 @@ class Subject:
             if name in called and not is_setup(name) and name != "train"
         }
         return frozenset(name for code in ran for name in assigned_attributes(code))
+
+    @cached_property
+    def mentions(self) -> dict[str, list[tuple[str, FunctionType]]]:
+        """The methods, each with its module's path, whose code mentions a name: by that name."""
+        found: dict[str, list[tuple[str, FunctionType]]] = defaultdict(list)
+        for path, module in self.modules.items():
+            class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
+            for name, function in functions_of(class_):
+                if not is_setup(name):
+                    for mentioned in names_in(function.__code__):
+                        found[mentioned].append((path, function))
+        return found
 
     @cached_property
     def classes(self) -> frozenset[type]:
