@@ -286,15 +286,15 @@ def test_what_torchscript_does_not_have_is_an_error(
 def test_a_file_that_computes_something_else_is_not_written(
     model: nn.Module, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchfuse.exported import fusing as exported_fusing
+    from torchfuse import folding
 
-    fold = exported_fusing.fold_into_weight
+    fold = folding.fold_into_weight
 
     def one_percent_off(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         weight, bias = fold(*args, **options)
         return weight * 1.01, bias
 
-    monkeypatch.setattr(exported_fusing, "fold_into_weight", one_percent_off)
+    monkeypatch.setattr(folding, "fold_into_weight", one_percent_off)
     with pytest.raises(
         UnsupportedError, match=r"does not compute the same: .* Nothing was written"
     ):

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import torchfuse
 from as_if_trained import as_if_trained
 from foldable import count
 from fusing_checks import IMAGE, ROW, assert_same, like
+from torchfuse.capture.exported import read
 from torchfuse.errors import InputError
-from torchfuse.exported import fusing as exported_fusing
+from torchfuse.exported import judging as exported_judging
 from torchfuse.exported.fusing import Folded, fold
+from torchfuse.rules import RULES
 from zoo import HAND_WRITTEN, Entry
 
 # torch.export deep-copies its own pytree specs when it makes a module of a program.
@@ -121,38 +124,44 @@ def test_only_the_rules_asked_for_are_applied() -> None:
 
 LEFT_ALONE = {
     "another reader": (
-        r"The output of conv is read by add as well\.",
+        r"The output of `conv` is also read by another use: add\.",
         lambda m, x: m.bn(y := m.conv(x)) + y,
     ),
     "an output of the program": (
-        r"is read by the program's output as well\.",
+        r"is also an output of the model\.",
         lambda m, x: (m.bn(y := m.conv(x)), y),
     ),
     "a view that is read": (
-        "read by view as well",
+        "is also read by another use: view",
         lambda m, x: (m.bn(y := m.conv(x)), y.view(-1)),
     ),
-    "an activation between": ("the output of relu", lambda m, x: m.bn(F.relu(m.conv(x)))),
-    "a change in place between": ("the output of add", lambda m, x: m.bn(m.conv(x).add_(1))),
-    "no layer before": ("an input of the program", lambda m, x: m.bn(x)),
+    "an activation between": (
+        "comes from relu, not straight from a conv",
+        lambda m, x: m.bn(F.relu(m.conv(x))),
+    ),
+    "a change in place between": (
+        "comes from add, not straight from a conv",
+        lambda m, x: m.bn(m.conv(x).add_(1)),
+    ),
+    "no layer before": ("is an input of the model", lambda m, x: m.bn(x)),
     "a computed weight": (
-        "is computed, not a stored tensor",
+        "is computed, not stored",
         lambda m, x: m.bn(F.conv2d(x, m.conv.weight * 2)),
     ),
     "another axis": (
-        "another axis than the one of linear's output channels",
+        r"not the channel axis \(2\) of the 3-D output of `linear`",
         lambda m, x: m.bn1d(m.linear(x[:, 0].repeat(1, 2, 1)[:, :8])),
     ),
     "a reshape that mixes channels": (
-        "the output of reshape",
+        "not the channel axis .* moved by transpose, reshape",
         lambda m, x: m.bn(m.conv(x).transpose(1, 2).reshape(-1, 4, 8, 8)),
     ),
     "a dtype change": (
-        "the output of to",
+        "rounded to float16 before `bn`",
         lambda m, x: m.bn(m.conv(x).to(torch.float16).to(torch.float32)),
     ),
     "batch statistics": (
-        "statistics of each batch",
+        "normalises by each batch",
         lambda m, x: F.batch_norm(m.conv(x), None, None, m.bn.weight, m.bn.bias, training=True),
     ),
 }
@@ -177,7 +186,7 @@ def test_statistics_that_the_program_changes_are_left_alone() -> None:
     program = exported(body)
     folded = fold(program, prove=False)
     assert folded.plan.fusions == ()
-    assert "changes bn.running_mean when it runs" in folded.plan.skips[0].reason
+    assert "The running_mean of `bn` changes during the pass" in folded.plan.skips[0].reason
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")  # nn.LSTM's own
@@ -280,17 +289,15 @@ def test_the_state_dict_keeps_the_keys_of_what_stayed() -> None:
 
 
 def test_a_fold_that_is_one_percent_off_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = exported_fusing.fold_into_weight
-    calls = []
+    (rule,) = [rule for rule in RULES if rule.name == "conv_bn"]
 
-    def one_percent_off(weight: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        folded, bias = right(weight, *args, **kwargs)
-        calls.append(weight.shape)
-        wrong = weight.shape == (4, 4, 3, 3)
-        return folded * 1.01 if wrong else folded, bias
+    def one_percent_off(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        weight, bias = rule.rewrite(layer, norm)
+        return weight * 1.01, bias
 
     program = exported(lambda m, x: m.bn2(m.up(F.relu(m.bn(m.conv(x))))))
-    monkeypatch.setattr(exported_fusing, "fold_into_weight", one_percent_off)
+    wrong = [replace(r, rewrite=one_percent_off) if r is rule else r for r in RULES]
+    monkeypatch.setattr(exported_judging, "RULES", tuple(wrong))
     folded = proved(program)
     assert [fusion.modules for fusion in folded.plan.fusions] == [("up", "bn2")]
     (skip,) = folded.plan.skips
@@ -327,3 +334,36 @@ def test_fuse_exported_without_verifying_has_no_check() -> None:
 def test_fuse_exported_with_an_unknown_rule_is_an_error() -> None:
     with pytest.raises(InputError, match="There is no rule 'conv_nb'; the rules are conv_bn"):
         torchfuse.fuse_exported(exported(lambda m, x: m.bn(m.conv(x))), rules=["conv_nb"])
+
+
+def test_a_rule_is_tried_at_the_smallest_and_largest_declared_sizes_too() -> None:
+    """The reshape mixes rows and features; which sizes were tried is in the graph."""
+
+    def body(m: Model, x: Tensor) -> Tensor:
+        y = m.linear(x[:, 0])  # [N, rows, 8]
+        return m.bn1d(y.reshape(y.shape[0], 8, -1))
+
+    model = as_if_trained(Model(body), lambda m: m(IMAGE))
+    program = export(model, (IMAGE,), dynamic_shapes={"x": {0: Dim("batch", min=1, max=16)}})
+    assert fold(program, prove=True).plan.fusions == ()
+    read_ = read(program, program.graph, {})
+    assert len(read_.graph.cases) == 2  # the smallest batch, taken as 2, is that of the example
+    batches = {call.results[0].shape[0] for call in read_.graph.calls if call.kind == "linear"}
+    assert batches == {2, 16}
+
+
+def test_nodes_that_view_the_same_memory_are_one_value_of_the_graph() -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        y.view(-1).mul_(2)
+        return m.bn(y)
+
+    program = exported(body)
+    graph = read(program, program.graph, {}).graph
+    (conv,) = [call for call in graph.calls if call.kind == "conv"]
+    assert [call.kind for call in graph.readers(conv.results[0].value)] == [
+        "view",
+        "mul",
+        "batch_norm",
+    ]
+    assert fold(program, prove=True).plan.fusions == ()

@@ -1,11 +1,11 @@
 """Weights that are computed from others stay right."""
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, check, trained
+from fusing_checks import IMAGE, ConvBn, assert_left_alone, check, trained
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
@@ -32,3 +32,14 @@ def test_a_computed_weight_that_something_else_reads_is_left_alone() -> None:
     check(trained(model, IMAGE), IMAGE)
     (skip,) = torchfuse.plan(model, IMAGE).skips
     assert "is also read outside of its calls" in skip.reason
+
+
+def test_a_conv_with_a_computed_weight_that_is_called_apart_as_well_is_left_alone() -> None:
+    """Each call computes a weight of its own, so no two calls read the same one."""
+
+    class CalledTwice(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) + self.conv(x).mean()
+
+    model = CalledTwice(parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
+    assert_left_alone(trained(model, IMAGE), IMAGE, because="called more than once")

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from math import prod
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +19,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from torchfuse.checking import verify as compare
 from torchfuse.errors import FusionError, InputError
-from torchfuse.folding import ChannelAffine, fold_into_weight
+from torchfuse.exported.judging import judge
 from torchfuse.fusing import FusionResult
 from torchfuse.inputs import Case
-from torchfuse.planning import Fusion, FusionPlan, Skip
+from torchfuse.planning import Fusion, FusionPlan
 from torchfuse.proving import other_inputs
 from torchfuse.quieting import quiet
 from torchfuse.rules import RULES
@@ -35,58 +35,15 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from torchfuse.equivalence import Equivalence
+    from torchfuse.exported.judging import FoldInProgram
+    from torchfuse.planning import Skip
 
 __all__ = ["Folded", "fold", "fuse_exported"]
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-}
-_TRANSPOSED = {
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-}
-_WEIGHTED = {*_CONVOLUTIONS, *_TRANSPOSED, aten.linear.default}
-_NEUTRAL = {
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-}
-_RESHAPES = {
-    aten.flatten.using_ints,
-    aten.reshape.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.view.default,
-}
-# They read sizes and dtypes, not values: all of them, and those whose second argument does.
-_READ_NO_VALUES = {aten.sym_size.int, aten._assert_tensor_metadata.default}
-_SIZES_OF_SECOND = {aten.reshape_as.default, aten.view_as.default, aten.expand_as.default}
-
-
 # What rounding may do to max|a − b| / max|a| at one batch norm.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
-class _LeftAlone(Exception):  # noqa: N818  # an answer, not an error
-    """Why a batch norm is not folded, and what could be changed."""
-
-    def __init__(self, reason: str, hint: str = "", layer: Node | None = None):
-        super().__init__(reason)
-        self.reason, self.hint, self.layer = reason, hint, layer
 
 
 @dataclass(frozen=True)
@@ -203,90 +160,18 @@ class _Edit:
         self.taken_in: dict[str, str] = {}  # old key → new key of what took it in
         self.fusions: list[Fusion] = []
         self.skips: list[Skip] = []
-        for node in list(self.graph.nodes):
-            if node.target is aten.batch_norm.default:
-                self._consider(node, refuted, rules)
+        self._fold_all(refuted, rules)
 
-    def _consider(
-        self, norm: Node, refuted: Mapping[str, float], rules: Collection[str] | None
-    ) -> None:
-        try:
-            layer = self._layer(norm)
-            if rules is not None and _rule(layer) not in rules:
-                return
-            if norm.name in refuted:
-                raise _LeftAlone(
-                    f"Folding it changed what it puts out by {refuted[norm.name]:.2g} times what "
-                    "rounding explains.",
-                    layer=layer,
-                )
-        except _LeftAlone as answer:
-            names = [_path(node) for node in (answer.layer, norm) if node is not None]
-            rule = None if answer.layer is None else _rule(answer.layer)
-            if rules is None or rule in rules:
-                self.skips.append(Skip(tuple(names), answer.reason, answer.hint, rule))
-        else:
-            self._fold(layer, norm)
-
-    # Conditions
-
-    def _layer(self, norm: Node) -> Node:
-        """Return the call that can take `norm` in, or raise why there is none."""
-        _, gamma, beta, mean, variance, training, *_ = _args(norm)
-        if training or mean is None or variance is None:
-            raise _LeftAlone(
-                "It normalises by the statistics of each batch, which no weight can hold.",
-                "Export the model in evaluation mode, with running statistics.",
-            )
-        layer, axis = self._producer(norm)
-        value = layer.meta["val"]
-        weight, bias = _weight_and_bias(layer)
-        spatial = weight.meta["val"].ndim - 2
-        channels = value.ndim - 1 - (0 if layer.target is aten.linear.default else spatial)
-        if axis != channels:
-            raise _LeftAlone(
-                f"It normalises another axis than the one of {_path(layer)}'s output channels.",
-                layer=layer,
-            )
-        if value.dtype != norm.meta["val"].dtype:
-            raise _LeftAlone("The dtype changes between the two.", layer=layer)
-        for tensor in (weight, bias, gamma, beta, mean, variance):
-            if tensor is not None:
-                self._check_constant(tensor, layer)
-        return layer
-
-    def _producer(self, norm: Node) -> tuple[Node, int]:
-        """Return the layer whose output reaches `norm`, and which axis of it the channels are."""
-        node, axis, reader = _args(norm)[0], 1, norm
+    def _fold_all(self, refuted: Mapping[str, float], rules: Collection[str] | None) -> None:
+        """Folds until nothing more can be: of two batch norms in a row, the second comes later."""
         while True:
-            others = [_word(user) for user in _value_readers(node) if user is not reader]
-            if node.target in _WEIGHTED:
-                if others:
-                    raise _LeftAlone(
-                        f"The output of {_path(node)} is read by {' and '.join(others)} as well.",
-                        "Let them read what the batch norm puts out, if that is what is meant.",
-                        node,
-                    )
-                return node, axis
-            if node.op == "placeholder":
-                raise _LeftAlone("Its input is an input of the program.")
-            before = _axis_before(node, axis)
-            if before is None:
-                raise _LeftAlone(
-                    f"Its input is the output of {_word(node)}, which cannot take a batch norm in."
-                )
-            if others:
-                raise _LeftAlone(f"Its input is read by {' and '.join(others)} as well.")
-            node, axis, reader = _args(node)[0], before, node
-
-    def _check_constant(self, node: Node, layer: Node) -> None:
-        if node.op != "placeholder" or self._tensor(node) is None:
-            raise _LeftAlone(f"{node.name} is computed, not a stored tensor.", layer=layer)
-        mutated = [s.target for s in self.old.graph_signature.output_specs if s.target is not None]
-        changed = any(_changes_its_inputs(user) for user in node.users)
-        if changed or self.specs[node.name].target in mutated:
-            target = self.specs[node.name].target
-            raise _LeftAlone(f"The program changes {target} when it runs.", layer=layer)
+            targets = {name: str(spec.target) for name, spec in self.specs.items() if spec.target}
+            found = judge(self.old, self.graph, targets, rules, refuted)
+            self.skips = found.skips
+            for fold_ in found.folds:
+                self._fold(fold_)
+            if not found.folds or not found.skips:
+                return
 
     def _tensor(self, node: Node) -> Tensor | None:
         target = self.specs[node.name].target
@@ -297,7 +182,8 @@ class _Edit:
 
     # The edit
 
-    def _fold(self, layer: Node, norm: Node) -> None:
+    def _fold(self, found: FoldInProgram) -> None:
+        layer, norm = found.layer, found.norm
         _, gamma, beta, mean, variance, _, _, eps, *_ = _args(norm)
         weight, bias = _weight_and_bias(layer)
         values = {
@@ -305,14 +191,20 @@ class _Edit:
             for node in (weight, bias, gamma, beta, mean, variance)
             if node is not None and (tensor := self._tensor(node)) is not None
         }
-        affine = ChannelAffine.of_batch_norm(
-            values[mean], values[variance], eps, values.get(gamma), values.get(beta)
-        )
-        groups = 0
-        if layer.target in _TRANSPOSED:
-            groups = _args(layer)[6] if len(_args(layer)) > 6 else 1
-        new_weight, new_bias = fold_into_weight(
-            values[weight], values.get(bias), affine, transposed_groups=groups
+        transposed = found.rule.pattern[0] == "conv_transpose"
+        groups = _args(layer)[6] if transposed and len(_args(layer)) > 6 else 1
+        assert found.rule.rewrite is not None
+        new_weight, new_bias = found.rule.rewrite(
+            SimpleNamespace(
+                weight=values[weight], bias=values.get(bias), transposed=transposed, groups=groups
+            ),
+            SimpleNamespace(
+                running_mean=values[mean],
+                running_var=values[variance],
+                eps=eps,
+                weight=values.get(gamma),
+                bias=values.get(beta),
+            ),
         )
         owner = str(self.specs[weight.name].target).rpartition(".")[0]
         before = sum(values[node].numel() for node in (weight, bias, gamma, beta) if node in values)
@@ -329,8 +221,8 @@ class _Edit:
         elements, size = _elements(norm), values[weight].element_size()
         self.fusions.append(
             Fusion(
-                _rule(layer),
-                (_path(layer), _path(norm)),
+                found.rule.name,
+                found.modules,
                 before - new_weight.numel() - new_bias.numel(),
                 None if elements is None else 2 * elements * size,
                 elements,
@@ -464,70 +356,12 @@ def _args(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
-def _rule(layer: Node) -> str:
-    if layer.target in _TRANSPOSED:
-        return "conv_transpose_bn"
-    return "linear_bn" if layer.target is aten.linear.default else "conv_bn"
-
-
 def _weight_and_bias(layer: Node) -> tuple[Node, Node | None]:
     _, weight, *rest = _args(layer)
     bias = rest[0] if rest else None
     assert isinstance(weight, Node)
     assert bias is None or isinstance(bias, Node)
     return weight, bias
-
-
-def _changes_its_inputs(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _value_readers(node: Node) -> list[Node]:
-    """Return the nodes that read the values of `node`, not only its sizes."""
-    return [
-        user
-        for user in node.users
-        if not (user.target in _SIZES_OF_SECOND and _args(user)[0] is not node)
-        and user.target not in _READ_NO_VALUES
-    ]
-
-
-def _axis_before(node: Node, axis: int) -> int | None:
-    """Return which axis of the node's input is `axis` of its output; None: no single one."""
-    source = _args(node)[0] if node.args else None
-    if not isinstance(source, Node) or not isinstance(source.meta.get("val"), Tensor):
-        return None
-    if node.target in _NEUTRAL:
-        trains = node.target in (aten.dropout.default, aten.feature_dropout.default)
-        return None if trains and _args(node)[2] else axis
-    before, after = source.meta["val"].shape, node.meta["val"].shape
-    if node.target in (aten.transpose.int, aten.permute.default):
-        order = list(range(len(before)))
-        if node.target is aten.permute.default:
-            order = [dim % len(order) for dim in _args(node)[1]]
-        else:
-            first, second = _args(node)[1], _args(node)[2]
-            order[first], order[second] = order[second], order[first]
-        return order[axis]
-    if node.target in _RESHAPES:
-        for candidate, size in enumerate(before):
-            inside = prod(before[candidate + 1 :]) == prod(after[axis + 1 :])
-            if statically_known_true(size == after[axis]) and statically_known_true(inside):
-                return candidate
-    return None
-
-
-def _path(node: Node) -> str:
-    """Return the module that `node` ran in, or the node's own name outside of all modules."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack and stack[-1][0] else node.name
-
-
-def _word(node: Node) -> str:
-    """Return the operator in a reader's words: `add`, `relu`, `the program's output`."""
-    if node.op == "output":
-        return "the program's output"
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
 
 
 def _elements(node: Node) -> int | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchfuse.inputs import Case
     from torchfuse.proving import PairDifference
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "find", "not_after_a_layer"]
 
 
 class Found:
@@ -214,7 +214,7 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
     foldable = [maker for maker in makers if maker is not None and maker.kind in known]
     if not foldable:
         unasked = [r.name for r in RULES if r.pattern[1] == "batch_norm" and r.pattern[0] in kinds]
-        refusal = _not_after_a_layer(subject, makers)
+        refusal = not_after_a_layer(subject, makers)
         if unasked:
             refusal = Refusal(f"The rule {unasked[0]}, which is about it, was not asked for.")
         found.skip((second,), refusal, None)
@@ -250,7 +250,8 @@ def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
     return rule.check(subject, match) or may_fork(subject, match) or reached_apart(subject, match)
 
 
-def _not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:
+def not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:
+    """Why a batch norm whose input comes from `makers` is no candidate."""
     known = [maker for maker in makers if maker is not None]
     if not known:
         return Refusal(
@@ -258,7 +259,7 @@ def _not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refus
         )
     for maker in known:
         path = maker.module_path
-        if path is not None and subject.modules[path]._forward_hooks:
+        if path in subject.modules and subject.modules[path]._forward_hooks:
             return Refusal(
                 f"Its input comes from {maker.target}, in or after a hook of `{path}`.",
                 "Remove the hook.",

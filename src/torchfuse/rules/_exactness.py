@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torchfuse.graph import Call
 
-__all__ = ["foldable", "read_by"]
+__all__ = ["exact_in_graph", "foldable", "read_by"]
 
 _LAYERS = (
     nn.Conv1d,
@@ -60,6 +60,39 @@ def foldable(subject: Subject, match: Match) -> Refusal | None:
     ):
         if (refusal := condition(subject, match)) is not None:
             return refusal
+    return None
+
+
+def exact_in_graph(subject: Subject, match: Match) -> Refusal | None:
+    """None if the match is exact where each call can be given weights of its own, as in a graph.
+
+    What only matters where modules are edited (who else calls them, hooks, subclasses) is not
+    asked for: `subject` may be without modules.
+    """
+    for condition in (
+        _norm_uses_statistics,
+        _parameters_are_stored,
+        _nobody_else_reads,
+        _channels_agree,
+        _dtypes_agree,
+    ):
+        if (refusal := condition(subject, match)) is not None:
+            return refusal
+    return None
+
+
+def _parameters_are_stored(subject: Subject, match: Match) -> Refusal | None:
+    """Every weight and statistic is a stored tensor that the program does not change."""
+    graph = subject.graph
+    roles = {"weight", "bias", "running_mean", "running_var"}
+    for call in (*match.firsts, *match.seconds):
+        path = match.first if call in match.firsts else match.second
+        for role in sorted(roles & call.operands.keys()):
+            value = graph.values[call.operands[role].value]
+            if not value.names:
+                return Refusal(f"The {role} of `{path}` is computed, not stored.")
+            if any(value.index in writer.written for writer in graph.writers(value.index)):
+                return Refusal(f"The {role} of `{path}` changes during the pass.")
     return None
 
 
@@ -238,16 +271,25 @@ def _always_together(subject: Subject, match: Match) -> Refusal | None:
                 continue  # a weight hook leaves the weight it computed in an attribute
             if id(reader) not in ours:
                 if reader.module_path == match.first:
-                    return Refusal(
-                        f"`{match.first}` is called more than once, and not always right before "
-                        f"`{match.second}`.",
-                        "Give each use a layer of its own.",
-                    )
+                    return _called_apart(match)
                 return Refusal(
                     f"The weight of `{match.first}` is also read by {_described(reader)}.",
                     "Give each use a weight of its own.",
                 )
+    # A parametrization computes another weight for each call: look for the calls, too.
+    for entry in graph.module_calls_of(match.first):
+        for call in graph.calls[entry.first : entry.last]:
+            same = call.module_path == match.first and call.kind == match.firsts[0].kind
+            if same and id(call) not in ours:
+                return _called_apart(match)
     return None
+
+
+def _called_apart(match: Match) -> Refusal:
+    return Refusal(
+        f"`{match.first}` is called more than once, and not always right before `{match.second}`.",
+        "Give each use a layer of its own.",
+    )
 
 
 def _nobody_else_reads(subject: Subject, match: Match) -> Refusal | None:
@@ -419,8 +461,15 @@ def _channels_agree(_: Subject, match: Match) -> Refusal | None:
 
 
 def _dtypes_agree(_: Subject, match: Match) -> Refusal | None:
-    for first, second in zip(match.firsts, match.seconds, strict=True):
+    for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
         made, normed = first.results[0].dtype, second.results[0].dtype
+        for call in between:
+            if any(result.dtype != made for result in call.results):
+                return Refusal(
+                    f"What `{match.first}` computes in {made} is rounded to "
+                    f"{call.results[0].dtype} before `{match.second}`.",
+                    "Use one dtype for both.",
+                )
         if made != normed:
             return Refusal(
                 f"`{match.first}` computes in {made} and `{match.second}` gives {normed}: folded, "

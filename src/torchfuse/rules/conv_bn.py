@@ -8,7 +8,7 @@ Any number of groups and of spatial dimensions; γ, β and b may be missing.
 """
 
 from torchfuse.folding import fold_batch_norm
-from torchfuse.rules._exactness import foldable
+from torchfuse.rules._exactness import exact_in_graph, foldable
 from torchfuse.rules._rule import Rule
 
 RULE = Rule(
@@ -16,5 +16,6 @@ RULE = Rule(
     pattern=("conv", "batch_norm"),
     summary="batch norm folded into the 1-d, 2-d or 3-d convolution before it",
     check=foldable,
+    check_in_graph=exact_in_graph,
     rewrite=fold_batch_norm,
 )

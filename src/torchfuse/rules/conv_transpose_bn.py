@@ -5,7 +5,7 @@ the g-th block of rows, which is what other fusers get wrong (pytorch#180995).
 """
 
 from torchfuse.folding import fold_batch_norm
-from torchfuse.rules._exactness import foldable
+from torchfuse.rules._exactness import exact_in_graph, foldable
 from torchfuse.rules._rule import Rule
 
 RULE = Rule(
@@ -13,5 +13,6 @@ RULE = Rule(
     pattern=("conv_transpose", "batch_norm"),
     summary="batch norm folded into the 1-d, 2-d or 3-d transposed convolution before it",
     check=foldable,
+    check_in_graph=exact_in_graph,
     rewrite=fold_batch_norm,
 )

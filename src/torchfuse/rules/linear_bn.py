@@ -9,7 +9,7 @@ something between them moves the axis, as in LeViT's `bn(linear(x).flatten(0, 1)
 """
 
 from torchfuse.folding import fold_batch_norm
-from torchfuse.rules._exactness import foldable
+from torchfuse.rules._exactness import exact_in_graph, foldable
 from torchfuse.rules._rule import Rule
 
 RULE = Rule(
@@ -17,5 +17,6 @@ RULE = Rule(
     pattern=("linear", "batch_norm"),
     summary="batch norm folded into the linear layer before it",
     check=foldable,
+    check_in_graph=exact_in_graph,
     rewrite=fold_batch_norm,
 )
