@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from torchfuse import proving
+from torchfuse.copying import copied
 from torchfuse.equivalence import Equivalence, OutputDifference
-from torchfuse.errors import FusionError, InputError
+from torchfuse.errors import FusionError, InputError, UnsupportedError
 from torchfuse.inputs import Case, cases
 from torchfuse.judging.finding import Found, find
 from torchfuse.rules import RULES, Match, Rule
@@ -101,7 +101,12 @@ def fuse(
         for folded in done.folded:
             folded.original_layer = folded.original_norm = None
     attach(target, done)
-    plan_ = replace(found.plan(), originals_bytes=sum(f.originals_bytes for f in done.folded))
+    plan_ = found.plan()
+    plan_ = replace(
+        plan_,
+        scope=(*plan_.scope, *_sizes_compared(tried)),
+        originals_bytes=sum(f.originals_bytes for f in done.folded),
+    )
     return FusionResult(target, plan_, check, _key_map(old_keys, done))
 
 
@@ -245,36 +250,10 @@ def _chosen(names: Sequence[str] | None) -> tuple[Rule, ...]:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that autograd computed (old-style weight norms) are copied as values."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    _copy_shared_memory(model, memo)
     try:
-        with torch.inference_mode(False):
-            return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise FusionError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass "
-            "inplace=True to change the model itself."
-        ) from error
-
-
-def _copy_shared_memory(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copies parameters that are views of one memory as such; copy.deepcopy would separate them."""
-    sharing: dict[int, dict[int, nn.Parameter]] = defaultdict(dict)
-    for parameter in model.parameters():
-        if parameter.layout is torch.strided:
-            sharing[parameter.untyped_storage()._cdata][id(parameter)] = parameter
-    for parameters in sharing.values():
-        if len(parameters) > 1:
-            storage = next(iter(parameters.values())).untyped_storage().clone()
-            for key, parameter in parameters.items():
-                view = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-                view.set_(storage, parameter.storage_offset(), parameter.shape, parameter.stride())
-                memo[key] = nn.Parameter(view, requires_grad=parameter.requires_grad)
+        return copied(model)
+    except UnsupportedError as error:
+        raise FusionError(f"{error} Or pass inplace=True to change the model itself.") from error
 
 
 # Applying and proving
@@ -308,15 +287,25 @@ def _all(paths: dict[str, tuple[str, ...]], path: str) -> tuple[str, ...]:
 def _reference(model: nn.Module, given: Sequence[Case]) -> tuple[list[Case], list[Any]]:
     """The cases to compare on (given ones first), and what the original returns on them."""
     tried, expected = list(given), proving.outputs_of(model, given)
-    for case in proving.variations(given[0]):
-        try:
-            (output,) = proving.outputs_of(model, [case])
-        except Exception:  # noqa: BLE001 - the model does not take such inputs, and need not
-            output = None
-        if output is not None and proving.is_finite(output):
-            tried.append(case)
-            expected.append(output)
+    for one in given:
+        for case in proving.variations(one):
+            try:
+                (output,) = proving.outputs_of(model, [case])
+            except Exception:  # noqa: BLE001 - the model does not take such inputs, and need not
+                output = None
+            if output is not None and proving.is_finite(output):
+                tried.append(case)
+                expected.append(output)
     return tried, expected
+
+
+def _sizes_compared(tried: Sequence[Case]) -> tuple[str, ...]:
+    """The sentence that says on which calls the whole model was compared; none if it was not."""
+    calls = list(dict.fromkeys(map(str, tried)))
+    if not calls:
+        return ()
+    shown = ", ".join(calls[:6]) + (f" and {len(calls) - 6} more" if len(calls) > 6 else "")
+    return (f"Compared, before and after, on {shown}.",)
 
 
 def _verified(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import types
@@ -95,9 +96,9 @@ def restored(model: Any, mode: CopyOnWrite | None = None) -> Iterator[None]:
     """A context in which `model` can be called without gradients, and is unchanged afterwards.
 
     Put back: parameters, buffers and inputs written in place, tensors and modules assigned to
-    attributes, `.grad`, training flags, hooks, plain containers and objects in attributes, and the
-    random state of torch, Python and numpy. `model` may also be a plain callable: then only what
-    is not an attribute of a module is.
+    attributes, `.grad`, training flags, hooks, plain containers and objects, random generators and
+    arrays in attributes, and the random state of torch, Python and numpy. `model` may also be a
+    plain callable: then only what is not an attribute of a module is.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     mode = CopyOnWrite() if mode is None else mode
@@ -124,8 +125,8 @@ def put_back(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
     copies: dict[int, torch.Tensor] = {}  # one for each tensor, so that shared ones stay shared
     for name, value in buffers.items():
         owner, _, attribute = name.rpartition(".")
-        copy = copies.setdefault(id(value), value.clone())
-        setattr(model.get_submodule(owner), attribute, copy)
+        copied = copies.setdefault(id(value), value.clone())
+        setattr(model.get_submodule(owner), attribute, copied)
 
 
 @contextmanager
@@ -208,7 +209,7 @@ class _Attributes:
         self.mappings: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
         self.sequences: list[tuple[Any, list[Any]]] = []
         self.sets: list[tuple[set[Any], set[Any]]] = []
-        self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self.steps: list[Callable[[], object]] = []  # for what has a state and no entries
         self.seen: set[int] = set()
 
     def keep_module(self, module: nn.Module) -> None:
@@ -234,9 +235,9 @@ class _Attributes:
         elif isinstance(value, set):
             children = ()
             self.sets.append((value, set(value)))
-        elif isinstance(value, torch.Generator):
-            self.generators.append((value, value.get_state()))
-            return
+        elif (step := _restoring_step(value)) is not None:
+            self.steps.append(step)
+            children = ()
         elif isinstance(value, tuple):
             children = value
         elif isinstance(getattr(value, "__dict__", None), dict):
@@ -258,8 +259,31 @@ class _Attributes:
             if value != members:
                 value.clear()
                 value.update(members)
-        for generator, state in self.generators:
-            generator.set_state(state)
+        for step in self.steps:
+            step()
+
+
+def _restoring_step(value: Any) -> Callable[[], object] | None:
+    """What puts a random generator or an array back; None if it is neither."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, random.Random):
+        position = value.getstate()
+        return lambda: value.setstate(position)
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.Generator):
+        bits = copy.deepcopy(value.bit_generator.state)
+        return lambda: setattr(value.bit_generator, "state", bits)
+    if isinstance(value, numpy.random.RandomState):
+        legacy = value.get_state()
+        return lambda: value.set_state(legacy)
+    if isinstance(value, numpy.ndarray) and value.flags.writeable:
+        entries = value.copy()
+        return lambda: numpy.copyto(value, entries)
+    return None
 
 
 # Modules are kept one by one, tensors by `_tensors`; the rest has no state that a call changes.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn
+from fusing_checks import IMAGE, ConvBn, trained
 from torchfuse.errors import CaptureError
 
 
@@ -74,3 +74,19 @@ def test_inputs_are_not_changed_by_a_model_that_works_in_place() -> None:
 def test_a_model_that_cannot_run_is_an_error_that_says_so() -> None:
     with pytest.raises(CaptureError, match=r"(?s)5.*4|4.*5"):
         torchfuse.plan(ConvBn().eval(), torch.randn(2, 5, 8, 8))
+
+
+def test_every_case_is_tried_at_other_sizes_which_the_scope_names() -> None:
+    model = trained(ConvBn(), IMAGE)
+    result = torchfuse.fuse(model, [IMAGE, torch.randn(3, 4, 12, 12)])
+    (sizes,) = [sentence for sentence in result.plan.scope if sentence.startswith("Compared")]
+    tried = ["2×4×8×8", "3×4×12×12", "1×4×4×4", "1×4×8×8", "2×4×6×6", "2×4×12×12"]
+    assert sizes == (
+        "Compared, before and after, on " + ", ".join(f"forward({size})" for size in tried) + "."
+    )
+    assert len(result.check.outputs) == 8  # both cases with other values, too
+
+
+def test_without_verifying_the_scope_names_no_sizes_that_were_compared() -> None:
+    result = torchfuse.fuse(trained(ConvBn(), IMAGE), IMAGE, verify=False)
+    assert not any("Compared" in sentence for sentence in result.plan.scope)

@@ -1,5 +1,9 @@
 """Planning leaves no trace on the model."""
 
+import random
+from collections import deque
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,3 +63,39 @@ def test_planning_leaves_no_trace_when_the_model_raises() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not model.conv._forward_hooks
     assert like(IMAGE, 1).requires_grad is False
+
+
+def test_planning_leaves_generators_arrays_and_containers_in_attributes_as_they_were() -> None:
+    class Model(ConvBn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.torch_generator = torch.Generator().manual_seed(0)
+            self.python_generator = random.Random(0)
+            self.numpy_generator = np.random.default_rng(0)
+            self.numpy_state = np.random.RandomState(0)
+            self.counts = np.zeros(3)
+            self.nested = {"history": [deque([1]), {2}]}
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.rand(1, generator=self.torch_generator)
+            self.python_generator.random()
+            self.numpy_generator.random()
+            self.numpy_state.rand()
+            self.counts += 1
+            self.nested["history"][0].append(2)
+            self.nested["history"][1].add(3)
+            return self.bn(self.conv(x))
+
+        def draw(self) -> tuple[float, float, float, float]:
+            return (
+                torch.rand(1, generator=self.torch_generator).item(),
+                self.python_generator.random(),
+                self.numpy_generator.random(),
+                self.numpy_state.rand(),
+            )
+
+    model, untouched = Model().eval(), Model().eval()
+    torchfuse.plan(model, IMAGE)
+    assert model.draw() == untouched.draw()
+    assert model.counts.tolist() == [0, 0, 0]
+    assert model.nested == {"history": [deque([1]), {2}]}
