@@ -21,7 +21,8 @@ class Target:
 
 _RELUS = ("conv_relu", "linear_relu")
 
-# ExecuTorch: FuseBatchNormPass. ONNX Runtime: ConvBNFusion. OpenVINO: LinOpSequenceFusion.
+# ExecuTorch: FuseBatchNormPass, which fails on grouped transposed convs. ONNX Runtime:
+# ConvBNFusion. OpenVINO: LinOpSequenceFusion.
 TARGETS = {
     "eager": Target("PyTorch eager mode", frozenset()),
     "torchscript": Target("TorchScript frozen without numeric optimization", frozenset()),

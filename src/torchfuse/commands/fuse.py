@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchfuse import model_source
+from torchfuse.commands.model_options import model_options, rule_option
 from torchfuse.commands.plan import print_plan
 from torchfuse.errors import FusionError, InputError, UnsupportedError
 
@@ -24,20 +25,12 @@ _SUFFIXES = (".pt", ".safetensors", ".pt2")
 
 
 @click.command("fuse")
-@click.argument("model")
+@model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
     help="Where to write: a state dict (.pt, .safetensors) or an exported program (.pt2).",
 )  # fmt: skip
-@click.option(
-    "--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
-    help="An example input, such as 1x3x224x224 or mask=1x77:bool; repeatable.",
-)  # fmt: skip
-@click.option(
-    "--weights", type=click.Path(path_type=Path), metavar="FILE",
-    help="A state dict to load first: .pt, .pth or .safetensors.",
-)  # fmt: skip
-@click.option("--rule", "rules", multiple=True, metavar="RULE", help="Only this rule; repeatable.")
+@rule_option
 def command(
     model: str,
     output: Path,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from torchfuse import model_source
+from torchfuse.commands.model_options import model_options, rule_option
 from torchfuse.errors import InputError
 from torchfuse.render import plan as render
 from torchfuse.worth import TARGETS, worth
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torchfuse.planning import FusionPlan
 
 __all__ = ["command", "planned", "print_plan"]
@@ -24,16 +26,8 @@ _ANY = "any"
 
 
 @click.command("plan")
-@click.argument("model")
-@click.option(
-    "--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
-    help="An example input, such as 1x3x224x224 or mask=1x77:bool; repeatable.",
-)  # fmt: skip
-@click.option(
-    "--weights", type=click.Path(path_type=Path), metavar="FILE",
-    help="A state dict to load first: .pt, .pth or .safetensors.",
-)  # fmt: skip
-@click.option("--rule", "rules", multiple=True, metavar="RULE", help="Only this rule; repeatable.")
+@model_options
+@rule_option
 @click.option(
     "--json", "json_file", is_flag=False, flag_value=_STDOUT, metavar="[FILE]",
     help="Write the plan as JSON to FILE, or, after MODEL, print it instead of the table.",

@@ -1,0 +1,36 @@
+"""MODEL and the options that say how to make it, the same for every command that takes one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["model_options", "rule_option"]
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add MODEL, --input and --weights to a command, in this order of its help."""
+    options = (
+        click.argument("model"),
+        click.option(
+            "--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
+            help="An example input, such as 1x3x224x224 or mask=1x77:bool; repeatable.",
+        ),
+        click.option(
+            "--weights", type=click.Path(path_type=Path), metavar="FILE",
+            help="A state dict to load first: .pt, .pth or .safetensors.",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+rule_option = click.option(
+    "--rule", "rules", multiple=True, metavar="RULE", help="Only this rule; repeatable."
+)
