@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 Format = Literal["pte", "pt", "ptl"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 _OPENING = b"torchfuse-seal-1\n"
 _CLOSING = b"\nSEALED"

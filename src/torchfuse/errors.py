@@ -8,6 +8,7 @@ __all__ = [
     "FusionError",
     "FusionWarning",
     "InputError",
+    "QuantizationWarning",
     "TorchfuseError",
     "UnsupportedError",
     "first_line",
@@ -48,6 +49,10 @@ class ExportWarning(UserWarning):
 
 class FusionWarning(UserWarning):
     """A fusion that was asked for was left out, or took something with it; the text says what."""
+
+
+class QuantizationWarning(UserWarning):
+    """A model was quantized, but not as well as it might have been; the text says why."""
 
 
 def first_line(error: BaseException) -> str:

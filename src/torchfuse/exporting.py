@@ -128,8 +128,12 @@ def export(
     require_forward(examples)
     for case in examples:
         _require_finite(model, case)
+    if precision == "int4":
+        raise InputError(
+            "int4 is a scheme of torchfuse.quantize: export what quantize(scheme='int4') returns."
+        )
     if precision is not None and precision not in get_args(Precision):
-        known = ", ".join(get_args(Precision))
+        known = ", ".join(name for name in get_args(Precision) if name != "int4")
         raise InputError(f"Expected a precision of {known}, got {precision!r}.")
     if precision == "int8":
         calibration = checked_calibration(calibration)
@@ -299,7 +303,7 @@ def _require_finite(model: nn.Module, case: Case) -> None:
 
 def _compared(model: nn.Module, made: _Made, form: Format, examples: list[Case]) -> Equivalence:
     """Return how far what was made is from `model`; raise UnsupportedError if it is wrong."""
-    if made.precision == "int8":
+    if made.precision in ("int8", "int4"):
         found = verify(made.reference, made.run, examples, min_sqnr_db=_INT8_MIN_SQNR_DB)
         if found.passed and made.reference is not model:
             quantized = verify(model, made.reference, examples, min_sqnr_db=-math.inf)
@@ -353,7 +357,8 @@ def _require_delegated(delegation: Delegation) -> None:
 
 def _precision(program: torch.export.ExportedProgram) -> Precision:
     if is_quantized_graph(program.graph):
-        return "int8"
+        grouped = any("torchao." in str(node.target) for node in program.graph.nodes)
+        return "int4" if grouped else "int8"
     return _weights_precision(program.state_dict.values(), "XNNPACK has no kernels")
 
 

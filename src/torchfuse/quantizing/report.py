@@ -1,0 +1,78 @@
+"""What quantizing did and what it cost: plain data, no torch, saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+__all__ = [
+    "Accuracy",
+    "Calibrated",
+    "LayerError",
+    "QuantizationReport",
+    "RecoveryStep",
+]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The data that the ranges were measured on."""
+
+    source: str  # in words: "16 given cases", "folder of pictures 'photos'"
+    samples: int
+    settled: bool | None  # whether the last tenth moved no range by more than 5 %; None: unknown
+    widest_late_growth: float | None  # largest relative growth of a range in the last tenth
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far one layer's output in int8 is from the float one's, on the calibration data."""
+
+    module: str  # path of the module that called it
+    operator: str
+    sqnr_db: float  # signal to noise of what it puts out, everything before it in int8 too
+    own_sqnr_db: float  # with what it is given in float: its own share of the noise
+    cause: str  # in words, with the figure that speaks for it; "" if nothing stands out
+
+
+@dataclass(frozen=True)
+class RecoveryStep:
+    """One step of winning accuracy back, and what it gained on the calibration data."""
+
+    name: str
+    sqnr_db_before: float  # of the model's outputs
+    sqnr_db_after: float
+    kept: bool  # False: it did not help and was undone
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A measure of the whole model, before and after."""
+
+    measure: str  # "agreement", "top-1" or the name of the user's function
+    before: float  # in percent for agreement and top-1
+    after: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Everything that quantizing has to say beside the model."""
+
+    scheme: str
+    calibrated: Calibrated | None
+    sqnr_db: float | None  # of the model's outputs on the calibration data
+    layers: tuple[LayerError, ...]  # worst first; empty if not asked for
+    recovery: tuple[RecoveryStep, ...]
+    accuracy: tuple[Accuracy, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        """What `torchfuse quantize` prints."""
+        from torchfuse.render.quantization import text
+
+        return text(self)

@@ -1,0 +1,188 @@
+"""Weights rounded so that the layer's output stays, and biases that take up what is left.
+
+Layer by layer, in running order, each given what the layers before it put out in int8:
+
+    min over int8 Q of ‖(W − s·Q) · X‖²     X: the layer's inputs on the calibration data
+    b' = mean(Y) − s·Q · mean(X)            Y: what the layer puts out in float
+
+The first is solved one column at a time, each column's rounding error taken up by those after it
+(Frantar et al., Optimal Brain Compression, 2022); the scales stay as they are. The second alone is
+bias correction (Nagel et al., 2019). Both change constants only: nothing is slower.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from torchfuse.quantizing.lockstep import Step, attribute, set_attribute, steps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torchfuse.inputs import Case
+
+__all__ = ["correct"]
+
+aten = torch.ops.aten
+
+_LAYERS = (aten.conv1d.default, aten.conv2d.default, aten.linear.default)
+_COLUMNS = 300  # of each case's inputs (one per output position) that are looked at
+_DAMPING = 0.01  # of the mean diagonal; keeps channels that were never active in their place
+_INT8_LARGEST = 127
+
+
+def correct(
+    quantized: fx.GraphModule, reference: fx.GraphModule, data: Sequence[Case], *, rounding: bool
+) -> int:
+    """Correct the biases of an int8 graph in place, with `rounding` its weights; return how many.
+
+    `reference` is the float graph that it was made from: its layers have the same names.
+    """
+    layers = iter(_layers(reference, data))
+    generator = torch.Generator().manual_seed(0)
+    corrected = 0
+    for step, values in steps(quantized, data):
+        if step.node.target not in _LAYERS:
+            continue
+        expected = next(layers)
+        assert expected.node.name == step.node.name
+        if _constants(step.node) is None:
+            continue
+        source = step.node.args[0]
+        assert isinstance(source, fx.Node)
+        weight = expected.node.args[1]
+        assert isinstance(weight, fx.Node)
+        _correct_layer(
+            quantized,
+            step,
+            values,
+            _Given(attribute(reference, weight.target), values[source], expected.values),
+            rounding=rounding,
+            generator=generator,
+        )
+        corrected += 1
+    return corrected
+
+
+def _layers(graph: fx.GraphModule, data: Sequence[Case]) -> Any:
+    return (step for step, _ in steps(graph, data) if step.node.target in _LAYERS)
+
+
+def _constants(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
+    """The layer's dequantized weight, its int8 values, its scales and its bias; None: not int8."""
+    dequantized = node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
+    if not isinstance(dequantized, fx.Node) or not isinstance(bias, fx.Node):
+        return None
+    if "dequantize_per_channel" not in str(dequantized.target) or bias.op != "get_attr":
+        return None
+    values, scales = dequantized.args[:2]
+    if len(bias.users) > 1 or not isinstance(values, fx.Node) or not isinstance(scales, fx.Node):
+        return None
+    return dequantized, values, scales, bias
+
+
+class _Given(NamedTuple):
+    """What a layer is given in int8, and what it has and puts out in float."""
+
+    weight: Tensor
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _correct_layer(
+    graph: fx.GraphModule,
+    step: Step,
+    values: dict[fx.Node, list[Any]],
+    given: _Given,
+    *,
+    rounding: bool,
+    generator: torch.Generator,
+) -> None:
+    constants = _constants(step.node)
+    assert constants is not None
+    dequantized, stored, scales, bias = constants
+    int8 = attribute(graph, stored.target)
+    groups = int(step.node.args[6]) if len(step.node.args) > 6 else 1  # type: ignore[arg-type]
+    x, y = _columns(step.node, given, groups, generator)
+    mean_x, mean_y = x.mean(2, keepdim=True), y.mean(2, keepdim=True)
+    scale = attribute(graph, scales.target).double().reshape(groups, -1, 1)
+    rows = int8.double().reshape(groups, -1, x.shape[1])
+    if rounding:
+        centred = x - mean_x
+        covariance = centred @ centred.transpose(1, 2) / x.shape[2]
+        float_rows = given.weight.double().reshape(rows.shape)
+        rows = torch.stack(
+            [_rounded(*group) for group in zip(float_rows, covariance, scale, strict=True)]
+        )
+        set_attribute(graph, stored.target, rows.reshape(int8.shape))
+    set_attribute(graph, bias.target, (mean_y - rows * scale @ mean_x).flatten())
+    arguments = [
+        attribute(graph, a.target) if isinstance(a, fx.Node) else a for a in dequantized.args
+    ]
+    assert callable(dequantized.target)
+    values[dequantized][:] = [dequantized.target(*arguments, **dequantized.kwargs)] * len(
+        given.inputs
+    )
+    step.run_again()
+
+
+def _columns(
+    node: fx.Node, given: _Given, groups: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Inputs `[groups, in/groups × kernel, n]` and outputs `[groups, out/groups, n]`, float64."""
+    inputs, outputs = [], []
+    for x, y in zip(given.inputs, given.outputs, strict=True):
+        if node.target is aten.linear.default:
+            columns, made = x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]).T
+        else:
+            columns, made = _unfolded(node, x, given.weight), y.transpose(0, 1).flatten(1)
+        chosen = torch.randperm(columns.shape[1], generator=generator)[: _COLUMNS * x.shape[0]]
+        inputs.append(columns[:, chosen])
+        outputs.append(made[:, chosen])
+    joined = [torch.cat(parts, 1).double() for parts in (inputs, outputs)]
+    x, y = (part.reshape(groups, -1, part.shape[1]) for part in joined)
+    return x, y
+
+
+def _unfolded(node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
+    """What each output position of a conv reads: `[in × kernel, N × positions]`."""
+    kernel = tuple(weight.shape[2:])
+    stride, padding, dilation = (
+        _per_dimension(node, position, default, len(kernel))
+        for position, default in ((3, 1), (4, 0), (5, 1))
+    )
+    if x.dim() == 3:  # conv1d: an image of one row
+        x, kernel = x.unsqueeze(2), (1, *kernel)
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    unfolded = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)
+    return unfolded.transpose(0, 1).flatten(1)
+
+
+def _per_dimension(node: fx.Node, position: int, default: int, dims: int) -> tuple[int, ...]:
+    given: Any = node.args[position] if len(node.args) > position else [default]
+    return tuple(given) if len(given) == dims else tuple(given) * dims
+
+
+def _rounded(weight: Tensor, covariance: Tensor, scale: Tensor) -> Tensor:
+    """`[rows, columns]` in −127…127 for float `weight`; `scale` is `[rows, 1]`."""
+    size = weight.shape[1]
+    damping = covariance.diagonal().mean() * _DAMPING + torch.finfo(torch.float32).tiny
+    hessian = covariance + damping * torch.eye(size, dtype=torch.float64)
+    order = hessian.diagonal().argsort(descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    left = weight[:, order].clone()
+    rounded = torch.zeros_like(left)
+    for column in range(size):
+        value = (left[:, column] / scale[:, 0]).round().clamp(-_INT8_LARGEST, _INT8_LARGEST)
+        rounded[:, column] = value
+        error = (left[:, column] - value * scale[:, 0]) / upper[column, column]
+        left[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
+    result = torch.zeros_like(rounded)
+    result[:, order] = rounded
+    return result

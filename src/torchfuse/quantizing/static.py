@@ -1,0 +1,195 @@
+"""Static int8 by torchao's PT2E: a float graph, the graph with observers, the graph in int8.
+
+The observers, the annotation and the conversion are torchao's and ExecuTorch's.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from torchfuse.checking import run
+from torchfuse.errors import CalibrationError, first_line
+from torchfuse.inputs import Case
+from torchfuse.quantizing.calibration import elements
+from torchfuse.quieting import quiet
+from torchfuse.targets import executorch
+
+__all__ = [
+    "LAYERS",
+    "QuantizedLayer",
+    "converted",
+    "float_graph",
+    "is_quantized_graph",
+    "layers_of",
+    "module_path",
+    "prepared",
+]
+
+LAYERS = {
+    torch.ops.aten.conv1d.default: "conv1d",
+    torch.ops.aten.conv2d.default: "conv2d",
+    torch.ops.aten.conv3d.default: "conv3d",
+    torch.ops.aten.conv_transpose1d.default: "conv_transpose1d",
+    torch.ops.aten.conv_transpose2d.input: "conv_transpose2d",
+    torch.ops.aten.conv_transpose3d.input: "conv_transpose3d",
+    torch.ops.aten.linear.default: "linear",
+    torch.ops.aten.matmul.default: "matmul",
+}
+
+
+_CLAMPS = {
+    torch.ops.aten.hardtanh.default,
+    torch.ops.aten.hardtanh_.default,
+    torch.ops.aten.relu6.default,
+    torch.ops.aten.relu6_.default,
+}
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One operator with multiply-accumulates, and the precision it computes in."""
+
+    module: str  # path of the module that called it; "" is the model itself
+    operator: str
+    int8: bool
+
+
+def float_graph(
+    model: nn.Module, example: Case, data: list[Case], dynamic_shapes: Any
+) -> fx.GraphModule:
+    """Return `model` as a graph in which no batch norm is left, that takes all cases of `data`.
+
+    Raises:
+        CalibrationError: the model cannot run on the largest of the cases.
+        UnsupportedError: torch.export cannot capture the model.
+    """
+    traced = example
+    if dynamic_shapes is None:
+        # The batch of the largest case, since torch.export takes a size of 1 for a constant.
+        traced = max([example, *data], key=elements)
+        _require_runs(model, traced)
+        dynamic_shapes = _differing_sizes(model, traced, [example, *data])
+    program = executorch.capture(model, traced, dynamic_shapes)
+    with quiet():
+        return program.module(check_guards=False)
+
+
+def prepared(graph: fx.GraphModule, keep_float: Collection[str] = ()) -> nn.Module:
+    """Return `graph` with observers where XNNPACK wants int8; `graph` is used up.
+
+    `keep_float` names nodes of the graph that stay in float.
+    """
+    with quiet():
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+        config = get_symmetric_quantization_config(is_per_channel=True)
+        quantizer = XNNPACKQuantizer().set_global(config)
+        if keep_float:
+            quantizer.set_filter_function(lambda node: node.name not in keep_float)
+        # Activations before bare convs and linears, or each pair is quantized in between, over a
+        # range of which the activation takes half away. Patterns with a batch norm match nothing
+        # here, and exporting them takes seconds.
+        quantizer.SUPPORTED_PATTERNS = sorted(
+            (pattern for pattern in XNNPACKQuantizer.SUPPORTED_PATTERNS if not pattern.is_qat),
+            key=lambda pattern: not pattern.name.endswith("_relu"),
+        )
+        with _clamps_as_activations():
+            observed: nn.Module = prepare_pt2e(graph, quantizer)
+    return observed
+
+
+def converted(calibrated: nn.Module) -> fx.GraphModule:
+    """Return a calibrated graph in int8; `calibrated` is used up."""
+    with quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        int8: fx.GraphModule = convert_pt2e(calibrated)
+    return int8
+
+
+@contextlib.contextmanager
+def _clamps_as_activations() -> Iterator[None]:
+    """Let ExecuTorch's quantizer take ReLU6 and Hardtanh after a conv or linear as it takes ReLU.
+
+    XNNPACK's partitioner and kernels do; the quantizer only looks for `relu`.
+    """
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
+
+    is_relu_node = xnnpack_quantizer_utils.is_relu_node
+
+    def is_activation(node: fx.Node) -> bool:
+        source = node.args[0] if node.args else None
+        clamps = node.target in _CLAMPS and getattr(source, "target", None) in LAYERS
+        return clamps or bool(is_relu_node(node))
+
+    xnnpack_quantizer_utils.is_relu_node = is_activation
+    try:
+        yield
+    finally:
+        xnnpack_quantizer_utils.is_relu_node = is_relu_node
+
+
+def is_quantized_graph(graph: fx.Graph) -> bool:
+    """Return whether torchao has quantized a part of an exported graph."""
+    operators = [str(node.target) for node in graph.nodes]
+    return any("quantized_decomposed" in name or "torchao." in name for name in operators)
+
+
+def layers_of(converted: fx.GraphModule) -> Iterable[QuantizedLayer]:
+    """Yield the layers of an int8 graph, each with the precision it computes in."""
+    for node in converted.graph.nodes:
+        if node.target in LAYERS:
+            operands = [source for source in node.args[:2] if isinstance(source, fx.Node)]
+            yield QuantizedLayer(
+                module=module_path(node),
+                operator=LAYERS[node.target],
+                int8=all("dequantize" in str(operand.target) for operand in operands),
+            )
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the module that a node of an exported graph ran in; "" is the model itself."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]).removeprefix("L['self']").lstrip(".") if stack else ""
+
+
+def _require_runs(model: nn.Module, case: Case) -> None:
+    try:
+        run(model, case)
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(model).__name__} cannot run on {case}, the largest of the calibration data and "
+            f"the example: {first_line(error)}."
+        ) from error
+
+
+def _differing_sizes(model: nn.Module, traced: Case, others: list[Case]) -> Any:
+    """Return torch.export's `dynamic_shapes` in which the sizes that differ are free, or None."""
+    leaves, spec = pytree.tree_flatten((traced.args, dict(traced.kwargs)))
+    free: list[dict[int, Any] | None] = [None] * len(leaves)
+    for other in others:
+        other_leaves, other_spec = pytree.tree_flatten((other.args, dict(other.kwargs)))
+        if other_spec != spec:
+            continue  # running the case will say what is wrong with it
+        for position, (ours, theirs) in enumerate(zip(leaves, other_leaves, strict=True)):
+            if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+                for dim, (size, theirs_size) in enumerate(
+                    zip(ours.shape, theirs.shape, strict=False)
+                ):
+                    if size != theirs_size:
+                        free[position] = (free[position] or {}) | {dim: torch.export.Dim.AUTO}
+    if not any(free):
+        return None
+    args, kwargs = pytree.tree_unflatten(free, spec)
+    # torch.export wants them by the names of forward's arguments, `*args` and `**kwargs` included.
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
