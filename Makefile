@@ -25,13 +25,17 @@ $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/installed
 
-bench: $(VENV)/installed-test
+$(VENV)/installed-bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,benchmarks]'
+	touch $@ $(VENV)/installed-test $(VENV)/installed
+
+bench: $(VENV)/installed-bench
 	mkdir -p out
 	for script in benchmarks/*.py; do \
 		$(BIN)/python $$script --json out/$$(basename $$script .py).json || exit 1; \
 	done
 
-docs: $(VENV)/installed-test
+docs: $(VENV)/installed-bench
 	$(BIN)/python docs/generate.py
 
 clean:

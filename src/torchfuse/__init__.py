@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         FusionError,
         FusionWarning,
         InputError,
+        QuantizationWarning,
         TorchfuseError,
         UnsupportedError,
     )
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from torchfuse.inputs import Case
     from torchfuse.planning import Fusion, FusionPlan, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
+    from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
+    from torchfuse.quantizing.report import QuantizationReport
+    from torchfuse.quantizing.training import convert_qat, prepare_qat
     from torchfuse.timing import Measurement, measure
 
 __all__ = [
@@ -58,11 +62,16 @@ __all__ = [
     "InputError",
     "Measurement",
     "OutputDifference",
+    "Preprocessing",
+    "QuantizationReport",
     "QuantizationResult",
+    "QuantizationWarning",
     "Skip",
     "TorchfuseError",
     "UnsupportedError",
+    "WithPreprocessing",
     "compare",
+    "convert_qat",
     "export",
     "fuse",
     "fuse_exported",
@@ -72,6 +81,7 @@ __all__ = [
     "load_unfused_state_dict",
     "measure",
     "plan",
+    "prepare_qat",
     "quantize",
     "unfuse",
     "verify",
@@ -98,6 +108,10 @@ _HOME = {
     "InputError": "errors",
     "Measurement": "timing",
     "OutputDifference": "equivalence",
+    "Preprocessing": "quantizing.preprocessing",
+    "QuantizationReport": "quantizing.report",
+    "QuantizationWarning": "errors",
+    "WithPreprocessing": "quantizing.preprocessing",
     "QuantizationResult": "quantizing",
     "Skip": "planning",
     "TorchfuseError": "errors",
@@ -112,6 +126,8 @@ _HOME = {
     "load_unfused_state_dict": "fusing",
     "measure": "timing",
     "plan": "fusing",
+    "convert_qat": "quantizing.training",
+    "prepare_qat": "quantizing.training",
     "quantize": "quantizing",
     "unfuse": "fusing",
     "verify": "checking",

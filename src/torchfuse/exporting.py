@@ -95,6 +95,7 @@ def export(
     calibration: Any = None,
     dynamic_shapes: Any = None,
     optimize: bool = True,
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Write `model` to `path`, and return what was written.
 
@@ -113,6 +114,8 @@ def export(
             sizes. For `.pte` only: TorchScript takes any sizes.
         optimize: False leaves what is not fused as it is, to compare with. For `.pt` and `.ptl`
             only: ExecuTorch folds batch norms whenever it lowers a model.
+        preprocessing: how the model's input is made, such as `Preprocessing.to_dict()`: plain
+            data, kept in the file's metadata for whoever calls it.
 
     Raises:
         ArtifactError: unknown suffix, or the file cannot be written.
@@ -167,6 +170,7 @@ def export(
         "torch": torch.__version__,
         "torchfuse": _own_version(),
         **made.metadata,
+        **({} if preprocessing is None else {"preprocessing": dict(preprocessing)}),
     }
     data = (seal_pte if form == "pte" else seal_zip)(made.payload, metadata)
     write_atomically(path, data)

@@ -249,8 +249,8 @@ def test_a_model_in_training_mode_is_an_error(x: Tensor) -> None:
 
 
 def test_an_unknown_backend_is_an_error(model: nn.Module, x: Tensor) -> None:
-    with pytest.raises(InputError, match="Expected backend 'xnnpack', got 'qnnpack'"):
-        quantize(model, x, images(), backend="qnnpack")
+    with pytest.raises(InputError, match=r"Expected a backend of xnnpack, qnnpack, .*, got 'npu'"):
+        quantize(model, x, images(), backend="npu")
 
 
 def test_the_model_is_left_as_it_was(model: nn.Module, x: Tensor) -> None:
@@ -259,3 +259,10 @@ def test_the_model_is_left_as_it_was(model: nn.Module, x: Tensor) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert not model.training
+
+
+def test_the_quantized_model_shares_no_tensor_with_the_model(model: nn.Module, x: Tensor) -> None:
+    result = quantize(model, x, images())
+    given = {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
+    made = {tensor.data_ptr() for tensor in result.model.state_dict().values() if tensor.numel()}
+    assert not given & made

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from torchfuse.errors import InputError, QuantizationWarning
 from torchfuse.inputs import cases
-from torchfuse.quantizing import dynamic, static
+from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
     CalibrationData,
     calibrate,
@@ -18,6 +18,7 @@ from torchfuse.quantizing.calibration import (
     sample_count,
 )
 from torchfuse.quantizing.fitness import require_eval_mode, require_forward
+from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quantizing.recovery import STEPS, Recovered, recovered
 from torchfuse.quantizing.report import Calibrated, QuantizationReport
 from torchfuse.quantizing.static import QuantizedLayer, is_quantized_graph
@@ -40,7 +41,7 @@ __all__ = [
     "require_forward",
 ]
 
-_BACKENDS = ("xnnpack",)
+_BACKENDS = ("xnnpack", *legacy.ENGINES)
 _SCHEMES = ("int8", "int8_dynamic", "int4")
 # A range that still grew by more than this in the last tenth of the samples had not settled.
 _SETTLED = 0.05
@@ -85,11 +86,13 @@ def quantize(
             range) or "int4" (weights in groups of 32 along the inputs, activations dynamic). None
             takes "int8", or "int8_dynamic" for a model without convolutions that is given no
             calibration data.
-        backend: "xnnpack".
+        backend: "xnnpack" for `.pte`; for `.pt` and `.ptl` one of torch's own engines ("qnnpack" on
+            Arm, "x86" on servers): static int8 without recovery, stubs put in automatically.
         dynamic_shapes: torch.export's.
         preprocessing: how pictures become inputs.
-        recovery: steps that win accuracy back, out of "equalization", "bias_correction" and
-            "rounding", in this order; each is reported with what it gained, and undone if nothing.
+        recovery: steps that win accuracy back, out of "careful_ranges", "equalization",
+            "bias_correction" and "rounding", in this order, the first of which comes with any
+            other; each is reported with what it gained, and undone if that was nothing.
         max_drop: apply all steps, then keep the most sensitive layers in float, until accuracy
             drops by no more points than this: of top-1 with `labels`, of `evaluate`'s measure,
             else of agreement with the float model on the calibration data.
@@ -107,6 +110,13 @@ def quantize(
     require_eval_mode(model)
     example = cases(example_inputs)[0]
     chosen, notes = _chosen_scheme(model, scheme, calibration)
+    if backend != "xnnpack":
+        wanted = {"recovery": recovery, "max_drop": max_drop, "labels": labels, "explain": explain}
+        if chosen != "int8" or evaluate or any(wanted.values()):
+            raise InputError(
+                f"For '{backend}' there is plain static int8 only; for other schemes, recovery, "
+                "labels, evaluate and explain use backend='xnnpack'."
+            )
     if chosen != "int8":
         unfit = [n for n, given in (("recovery", recovery), ("max_drop", max_drop)) if given]
         if unfit:
@@ -115,10 +125,22 @@ def quantize(
         with random_state_kept():
             made = dynamic.quantized(model, example, chosen, dynamic_shapes)
         layers = tuple(static.layers_of(made))
+        _warn(notes)
         report = QuantizationReport(chosen, None, None, (), (), (), tuple(notes))
         return QuantizationResult(made, layers, report)
-    data = read_calibration(calibration, example, preprocessing)
+    data = read_calibration(
+        calibration, example, preprocessing, as_pixels=isinstance(model, WithPreprocessing)
+    )
     require_forward([example, *data.cases])
+    if backend != "xnnpack":
+        with random_state_kept():
+            int8, layers, growth = legacy.quantized(model, example, data.cases, backend)
+        if data.random:
+            notes.append(_RANDOM)
+        _warn(notes)
+        measured = _calibrated(data, growth)
+        report = QuantizationReport(f"int8 for {backend}", measured, None, (), (), (), tuple(notes))
+        return QuantizationResult(int8, layers, report)
     with quiet(), random_state_kept():
         graph = static.float_graph(model, example, data.cases, dynamic_shapes)
         if not (recovery or max_drop is not None or labels is not None or evaluate or explain):
@@ -138,8 +160,7 @@ def quantize(
     calibrated = _calibrated(data, result.late_growth)
     if data.random:
         notes.append(_RANDOM)
-    for note in notes:
-        warnings.warn(note, QuantizationWarning, stacklevel=2)
+    _warn(notes)
     report = QuantizationReport(
         scheme=chosen,
         calibrated=calibrated,
@@ -152,11 +173,16 @@ def quantize(
     return QuantizationResult(result.model, tuple(static.layers_of(result.model)), report)
 
 
+def _warn(notes: Sequence[str]) -> None:
+    for note in notes:
+        warnings.warn(note, QuantizationWarning, stacklevel=3)
+
+
 def _check_options(
     scheme: str | None, backend: str, recovery: Sequence[str], max_drop: float | None
 ) -> None:
     if backend not in _BACKENDS:
-        raise InputError(f"Expected backend 'xnnpack', got '{backend}'.")
+        raise InputError(f"Expected a backend of {', '.join(_BACKENDS)}, got '{backend}'.")
     if scheme is not None and scheme not in _SCHEMES:
         raise InputError(f"Expected a scheme of {', '.join(_SCHEMES)}, got {scheme!r}.")
     if isinstance(recovery, str):

@@ -42,14 +42,19 @@ class CalibrationData:
 
 
 def read_calibration(
-    calibration: Any, example: Case, preprocessing: Preprocessing | None = None
+    calibration: Any,
+    example: Case,
+    preprocessing: Preprocessing | None = None,
+    *,
+    as_pixels: bool = False,
 ) -> CalibrationData:
     """Return the calibration data as checked cases.
 
     `calibration` is a tensor, a tuple or a dict of arguments, a `Case`, any iterable of these (a
     DataLoader that yields inputs without labels), an `.npy` or `.npz` file with samples along
     the first axis (in an `.npz`, one array per argument, by name), a folder of pictures, for which
-    `preprocessing` says how they become inputs, or "random".
+    `preprocessing` says how they become inputs, or "random". With `as_pixels` pictures are left
+    as uint8 `[1, height, width, 3]`, for a model that normalises them itself.
 
     Raises:
         CalibrationError: the data is missing, empty, constant, unreadable, or holds NaN or Inf.
@@ -60,7 +65,7 @@ def read_calibration(
         path = Path(calibration)
         if path.is_dir():
             return CalibrationData(
-                checked_calibration(_pictures(path, preprocessing)),
+                checked_calibration(_pictures(path, preprocessing, as_pixels=as_pixels)),
                 f"the pictures in '{path.name}'",
             )
         if path.suffix in _ARRAYS:
@@ -79,13 +84,16 @@ def _random_like(example: Case) -> list[Case]:
     return [other_inputs(example, seed) for seed in range(_RANDOM_SAMPLES)]
 
 
-def _pictures(folder: Path, preprocessing: Preprocessing | None) -> list[torch.Tensor]:
+def _pictures(
+    folder: Path, preprocessing: Preprocessing | None, *, as_pixels: bool
+) -> list[torch.Tensor]:
     if preprocessing is None:
         raise CalibrationError(
             f"'{folder}' is a folder of pictures, so it must be said how a picture becomes the "
             "model's input: give preprocessing=Preprocessing(size=…, mean=…, std=…)."
         )
-    return [preprocessing.normalised(preprocessing.pixels(path)) for path in pictures_in(folder)]
+    pixels = [preprocessing.pixels(path) for path in pictures_in(folder)]
+    return pixels if as_pixels else [preprocessing.normalised(picture) for picture in pixels]
 
 
 def _arrays(path: Path, example: Case) -> list[Case]:

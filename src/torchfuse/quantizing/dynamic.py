@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from torchfuse.checking import copy_tensors
 from torchfuse.errors import UnsupportedError
+from torchfuse.quantizing.static import keep_integers
 from torchfuse.quieting import quiet
 from torchfuse.targets import executorch
 
@@ -42,6 +43,7 @@ def _graph(model: nn.Module, example: Case, dynamic_shapes: Any) -> fx.GraphModu
     graph: fx.GraphModule = executorch.capture(model, example, dynamic_shapes).module(
         check_guards=False
     )
+    keep_integers(graph)
     return graph
 
 

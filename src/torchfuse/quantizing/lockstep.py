@@ -44,27 +44,26 @@ def steps(
     arguments = [_flat_arguments(graph_module, case) for case in data]
     values: dict[fx.Node, list[Any]] = {}
     placeholders = 0
-    with torch.no_grad():
-        for node in graph_module.graph.nodes:
-            if node.op == "output":
-                return
-            if node.op == "placeholder":
-                made = [given[placeholders] for given in arguments]
-                placeholders += 1
-                values[node] = made
-                yield Step(node, made, made.__getitem__), values
-            elif node.op == "get_attr":
-                values[node] = [attribute(graph_module, node.target)] * len(data)
-            else:
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            return
+        if node.op == "placeholder":
+            made = [given[placeholders] for given in arguments]
+            placeholders += 1
+            values[node] = made
+            yield Step(node, made, made.__getitem__), values
+        elif node.op == "get_attr":
+            values[node] = [attribute(graph_module, node.target)] * len(data)
+        else:
 
-                def call(sample: int, node: fx.Node = node) -> Any:
-                    return _called(graph_module, node, values, sample)
+            def call(sample: int, node: fx.Node = node) -> Any:
+                return _called(graph_module, node, values, sample)
 
-                values[node] = [call(i) for i in range(len(data))]
-                yield Step(node, values[node], call), values
-            for source in node.all_input_nodes:
-                if last[source] is node:
-                    values.pop(source, None)
+            values[node] = [call(i) for i in range(len(data))]
+            yield Step(node, values[node], call), values
+        for source in node.all_input_nodes:
+            if last[source] is node:
+                values.pop(source, None)
 
 
 def _flat_arguments(graph_module: fx.GraphModule, case: Case) -> list[Any]:
@@ -80,12 +79,13 @@ def _called(
     graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, list[Any]], sample: int
 ) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: values[source][sample])
-    if node.op == "call_module":
-        return graph_module.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    with torch.no_grad():  # here and not around the generator: it would hold for its caller too
+        if node.op == "call_module":
+            return graph_module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
 
 
 def attribute(graph_module: fx.GraphModule, target: Any) -> Tensor:

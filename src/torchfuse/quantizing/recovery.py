@@ -1,14 +1,17 @@
 """Winning back accuracy after static int8, in order of cost, each step measured and undone if vain.
 
-1. equalization: factors per channel that change nothing in float (`equalization.py`).
-2. bias_correction: the shift that int8 puts on each channel's mean, taken back (`rounding.py`).
-3. rounding: weights rounded so that each layer's output stays, which includes step 2.
-4. with `max_drop`: the layers that lose most stay in float, one more at a time.
+1. careful_ranges: nothing that was seen is cut off, and scores stay in float (`static.py`). The
+   other steps begin with it: they correct what is rounded, and what is cut off misleads them.
+2. equalization: factors per channel that change nothing in float (`equalization.py`).
+3. bias_correction: the shift that int8 puts on each channel's mean, taken back (`rounding.py`).
+4. rounding: weights rounded so that each layer's output stays, which includes step 3.
+5. with `max_drop`: the layers that lose most stay in float, one more at a time.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = ["STEPS", "Recovered", "recovered"]
 
-STEPS = ("equalization", "bias_correction", "rounding")
+STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 # Layers are kept in float a few at a time: this share of them, at least one.
 _SHARE_KEPT = 0.05
 _POINTS = 100.0
+# Layers are corrected and blamed on so many cases, spread over the data: all their activations at
+# one layer are in memory at once.
+_MOST_CASES = 64
 
 
 @dataclass
@@ -65,14 +71,14 @@ def recovered(
     work = _Work(graph, data)
     growth = work.late_growth
     for name in STEPS:
-        if name in steps:
+        if name in steps or (steps and name == "careful_ranges"):
             work.try_step(name)
     measure = _measure(data, work.expected, labels, evaluate)
     before = measure.of(graph, work.expected)
     notes = work.keep_float(measure, before, max_drop) if max_drop is not None else ()
     outputs = _outputs(work.int8, data)
     after = measure.of(work.int8, outputs)
-    errors = layer_errors(work.int8, work.reference, data) if explain else ()
+    errors = layer_errors(work.int8, work.reference, work.some) if explain else ()
     return Recovered(
         model=work.int8,
         late_growth=growth,
@@ -89,36 +95,41 @@ class _Work:
 
     def __init__(self, graph: fx.GraphModule, data: list[Case]) -> None:
         self.data = data
+        self.some = data[:: -(-len(data) // _MOST_CASES)]
         self.reference = graph
         self.expected = _outputs(graph, data)
         self.kept_float: list[str] = []
         self.corrected: bool | None = None  # None: not; False: biases; True: weights too
         self.steps: list[RecoveryStep] = []
         self.late_growth: float | None = None
+        self.careful = False
         self.int8 = self._quantized(graph)
         self.sqnr_db = _sqnr(self.expected, _outputs(self.int8, data))
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
-        observed = static.prepared(copy.deepcopy(graph), self.kept_float)
+        observed = static.prepared(copy.deepcopy(graph), self.kept_float, careful=self.careful)
         self.late_growth = calibrate(observed, self.data)
         int8 = static.converted(observed)
         if self.corrected is not None:
-            correct(int8, graph, self.data, rounding=self.corrected)
+            correct(int8, graph, self.some, rounding=self.corrected)
         return int8
 
     def try_step(self, name: str) -> None:
         """Apply one step, and keep it if the outputs come closer to the float ones."""
+        if name == "careful_ranges":
+            self._try_careful_ranges()
+            return
         before, graph, corrected, note = self.sqnr_db, self.reference, self.corrected, ""
         candidate = None
         if name == "equalization":
             graph = copy.deepcopy(graph)
-            groups = equalize(graph, self.data)
+            groups = equalize(graph, self.some)
             note = f"{groups} groups of tensors"
             candidate = self._quantized(graph) if groups else None
         else:
             self.corrected = name == "rounding"
             candidate = copy.deepcopy(self.int8)
-            layers = correct(candidate, graph, self.data, rounding=self.corrected)
+            layers = correct(candidate, graph, self.some, rounding=self.corrected)
             note = f"{layers} layers"
         after = before
         if candidate is not None:
@@ -131,13 +142,23 @@ class _Work:
             self.corrected = corrected
         self.steps.append(RecoveryStep(name, before, after, kept, note))
 
+    def _try_careful_ranges(self) -> None:
+        """Kept whatever it gains, since the other steps build on it."""
+        before = self.sqnr_db
+        self.careful = True
+        self.int8 = self._quantized(self.reference)
+        self.sqnr_db = _sqnr(self.expected, _outputs(self.int8, self.data))
+        note = "ranges as wide as what was seen, scores in float"
+        step = RecoveryStep("careful_ranges", before, self.sqnr_db, True, note)
+        self.steps.append(step)
+
     def keep_float(self, measure: _Measure, before: float, max_drop: float) -> list[str]:
         """Leave the layers that lose most in float until the measure drops by at most max_drop."""
         layers = [node.name for node in self.reference.graph.nodes if node.target in static.LAYERS]
         drop = before - measure.of(self.int8, _outputs(self.int8, self.data))
         if drop <= max_drop:
             return []
-        by_loss = _by_own_loss(self.int8, self.reference, self.data)
+        by_loss = _by_own_loss(self.int8, self.reference, self.some)
         at_a_time = max(1, round(len(layers) * _SHARE_KEPT))
         sqnr_before = self.sqnr_db
         while drop > max_drop and len(self.kept_float) < len(layers):
@@ -154,7 +175,11 @@ class _Work:
 def _by_own_loss(int8: fx.GraphModule, reference: fx.GraphModule, data: list[Case]) -> list[str]:
     """Names of the layers' nodes, the one with most noise of its own first."""
     errors = errors_by_node(int8, reference, data)
-    return [name for name, _ in sorted(errors, key=lambda entry: entry[1].own_sqnr_db)]
+    return [name for name, _ in sorted(errors, key=lambda entry: _own(entry[1]))]
+
+
+def _own(error: LayerError) -> float:
+    return math.inf if error.own_sqnr_db is None else error.own_sqnr_db
 
 
 def _outputs(model: nn.Module, data: Sequence[Case]) -> list[list[Tensor]]:

@@ -31,7 +31,7 @@ class LayerError:
     module: str  # path of the module that called it
     operator: str
     sqnr_db: float  # signal to noise of what it puts out, everything before it in int8 too
-    own_sqnr_db: float  # with what it is given in float: its own share of the noise
+    own_sqnr_db: float | None  # given float inputs: its own share; None: quantized as they come
     cause: str  # in words, with the figure that speaks for it; "" if nothing stands out
 
 

@@ -69,7 +69,7 @@ def errors_by_node(
                 module=module_path(step.node),
                 operator=LAYERS[step.node.target],  # type: ignore[index]
                 sqnr_db=total,
-                own_sqnr_db=math.inf if own is None else _noise(expected.values, own),
+                own_sqnr_db=None if own is None else _noise(expected.values, own),
                 cause=_cause(expected, inputs, total),
             ),
         )
@@ -97,6 +97,8 @@ def _own_outputs(graph: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) -> 
     quantizing = dequantized.args[0]
     if not isinstance(quantizing, fx.Node) or "quantize_per_tensor" not in str(quantizing.target):
         return None
+    if any(isinstance(argument, fx.Node) for argument in quantizing.args[1:]):
+        return None  # by the range of each input
     made = []
     for value in inputs:
         assert callable(quantizing.target)

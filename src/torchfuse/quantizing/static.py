@@ -4,8 +4,9 @@ The observers, the annotation and the conversion are torchao's and ExecuTorch's.
 """
 
 import contextlib
+import dataclasses
 import inspect
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,11 @@ from torchfuse.targets import executorch
 __all__ = [
     "LAYERS",
     "QuantizedLayer",
+    "by_argument_name",
     "converted",
     "float_graph",
     "is_quantized_graph",
+    "keep_integers",
     "layers_of",
     "module_path",
     "prepared",
@@ -77,35 +80,99 @@ def float_graph(
         dynamic_shapes = _differing_sizes(model, traced, [example, *data])
     program = executorch.capture(model, traced, dynamic_shapes)
     with quiet():
-        return program.module(check_guards=False)
+        graph: fx.GraphModule = program.module(check_guards=False)
+    _own_tensors(graph)
+    keep_integers(graph)
+    return graph
 
 
-def prepared(graph: fx.GraphModule, keep_float: Collection[str] = ()) -> nn.Module:
+def keep_integers(graph: fx.GraphModule) -> None:
+    """Write integers plus a number in a form that ExecuTorch's quantizer leaves alone.
+
+    It turns the number of `add.Tensor` and `mul.Tensor` into a float tensor, also where the result
+    is an index.
+    """
+    aten = torch.ops.aten
+    scalar = {aten.add.Tensor: aten.add.Scalar, aten.mul.Tensor: aten.mul.Scalar}
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.target in scalar and isinstance(value, torch.Tensor):
+            by_number = not isinstance(node.args[1], fx.Node)
+            if by_number and not value.is_floating_point() and not value.is_complex():
+                node.target = scalar[node.target]
+    graph.recompile()
+
+
+def _own_tensors(graph: fx.GraphModule) -> None:
+    """Give the graph copies of the model's tensors, which it would otherwise share."""
+    own: dict[int, Any] = {}
+    for module in graph.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[name] = own.setdefault(id(parameter), fresh)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = own.setdefault(id(buffer), buffer.detach().clone())
+
+
+def prepared(
+    graph: fx.GraphModule, keep_float: Collection[str] = (), *, careful: bool = False
+) -> nn.Module:
     """Return `graph` with observers where XNNPACK wants int8; `graph` is used up.
 
-    `keep_float` names nodes of the graph that stay in float.
+    `keep_float` names nodes of the graph that stay in float. With `careful` ranges are as wide as
+    what was seen, where a histogram would cut some off to be finer for the rest; and a linear layer
+    that makes an output makes it in float (weights in int8, inputs quantized as they come): on int8
+    scores, classes tie.
     """
     with quiet():
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-            XNNPACKQuantizer,
             get_symmetric_quantization_config,
         )
+        from torchao.quantization.pt2e import MinMaxObserver
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
         config = get_symmetric_quantization_config(is_per_channel=True)
-        quantizer = XNNPACKQuantizer().set_global(config)
-        if keep_float:
-            quantizer.set_filter_function(lambda node: node.name not in keep_float)
-        # Activations before bare convs and linears, or each pair is quantized in between, over a
-        # range of which the activation takes half away. Patterns with a batch norm match nothing
-        # here, and exporting them takes seconds.
-        quantizer.SUPPORTED_PATTERNS = sorted(
-            (pattern for pattern in XNNPACKQuantizer.SUPPORTED_PATTERNS if not pattern.is_qat),
-            key=lambda pattern: not pattern.name.endswith("_relu"),
-        )
+        last: set[str] = set()
+        if careful:
+            last = {node.name for node in _output_linears(graph)} - set(keep_float)
+            spec = dataclasses.replace(
+                config.input_activation,
+                observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
+            )
+            config = dataclasses.replace(config, input_activation=spec, output_activation=spec)
+        quantizer = _quantizer(config, lambda node: node.name not in {*keep_float, *last})
+        if last:
+            dynamic = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+            quantizer = ComposableQuantizer(
+                [_quantizer(dynamic, lambda node: node.name in last), quantizer]
+            )
         with _clamps_as_activations():
             observed: nn.Module = prepare_pt2e(graph, quantizer)
     return observed
+
+
+def _quantizer(config: Any, wanted: Callable[[fx.Node], bool]) -> Any:
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
+
+    quantizer = XNNPACKQuantizer().set_global(config).set_filter_function(wanted)
+    # Activations before bare convs and linears, or each pair is quantized in between, over a
+    # range of which the activation takes half away. Patterns with a batch norm match nothing
+    # here, and exporting them takes seconds.
+    quantizer.SUPPORTED_PATTERNS = sorted(
+        (pattern for pattern in XNNPACKQuantizer.SUPPORTED_PATTERNS if not pattern.is_qat),
+        key=lambda pattern: not pattern.name.endswith("_relu"),
+    )
+    return quantizer
+
+
+def _output_linears(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        if node.target is torch.ops.aten.linear.default:
+            yield node
 
 
 def converted(calibrated: nn.Module) -> fx.GraphModule:
@@ -191,5 +258,9 @@ def _differing_sizes(model: nn.Module, traced: Case, others: list[Case]) -> Any:
     if not any(free):
         return None
     args, kwargs = pytree.tree_unflatten(free, spec)
-    # torch.export wants them by the names of forward's arguments, `*args` and `**kwargs` included.
+    return by_argument_name(model, args, kwargs)
+
+
+def by_argument_name(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return dynamic shapes by the names of forward's arguments, `*args` and `**kwargs` too."""
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)

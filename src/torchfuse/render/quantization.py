@@ -79,7 +79,7 @@ def _layers(report: QuantizationReport) -> Table:
             layer.module or "the model itself",
             layer.operator,
             _decibels(layer.sqnr_db),
-            _decibels(layer.own_sqnr_db),
+            "" if layer.own_sqnr_db is None else _decibels(layer.own_sqnr_db),
             layer.cause,
         )
     return table

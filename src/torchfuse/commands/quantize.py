@@ -1,0 +1,194 @@
+"""`torchfuse quantize`: a model in int8, int4 or fp16 as a `.pte`, and what that cost it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from torchfuse import model_source
+from torchfuse.commands.model_options import model_options
+from torchfuse.errors import InputError
+
+if TYPE_CHECKING:
+    from torchfuse.quantizing.preprocessing import Preprocessing
+
+__all__ = ["command"]
+
+_SCHEMES = ("int8", "int8_dynamic", "int4", "fp16")
+_STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
+
+
+@click.command("quantize")
+@model_options
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+    help="The ExecuTorch program to write, .pte.",
+)  # fmt: skip
+@click.option(
+    "--data", metavar="PATH",
+    help="Calibration data: .npy, .npz, a folder of pictures, or 'random' for a look at speed.",
+)  # fmt: skip
+@click.option(
+    "--scheme", type=click.Choice(_SCHEMES),
+    help="Default: int8; int8_dynamic for linear models without data.",
+)  # fmt: skip
+@click.option("--size", metavar="HxW", help="Pictures: size in pixels, such as 224x224.")
+@click.option("--mean", metavar="R,G,B", help="Pictures: mean on a scale of 0 to 1.")
+@click.option("--std", metavar="R,G,B", help="Pictures: standard deviation on that scale.")
+@click.option(
+    "--layout", type=click.Choice(["NCHW", "NHWC"]), default="NCHW", show_default=True,
+    help="Pictures: axes of what the model takes.",
+)  # fmt: skip
+@click.option(
+    "--preprocess-inside", is_flag=True,
+    help="Put the normalisation into the file, which then takes uint8 pixels, N×H×W×3.",
+)  # fmt: skip
+@click.option(
+    "--recover", type=click.Choice(_STEPS), multiple=True,
+    help="A step that wins accuracy back; repeatable. Default for int8: all.",
+)  # fmt: skip
+@click.option("--no-recovery", is_flag=True, help="Leave accuracy as plain int8 has it.")
+@click.option(
+    "--max-drop", type=click.FloatRange(min=0), metavar="POINTS",
+    help="Keep layers in float until at most so many points of agreement or top-1 are lost.",
+)  # fmt: skip
+@click.option(
+    "--labels", type=click.Path(path_type=Path), metavar="FILE",
+    help="The class of each calibration sample, an .npy file of integers.",
+)  # fmt: skip
+@click.option("--explain", is_flag=True, help="Show the layers furthest from float, and why.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write the report as JSON.",
+)  # fmt: skip
+def command(
+    model: str,
+    inputs: tuple[str, ...],
+    weights: Path | None,
+    output: Path,
+    data: str | None,
+    scheme: str | None,
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    layout: str,
+    preprocess_inside: bool,
+    recover: tuple[str, ...],
+    no_recovery: bool,
+    max_drop: float | None,
+    labels: Path | None,
+    explain: bool,
+    json_file: Path | None,
+) -> None:
+    """Quantize MODEL in evaluation mode, check what comes out, and write it to OUT.
+
+    MODEL is path/to/file.py:callable or package.module:callable.
+    """
+    if output.suffix != ".pte":
+        raise InputError(f"Expected an output that ends in .pte, got '{output}'.")
+    if recover and no_recovery:
+        raise InputError("Expected --recover or --no-recovery, got both.")
+    loaded = model_source.load(model, inputs, weights)
+    if loaded.exported:
+        raise InputError(
+            "Expected a model, got an exported program: batch norms are folded and ranges measured "
+            "on the model itself; give path/to/file.py:callable."
+        )
+    import torchfuse
+
+    if scheme == "fp16":
+        artifact = torchfuse.export(loaded.model, loaded.example_inputs, output, precision="fp16")
+        _closing(artifact)
+        return
+    preprocessing = _preprocessing(size, mean, std, layout)
+    network, example = loaded.model, loaded.example_inputs
+    if preprocess_inside:
+        network, example = _with_preprocessing(network, preprocessing)
+    static = scheme in (None, "int8") and data is not None
+    steps = () if no_recovery or not static else (recover or _STEPS)
+    result = torchfuse.quantize(
+        network,
+        example,
+        data,
+        scheme=scheme,
+        preprocessing=preprocessing,
+        recovery=steps,
+        max_drop=max_drop,
+        labels=None if labels is None else _labels(labels),
+        explain=explain,
+    )
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        from torchfuse.render.quantization import renderable
+
+        Console().print(renderable(result.report))
+    else:
+        click.echo(str(result.report))
+    metadata = None if preprocessing is None else preprocessing.to_dict()
+    artifact = torchfuse.export(result.model, example, output, preprocessing=metadata)
+    if json_file is not None:
+        from torchfuse.artifacts import write_atomically
+
+        write_atomically(json_file, (result.report.to_json() + "\n").encode())
+    _closing(artifact)
+
+
+def _closing(artifact: Any) -> None:
+    click.echo(f"\n{artifact.delegation}")
+    click.echo(f"\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
+
+
+def _preprocessing(
+    size: str | None, mean: str | None, std: str | None, layout: str
+) -> Preprocessing | None:
+    if size is None and mean is None and std is None:
+        return None
+    if size is None or mean is None or std is None:
+        raise InputError("Expected --size, --mean and --std together: each changes the input.")
+    from torchfuse.quantizing.preprocessing import Preprocessing
+
+    height, separator, width = size.partition("x")
+    if not (separator and height.isdigit() and width.isdigit()):
+        raise InputError(f"Expected --size as HxW, such as 224x224, got '{size}'.")
+    return Preprocessing(
+        size=(int(height), int(width)),
+        mean=_numbers("--mean", mean),
+        std=_numbers("--std", std),
+        layout="NCHW" if layout == "NCHW" else "NHWC",
+    )
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(
+            f"Expected {option} as three numbers such as 0.485,0.456,0.406, got '{text}'."
+        ) from error
+
+
+def _with_preprocessing(network: Any, preprocessing: Preprocessing | None) -> tuple[Any, Any]:
+    if preprocessing is None:
+        raise InputError("--preprocess-inside needs --size, --mean and --std.")
+    import torch
+
+    from torchfuse.quantizing.preprocessing import WithPreprocessing
+
+    pixels = torch.randint(0, 256, (1, *preprocessing.size, 3), dtype=torch.uint8)
+    return WithPreprocessing(network, preprocessing), pixels
+
+
+def _labels(path: Path) -> Any:
+    import numpy as np
+    import torch
+
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"Expected integers in an .npy file as labels, got '{path}': {error}."
+        ) from error

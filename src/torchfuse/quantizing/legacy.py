@@ -1,0 +1,87 @@
+"""Static int8 for TorchScript (`.pt`, `.ptl`): torch.ao's quantized modules and engines.
+
+QuantStubs, DeQuantStubs and the wrapped additions and concatenations that torch.ao's eager mode
+wants in the model's source are put in by its FX mode, which traces the model instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from torchfuse.errors import InputError, UnsupportedError, first_line
+from torchfuse.quantizing.calibration import calibrate
+from torchfuse.quantizing.static import QuantizedLayer
+from torchfuse.quieting import quiet
+
+if TYPE_CHECKING:
+    from torchfuse.inputs import Case
+
+__all__ = ["ENGINES", "quantized"]
+
+ENGINES = ("qnnpack", "x86", "fbgemm", "onednn")
+_COMPUTING = ("conv", "linear", "matmul")
+
+
+def quantized(
+    model: nn.Module, example: Case, data: list[Case], engine: str
+) -> tuple[fx.GraphModule, tuple[QuantizedLayer, ...], float | None]:
+    """Return `model` in int8 for `engine`, its layers, and how late its ranges still grew.
+
+    The engine is torch's while this runs, and must be where the result runs.
+
+    Raises:
+        InputError: this build of torch does not have the engine.
+        UnsupportedError: torch.fx cannot trace the model.
+    """
+    supported = torch.backends.quantized.supported_engines
+    if engine not in supported:
+        raise InputError(f"This torch has no engine '{engine}'; it has {', '.join(supported)}.")
+    before = torch.backends.quantized.engine
+    try:
+        torch.backends.quantized.engine = engine
+        with quiet():
+            return _quantized(copy.deepcopy(model), example, data, engine)
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _quantized(
+    model: nn.Module, example: Case, data: list[Case], engine: str
+) -> tuple[fx.GraphModule, tuple[QuantizedLayer, ...], float | None]:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    mapping = get_default_qconfig_mapping(engine)
+    inputs = (*example.args, *example.kwargs.values())
+    try:
+        prepared = prepare_fx(model.eval(), mapping, inputs)
+    except Exception as error:
+        raise UnsupportedError(
+            f"torch.fx cannot trace {type(model).__name__}, which quantizing for '{engine}' needs: "
+            f"{first_line(error)}. Use backend='xnnpack' and '.pte', or put QuantStub and "
+            "DeQuantStub into the model and use export(…, precision='int8')."
+        ) from error
+    growth = calibrate(prepared, data)
+    converted = convert_fx(prepared)
+    return converted, tuple(_layers(converted)), growth
+
+
+def _layers(converted: fx.GraphModule) -> list[QuantizedLayer]:
+    found = []
+    modules = dict(converted.named_modules())
+    for node in converted.graph.nodes:
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            name = type(module).__name__.lower()
+            if any(word in name for word in _COMPUTING):
+                is_int8 = "quantized" in type(module).__module__
+                found.append(QuantizedLayer(str(node.target), name, is_int8))
+        elif node.op == "call_function":
+            name = str(getattr(node.target, "__name__", node.target))
+            if any(word in name for word in _COMPUTING):
+                found.append(QuantizedLayer("", name, "quantized" in str(node.target)))
+    return found

@@ -1,0 +1,120 @@
+"""`torchfuse quantize MODEL`: from pictures to a file, and a report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import torchfuse
+from torchfuse.artifacts import check
+from torchfuse.cli import cli
+from torchfuse.errors import CalibrationError, InputError
+
+NET = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(F.adaptive_avg_pool2d(torch.relu(self.conv(x)), 1).flatten(1))
+
+
+def net():
+    return Net(), torch.randn(1, 3, 8, 8)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(64, 64)), torch.randn(1, 64)
+"""
+PICTURES = ("--size", "8x8", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "pictures").mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+    return tmp_path
+
+
+def run(folder: Path, what: str, *arguments: object) -> Result:
+    given = ["quantize", f"{folder / 'net.py'}:{what}", "-o", str(folder / "out.pte")]
+    return CliRunner().invoke(cli, [*given, *map(str, arguments)])
+
+
+def test_pictures_make_an_int8_file_and_a_report(folder: Path) -> None:
+    report = folder / "report.json"
+    result = run(
+        folder, "net", "--data", folder / "pictures", *PICTURES, "--explain", "--json", report
+    )
+    assert result.exit_code == 0, result.output
+    assert "Calibrated on the pictures in 'pictures', 12 samples" in result.stdout
+    assert "equalization" in result.stdout
+    assert "agreement: 100 before" in result.stdout
+    assert "The 2 layers furthest from float" in result.stdout
+    assert f"Wrote {folder / 'out.pte'}" in result.stdout
+    assert json.loads(report.read_text())["calibrated"]["samples"] == 12
+    assert check(folder / "out.pte").metadata["preprocessing"]["size"] == [8, 8]
+
+
+@pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
+def test_the_normalisation_goes_inside_when_asked(folder: Path) -> None:
+    result = run(
+        folder, "net", "--data", folder / "pictures", *PICTURES, "--preprocess-inside",
+        "--no-recovery",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Recovery" not in result.stdout
+    pixels = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    assert torchfuse.load(folder / "out.pte")(pixels).shape == (1, 4)
+
+
+@pytest.mark.filterwarnings("ignore:The model has linear layers")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((), "Quantized: int8_dynamic"), (("--scheme", "int4"), "Quantized: int4")],
+)
+def test_a_linear_model_needs_no_data(folder: Path, arguments: tuple[str], said: str) -> None:
+    result = run(folder, "mlp", *arguments)
+    assert result.exit_code == 0, result.output
+    assert said in result.stdout
+
+
+@pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
+def test_fp16_needs_no_data(folder: Path) -> None:
+    result = run(folder, "net", "--scheme", "fp16")
+    assert result.exit_code == 0, result.output
+    assert check(folder / "out.pte").metadata["precision"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((), CalibrationError, "Expected calibration data, got None"),
+        (("--data", "nowhere"), CalibrationError, "got 'nowhere', which is no such file"),
+        (("--size", "8x8"), InputError, "Expected --size, --mean and --std together"),
+        (("--recover", "rounding", "--no-recovery"), InputError, "got both"),
+        (("--preprocess-inside",), InputError, "--preprocess-inside needs --size"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    folder: Path, arguments: tuple[str, ...], error: type[Exception], message: str
+) -> None:
+    result = run(folder, "net", *arguments)
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+    assert not (folder / "out.pte").exists()

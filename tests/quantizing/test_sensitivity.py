@@ -1,0 +1,74 @@
+"""Which layers int8 hurts, by how much, and why."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchfuse.quantizing import quantize
+from torchfuse.quantizing.sensitivity import sqnr_db
+
+
+class Net(nn.Module):
+    def __init__(self, factors: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        channels = len(factors)
+        self.expand = nn.Conv2d(3, channels, 1)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.head = nn.Conv2d(channels, 4, 1)
+        with torch.no_grad():
+            self.expand.weight.mul_(factors.reshape(-1, 1, 1, 1))
+            self.depthwise.weight.div_(factors.reshape(-1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.depthwise(torch.relu(self.expand(x))))
+
+
+def pictures(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def errors_of(model: nn.Module, data: list[Tensor]) -> dict[str, object]:
+    report = quantize(model.eval(), data[0], data, explain=True).report
+    assert [e.sqnr_db for e in report.layers] == sorted(e.sqnr_db for e in report.layers)
+    return {error.module: error for error in report.layers}
+
+
+def test_every_layer_has_its_error_the_worst_first() -> None:
+    errors = errors_of(Net(torch.ones(8)), pictures(40))
+    assert errors.keys() == {"expand", "depthwise", "head"}
+    assert all(20 < error.sqnr_db < 60 for error in errors.values())
+
+
+def test_a_layer_that_is_only_given_noise_is_not_blamed_for_it() -> None:
+    errors = errors_of(Net(torch.tensor([1e-3] * 7 + [10.0])), pictures(40))
+    assert errors["depthwise"].sqnr_db < 25
+    assert errors["head"].sqnr_db < 25
+    assert errors["head"].own_sqnr_db > errors["head"].sqnr_db + 10
+
+
+def test_unbalanced_channels_of_a_depthwise_layer_are_named() -> None:
+    errors = errors_of(Net(torch.tensor([1e-3] * 7 + [10.0])), pictures(40))
+    assert "unbalanced channels: one range is" in errors["depthwise"].cause
+
+
+def test_outliers_are_named() -> None:
+    data = pictures(40)
+    data[3][0, 0, 0, 0] = 300
+    errors = errors_of(Net(torch.ones(8)), data)
+    assert "outliers: its largest input is" in errors["expand"].cause
+
+
+def test_too_few_samples_are_named_where_a_layer_is_bad() -> None:
+    errors = errors_of(Net(torch.tensor([1e-3] * 7 + [10.0])), pictures(4))
+    assert "few samples: 4" in errors["depthwise"].cause
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "decibels"), [(100, 1, 20), (1, 0, math.inf), (0, 1, -math.inf)]
+)
+def test_signal_to_noise_is_in_decibels(signal: float, noise: float, decibels: float) -> None:
+    assert sqnr_db(signal, noise) == decibels
