@@ -51,7 +51,7 @@ def package(name: str) -> Path:
     """Return a package's folder without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"{name} is missing; install the benchmarks' extra: pip install '.[benchmarks]'")
+        sys.exit(f"{name} is missing; 'make bench' installs what the benchmarks need")
     return Path(spec.submodule_search_locations[0])
 
 
