@@ -54,8 +54,8 @@ def compare(
 
     The variants: eager (as it is, channels_last, fused), TorchScript (`.pt`, `.ptl`; fp32 and,
     where the model has quantization stubs, int8), ExecuTorch (`.pte`; fp32, fp16, int8, one row
-    each, since its lowering folds batch norms on its own). All are timed in this process,
-    interleaved in random order.
+    each, since its lowering folds batch norms on its own). All are timed in the same rounds, in
+    random order: files in a process each, modules in this one.
 
     Args:
         model: in eval mode.
@@ -84,7 +84,10 @@ def compare(
             )
         )
         latencies = measure_interleaved(
-            {_name(variant): variant.call for variant in variants},
+            {
+                _name(variant): variant.artifact.path if variant.artifact else variant.call
+                for variant in variants
+            },
             case,
             warmup=_WARMUP_CALLS,
             runs=runs,

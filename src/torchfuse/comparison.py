@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows of one model, the baseline first; all were timed in one process, interleaved."""
+    """The rows of one model, the baseline first; all were timed in the same rounds."""
 
     model: str
     rows: tuple[Row, ...]

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import (
     Artifact,
+    CheckedFile,
     Format,
     Precision,
     artifact_format,
@@ -49,7 +50,7 @@ from torchfuse.quantizing import (
 from torchfuse.restoring import random_state_kept
 from torchfuse.targets import executorch, torchscript
 
-__all__ = ["export", "load"]
+__all__ = ["export", "load", "loaded"]
 
 _FP16_MIN_SQNR_DB = 30.0
 _FP16_MIN_SHARE = 0.98  # of the multiply-accumulates, below which it would be slower than fp32
@@ -192,14 +193,22 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     Raises:
         ArtifactError: the file is missing, damaged, or of a kind that its runtime cannot load.
     """
-    file = check(path)
+    return loaded(check(path))
+
+
+def loaded(file: CheckedFile) -> Callable[..., Any]:
+    """Return the model in a file that was checked.
+
+    Raises:
+        ArtifactError: its runtime cannot load it.
+    """
     metadata = file.metadata or {}
     try:
         if file.format == "pte":
             return executorch.ExecutorchModel(file.data, metadata.get("signature"))
         return torchscript.deserialize(file.data, file.format)
     except ArtifactError as error:
-        raise ArtifactError(f"'{path}' cannot be loaded: {error}") from error
+        raise ArtifactError(f"'{file.path}' cannot be loaded: {error}") from error
 
 
 def _own_version() -> str | None:

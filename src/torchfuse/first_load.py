@@ -24,17 +24,19 @@ SCALAR_TYPES = {
 
 
 def _load_pte(path: str) -> None:
-    from executorch.runtime import Runtime
+    from executorch.extension.pybindings import _portable_lib
 
-    program = Runtime.get().load_program(path)
-    for name in sorted(program.method_names):
+    program = _portable_lib._load_program(
+        path, program_verification=_portable_lib.Verification.InternalConsistency
+    )
+    for name in sorted(map(program.get_method_name, range(program.num_methods()))):
         method = program.load_method(name)
         # A run that raises only says that ones are no good input for this model; one that ends
         # the process is what this is about.
         with contextlib.suppress(RuntimeError, KeyError):
-            described = method.metadata
+            described = method.method_meta()
             tensors = [described.input_tensor_meta(i) for i in range(described.num_inputs())]
-            method.execute([torch.ones(t.sizes(), dtype=SCALAR_TYPES[t.dtype()]) for t in tensors])
+            method([torch.ones(t.sizes(), dtype=SCALAR_TYPES[t.dtype()]) for t in tensors])
 
 
 def main(form: str, path: str) -> None:

@@ -1,39 +1,61 @@
 """The measuring loop: how long one call takes, sampled call by call, on pinned threads."""
 
 import contextlib
+import functools
 import gc
 import json
-import math
 import os
-import random
 import secrets
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torchfuse.errors import InputError
+from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.runner.loop import Clock, interleave, timed, turn_length, turn_of, warm_up
+from torchfuse.runner.workers import Worker, WorkerError, start_workers
 from torchfuse.stats import Ratio, percentile, ratio_of_medians
 
-__all__ = ["Measurement", "measure", "measure_interleaved", "pinned_threads", "ratio"]
+if TYPE_CHECKING:
+    from torchfuse.tasks import Task
+
+__all__ = [
+    "FileFacts",
+    "Measurement",
+    "file_facts",
+    "measure",
+    "measure_interleaved",
+    "measure_prepared",
+    "pinned_threads",
+    "ratio",
+]
 
 Runnable = Callable[..., Any]
-Clock = Callable[[], float]  # seconds since any fixed moment
 
-# Warm-up ends when two windows of calls agree. Lazy initialisation, the allocator and the
-# frequency governor take their first few calls; a machine that never settles gets a caution.
-_SETTLING_WINDOW = 5
-_SETTLED_WITHIN = 0.05
-_LONGEST_WARMUP_S = 3.0
 _WIDE_SPREAD = 0.1  # of the median
 
-# MobileNetV2 in int8 takes 20 % longer on its first call after another model's; most of that is
-# gone after three.
-_UNTIMED_IN_A_TURN = 3
-_TIMED_IN_A_TURN = 5  # at most
-_ROUNDS = 15  # at least, where there are enough runs: they are what an interval is made of
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is measured of a model file besides its calls, in the process that it had to itself."""
+
+    size_bytes: int
+    sha256: str
+    load_s: float | None  # the runtime already in memory; None: the runner does not say
+    first_inference_s: float | None
+    idle_memory_bytes: int | None  # of the process before it loaded the file; None: unknown
+    peak_memory_bytes: int | None  # of the process at its largest since
+
+    @property
+    def model_memory_bytes(self) -> int | None:
+        """How much the process grew at most by loading and running the file."""
+        if self.peak_memory_bytes is None or self.idle_memory_bytes is None:
+            return None
+        return self.peak_memory_bytes - self.idle_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,7 @@ class Measurement:
     threads: int
     round_id: str | None = None  # the same for measurements that were taken in the same rounds
     turn_runs: int = 1  # samples in a row, of which each round has as many
+    file: "FileFacts | None" = None  # None: a live callable, called in the measuring process
 
     def __str__(self) -> str:
         """The median with its spread: `net: 1.23 ms (IQR 0.04 ms), 50 runs, threads: 1`."""
@@ -123,8 +146,19 @@ class Measurement:
     @classmethod
     def from_json(cls, text: str) -> "Measurement":
         """Return the measurement that `to_json` wrote."""
-        fields = json.loads(text)
-        return cls(**{**fields, "samples_s": tuple(fields["samples_s"])})
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Measurement":
+        """Return the measurement of these fields, as `asdict` gives them."""
+        file = fields.get("file")
+        return cls(
+            **{
+                **fields,
+                "samples_s": tuple(fields["samples_s"]),
+                "file": None if file is None else FileFacts(**file),
+            }
+        )
 
 
 def ratio(numerator: Measurement, denominator: Measurement) -> Ratio:
@@ -175,11 +209,12 @@ def measure_interleaved(
     on_round: Callable[[int, int], object] | None = None,
     on_partial: Callable[[dict[str, Measurement]], object] | None = None,
 ) -> dict[str, Measurement]:
-    """Return one measurement per variant, all taken in this process, in the same rounds.
+    """Return one measurement per variant, all taken in the same rounds.
 
-    In each round every variant has a turn, in random order, so that what slows the machine down
-    for a while slows all of them. A turn is a few calls that are not timed, since the variant
-    before has pushed this one's weights out of the caches, and a few that are.
+    A path's file is loaded and run in a process of its own, a callable is called in this one. In
+    each round every variant has a turn, in random order, so that what slows the machine down for a
+    while slows all of them. A turn is a few calls that are not timed, since the variant before has
+    pushed this one's weights out of the caches, and a few that are. `clock` is for callables.
 
     After every round, `on_round(done, all)` is told, and `on_partial` is given the measurements so
     far, so that a caller can show or save them.
@@ -187,59 +222,160 @@ def measure_interleaved(
     Raises:
         InputError: no variants, no runs, no threads, or several cases.
         ArtifactError: a file is missing, damaged or of an unknown kind.
+        UnsupportedError: a file's process ended.
     """
-    import torch
-
     from torchfuse.inputs import cases
+    from torchfuse.tasks import Task, task_of
 
-    _check_positive(runs=runs, threads=threads)
-    if warmup is not None and warmup < 0:
-        raise InputError(f"warmup must be zero or more, got {warmup}.")
-    if not variants:
-        raise InputError("There is nothing to measure; give at least one variant.")
+    _check_counts(runs, threads, warmup, variants)
     all_cases = cases(inputs)
     if len(all_cases) != 1:
         raise InputError(
             f"A time belongs to one input, got {len(all_cases)} cases; measure each on its own."
         )
     case = all_cases[0]
-    with pinned_threads(threads), torch.inference_mode():
-        loaded = {name: _runnable(variant) for name, variant in variants.items()}
-        _pin_executorch(threads)  # loading an artifact may have brought its runtime in
-        calls = {
-            name: _timed(runnable, case.args, case.kwargs, clock)
-            for name, runnable in loaded.items()
+    with tempfile.TemporaryDirectory() as folder:
+        prepared: dict[str, Callable[[], Any] | Task] = {
+            name: task_of(variant, case, Path(folder))
+            if isinstance(variant, str | os.PathLike)
+            else functools.partial(variant, *case.args, **case.kwargs)
+            for name, variant in variants.items()
         }
-        alone = len(calls) == 1
-        round_id = None if alone else secrets.token_hex(8)
-        untimed = 0 if alone else _UNTIMED_IN_A_TURN
-        turn_runs = 1 if alone else max(1, min(_TIMED_IN_A_TURN, runs // _ROUNDS))
-        samples_s: dict[str, list[float]] = {name: [] for name in calls}
+        return measure_prepared(
+            prepared,
+            warmup=warmup,
+            runs=runs,
+            threads=threads,
+            seed=seed,
+            clock=clock,
+            on_round=on_round,
+            on_partial=on_partial,
+        )
+
+
+def measure_prepared(
+    variants: "Mapping[str, Callable[[], Any] | Task]",
+    *,
+    warmup: int | None = None,
+    runs: int = 50,
+    threads: int = 1,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
+    on_round: Callable[[int, int], object] | None = None,
+    on_partial: Callable[[dict[str, Measurement]], object] | None = None,
+) -> dict[str, Measurement]:
+    """Return what `measure_interleaved` does, of calls without arguments and of tasks."""
+    import torch
+
+    from torchfuse.tasks import Task
+
+    _check_counts(runs, threads, warmup, variants)
+    tasks = {name: variant for name, variant in variants.items() if isinstance(variant, Task)}
+    calls = {
+        name: timed(variant, clock)
+        for name, variant in variants.items()
+        if not isinstance(variant, Task)
+    }
+    length = turn_length(len(variants), runs)
+    round_id = None if len(variants) == 1 else secrets.token_hex(8)
+    forms = sorted({task.form for task in tasks.values()})
+    with (
+        start_workers(len(tasks), forms) as workers,
+        pinned_threads(threads) if calls else contextlib.nullcontext(),
+        torch.inference_mode(),
+        _errors_by_name(list(tasks)),
+    ):
+        by_name = dict(zip(tasks, workers, strict=True))
+        facts = {name: _loaded(by_name[name], task, threads) for name, task in tasks.items()}
+        samples_s: dict[str, list[float]] = {name: [] for name in variants}
 
         def so_far() -> dict[str, Measurement]:
             return {
                 name: Measurement(
-                    name, tuple(times), warmup_runs, settled, threads, round_id, turn_runs
+                    name,
+                    tuple(times),
+                    warmup_runs,
+                    settled,
+                    threads,
+                    round_id,
+                    length,
+                    facts.get(name),
                 )
                 for name, times in samples_s.items()
                 for warmup_runs, settled in [warmups[name]]
             }
 
         with _no_garbage_collection():
-            warmups = {name: _warm_up(call, warmup) for name, call in calls.items()}
-            order = random.Random(seed)  # noqa: S311  # an order, not a secret
-            rounds = math.ceil(runs / turn_runs)
-            for done in range(1, rounds + 1):
-                for name in order.sample(list(calls), len(calls)):
-                    for _ in range(untimed):
-                        calls[name]()
-                    timed = min(turn_runs, runs - len(samples_s[name]))
-                    samples_s[name] += [calls[name]() for _ in range(timed)]
+            warmups = {
+                name: warm_up(calls[name], warmup)
+                if name in calls
+                else _warm(by_name[name].ask("warm_up", count=warmup))
+                for name in variants
+            }
+            turns = {
+                name: turn_of(calls[name]) if name in calls else by_name[name].turn
+                for name in variants
+            }
+            for done, rounds, taken in interleave(turns, runs, seed):
+                for name, times in taken.items():
+                    samples_s[name] += times
                 if on_round is not None:
                     on_round(done, rounds)
                 if on_partial is not None:
                     on_partial(so_far())
-    return so_far()
+        for name, worker in by_name.items():
+            facts[name] = replace(facts[name], **worker.ask("memory"))
+        return so_far()
+
+
+def _loaded(worker: Worker, task: "Task", threads: int) -> FileFacts:
+    answer = worker.ask(
+        "load",
+        form=task.form,
+        path=str(task.path.resolve()),
+        args=task.args,
+        kwargs=dict(task.kwargs),
+        threads=threads,
+        folder=str(task.folder),
+        outputs=f"output-{worker.index}-",
+    )
+    return file_facts(task.size_bytes, task.sha256, answer)
+
+
+def file_facts(size_bytes: int, sha256: str, loaded: Mapping[str, Any]) -> FileFacts:
+    """Return what a worker told when it had loaded a file; its peak is not known yet."""
+    return FileFacts(
+        size_bytes,
+        sha256,
+        loaded["load_s"],
+        loaded["first_inference_s"],
+        loaded["idle_memory_bytes"],
+        None,
+    )
+
+
+def _warm(answer: Mapping[str, Any]) -> tuple[int, bool | None]:
+    return answer["warmup_runs"], answer["settled"]
+
+
+@contextlib.contextmanager
+def _errors_by_name(names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except WorkerError as error:
+        raise UnsupportedError(
+            f"{names[error.index]} ran here, but not in a process of its own: {error}."
+        ) from error
+
+
+def _check_counts(
+    runs: int, threads: int, warmup: int | None, variants: Mapping[str, object]
+) -> None:
+    _check_positive(runs=runs, threads=threads)
+    if warmup is not None and warmup < 0:
+        raise InputError(f"warmup must be zero or more, got {warmup}.")
+    if not variants:
+        raise InputError("There is nothing to measure; give at least one variant.")
 
 
 @contextlib.contextmanager
@@ -262,7 +398,7 @@ def pinned_threads(count: int) -> Iterator[None]:
 
 def _executorch_threads() -> int | None:
     # Importing the runtime takes seconds, and a process that has not done so has no pool to pin.
-    if "executorch.extension.pybindings.portable_lib" not in sys.modules:
+    if "executorch.extension.pybindings._portable_lib" not in sys.modules:
         return None
     from torchfuse.targets import executorch
 
@@ -288,26 +424,6 @@ def _name(variant: Runnable | str | os.PathLike[str]) -> str:
     return getattr(variant, "__name__", type(variant).__name__)
 
 
-def _runnable(variant: Runnable | str | os.PathLike[str]) -> Runnable:
-    if isinstance(variant, (str, os.PathLike)):
-        from torchfuse.exporting import load
-
-        loaded: Runnable = load(variant)
-        return loaded
-    return variant
-
-
-def _timed(
-    runnable: Runnable, args: tuple[Any, ...], kwargs: Mapping[str, Any], clock: Clock
-) -> Callable[[], float]:
-    def call() -> float:
-        start = clock()
-        runnable(*args, **kwargs)
-        return clock() - start
-
-    return call
-
-
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     # As timeit does: a collection in the middle of a call is not the model's time.
@@ -319,24 +435,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _warm_up(call: Callable[[], float], count: int | None) -> tuple[int, bool | None]:
-    if count is not None:
-        for _ in range(count):
-            call()
-        return count, None
-    times: list[float] = []
-    while not _settled(times):
-        if sum(times) > _LONGEST_WARMUP_S and len(times) >= 2 * _SETTLING_WINDOW:
-            return len(times), False
-        times.append(call())
-    return len(times), True
-
-
-def _settled(times: list[float]) -> bool:
-    if len(times) < 2 * _SETTLING_WINDOW:
-        return False
-    before = statistics.median(times[-2 * _SETTLING_WINDOW : -_SETTLING_WINDOW])
-    now = statistics.median(times[-_SETTLING_WINDOW:])
-    return abs(now - before) <= _SETTLED_WITHIN * before

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.inputs import Case
+from torchfuse.quieting import quiet
 from torchfuse.targets import executorch
 from torchfuse.targets.executorch import ExecutorchModel, capture, lower
 
@@ -271,7 +272,8 @@ def test_nothing_is_written_to_the_terminal(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_a_program_needs_nothing_of_ours(tmp_path: Path) -> None:
-    from executorch.runtime import Runtime
+    with quiet():
+        from executorch.runtime import Runtime
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))).eval()
     x = image(1, 3, 8, 8)

@@ -1,5 +1,6 @@
 """Today's mobile target: an ExecuTorch program (`.pte`) for XNNPACK, and the runtime it runs on."""
 
+import functools
 import logging
 import re
 import sys
@@ -271,7 +272,7 @@ class _Reasons(logging.Handler):
 
 
 def _check_operators(program: Any) -> None:
-    available = set(_runtime().operator_registry.operator_names)
+    available = set(_runtime()._get_operator_names())
     for plan in program.execution_plan:
         needed = {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
         if missing := sorted(needed - available):
@@ -317,11 +318,16 @@ def _sizes(
     return None if shape is None else [size_range(program, size) for size in shape]
 
 
+@functools.cache
 def _runtime() -> Any:
-    with quiet(), quiet_runtime():
-        from executorch.runtime import Runtime
+    """Return ExecuTorch's runtime.
 
-        return Runtime.get()
+    Not by executorch.runtime, whose import brings all of its exporter in and takes seconds.
+    """
+    with quiet(), quiet_runtime():
+        from executorch.extension.pybindings import _portable_lib
+
+        return _portable_lib
 
 
 # The runtime's thread pool is one per process. Methods that were loaded with the one before keep
@@ -331,21 +337,16 @@ _pool = 0
 
 def threads() -> int:
     """Return how many threads the runtime's thread pool has."""
-    _runtime()
-    from executorch.extension.pybindings import portable_lib
-
     with quiet_runtime():
-        return int(portable_lib._threadpool_get_thread_count())
+        return int(_runtime()._threadpool_get_thread_count())
 
 
 def set_threads(count: int) -> None:
     """Give the runtime, for the whole process, a thread pool of `count` threads."""
     global _pool
     if count != threads():
-        from executorch.extension.pybindings import portable_lib
-
         with quiet_runtime():
-            portable_lib._unsafe_reset_threadpool(count)
+            _runtime()._unsafe_reset_threadpool(count)
         _pool += 1
 
 
@@ -366,7 +367,7 @@ class ExecutorchModel:
         self._out_spec = load(signature["out_spec"]) if "out_spec" in signature else None
         self._bytes = program
         self._load()
-        self._inputs = _inputs(self._method.metadata, signature.get("sizes"))
+        self._inputs = _inputs(self._method.method_meta(), signature.get("sizes"))
         self._takes_tensors = self._in_spec is not None and self._in_spec == pytree.tree_structure(
             ((0,) * len(self._inputs), {})
         )
@@ -376,7 +377,9 @@ class ExecutorchModel:
         try:
             # The method points into the program, and the program into the bytes: all are kept.
             with quiet_runtime():
-                self._program = _runtime().load_program(self._bytes)
+                self._program = _runtime()._load_program_from_buffer(
+                    self._bytes, program_verification=_runtime().Verification.InternalConsistency
+                )
                 self._method = self._program.load_method("forward")
         except (RuntimeError, KeyError) as error:
             raise ArtifactError(
@@ -394,14 +397,19 @@ class ExecutorchModel:
         """
         if self._pool != _pool:
             self._load()
-        inputs = self._flat(args, kwargs)
+        inputs = self.flat(args, kwargs)
         self._check(inputs)
         outputs = self._execute(inputs)
         if self._out_spec is not None and not self._out_spec.is_leaf():
             return pytree.tree_unflatten(outputs, self._out_spec)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the arguments in the order in which the program itself takes them.
+
+        Raises:
+            InputError: other arguments, or other nesting, than it was made for.
+        """
         if self._in_spec is None:
             if kwargs:
                 raise InputError(
@@ -427,7 +435,7 @@ class ExecutorchModel:
     def _execute(self, inputs: list[Any]) -> Sequence[Any]:
         if self._ran:  # then it is unlikely to fail, and listening to the runtime costs time
             try:
-                outputs: Sequence[Any] = self._method.execute(inputs)
+                outputs: Sequence[Any] = self._method(inputs)
             except RuntimeError:
                 return self._listening(inputs)
             return outputs
@@ -440,7 +448,7 @@ class ExecutorchModel:
         lines: list[str] = []
         try:
             with quiet_runtime() as lines:
-                outputs: Sequence[Any] = self._method.execute(inputs)
+                outputs: Sequence[Any] = self._method(inputs)
         except RuntimeError as error:
             reasons = [re.sub(r"^\[.*?\] (Check failed \(.*?\): )?", "", line) for line in lines]
             raise UnsupportedError(

@@ -1,0 +1,112 @@
+"""The command: a job that torchfuse made, or models named on the command line."""
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchfuse.runner.job import event, read_event, run_job
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a job, or measure the models named on the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Measure .pte files on this machine, without torchfuse and without torch."
+    )
+    parser.add_argument(
+        "models", nargs="*", help="files to compare (.pte; .pt and .ptl with torch)"
+    )
+    parser.add_argument("--job", help="a job that torchfuse made, instead of models")
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SHAPE[:TYPE]",
+        help="an input of ones, such as 1x3x224x224 or 1x16:int64; repeat for several",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of the runtime (1)")
+    parser.add_argument("--runs", type=int, default=50, help="timed calls of each model (50)")
+    parser.add_argument("--warmup", type=int, help="untimed calls before (until times settle)")
+    parser.add_argument(
+        "--save", help="a file for everything measured, which `torchfuse bench --read` compares"
+    )
+    given = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        if given.job is not None:
+            job = json.loads(Path(given.job).read_text())
+            run_job(job, Path(given.job).resolve().parent, _printed)
+            return 0
+        if not given.models:
+            parser.error("expected the names of .pte files")
+        return _measure_named(given)
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"runner.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _printed(line: str) -> None:
+    print(line, flush=True)
+
+
+def _measure_named(given: argparse.Namespace) -> int:
+    inputs = [_input(text) for text in given.input]
+    names = [Path(name) for name in given.models]
+    job = {
+        "artifacts": [
+            {
+                "path": str(path.resolve()),
+                "name": str(path),
+                "form": path.suffix[1:],
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "size_bytes": path.stat().st_size,
+                "args": inputs,
+                "kwargs": {},
+            }
+            for path in names
+        ],
+        "threads": given.threads,
+        "runs": given.runs,
+        "warmup": given.warmup,
+        "seed": 0,
+    }
+    lines = [event(kind="job", **job)]
+    with tempfile.TemporaryDirectory() as folder:  # for the outputs
+        run_job(job, Path(folder), lines.append)
+    if given.save is not None:
+        Path(given.save).write_text("\n".join(lines) + "\n")
+    events = [told for told in map(read_event, lines) if told is not None]
+    failed = [told for told in events if told["kind"] == "failed"]
+    for told in failed:
+        print(f"runner.py: error: {names[told['artifact']]}: {told['reason']}", file=sys.stderr)
+    rounds = [told["samples_s"] for told in events if told["kind"] == "round"]
+    for index, name in enumerate(names):
+        samples_s = [s for turn in rounds for s in turn.get(str(index), [])]
+        if len(samples_s) > 1:
+            low, middle, high = statistics.quantiles(samples_s, n=4, method="inclusive")
+            print(
+                f"{name}: {middle * 1e3:.4g} ms (IQR {(high - low) * 1e3:.2g} ms), "
+                f"{len(samples_s)} runs, threads: {given.threads}"
+            )
+    return 1 if failed else 0
+
+
+def _input(text: str) -> dict[str, Any]:
+    shape, _, dtype = text.partition(":")
+    try:
+        sizes = [int(size) for size in shape.split("x")]
+    except ValueError:
+        raise ValueError(
+            f"expected an input such as 1x3x224x224 or 1x16:int64, got '{text}'"
+        ) from None
+    return {"ones": sizes, "dtype": dtype or "float32"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

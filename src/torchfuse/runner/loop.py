@@ -1,0 +1,107 @@
+"""The measuring loop: warm-up, and rounds in which every variant has a turn."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "LONGEST_WARMUP_S",
+    "Clock",
+    "Turn",
+    "interleave",
+    "timed",
+    "turn_length",
+    "turn_of",
+    "warm_up",
+]
+
+Clock = Callable[[], float]  # seconds since any fixed moment
+Turn = Callable[[int, int], Sequence[float]]  # calls untimed, calls timed: the time of each, in s
+
+# Warm-up ends when two windows of calls agree. Lazy initialisation, the allocator and the
+# frequency governor take their first few calls; a machine that never settles gets a caution.
+_SETTLING_WINDOW = 5
+_SETTLED_WITHIN = 0.05
+LONGEST_WARMUP_S = 3.0
+
+# MobileNetV2 in int8 takes 20 % longer on its first call after another model's; most of that is
+# gone after three.
+_UNTIMED_IN_A_TURN = 3
+_TIMED_IN_A_TURN = 5  # at most
+_ROUNDS = 15  # at least, where there are enough runs: they are what an interval is made of
+
+
+def warm_up(call: Callable[[], float], count: int | None) -> tuple[int, bool | None]:
+    """Make `count` calls, or (None) calls until the times settle; return how many, and whether.
+
+    `call` returns the seconds that it took. Nobody looked whether they settled where a count was
+    given: then that is None.
+    """
+    if count is not None:
+        for _ in range(count):
+            call()
+        return count, None
+    times: list[float] = []
+    while not _settled(times):
+        if sum(times) > LONGEST_WARMUP_S and len(times) >= 2 * _SETTLING_WINDOW:
+            return len(times), False
+        times.append(call())
+    return len(times), True
+
+
+def _settled(times: list[float]) -> bool:
+    if len(times) < 2 * _SETTLING_WINDOW:
+        return False
+    before = statistics.median(times[-2 * _SETTLING_WINDOW : -_SETTLING_WINDOW])
+    now = statistics.median(times[-_SETTLING_WINDOW:])
+    return abs(now - before) <= _SETTLED_WITHIN * before
+
+
+def turn_length(variants: int, runs: int) -> int:
+    """Return how many timed calls a variant makes in a row."""
+    return 1 if variants == 1 else max(1, min(_TIMED_IN_A_TURN, runs // _ROUNDS))
+
+
+def interleave(
+    turns: Mapping[str, Turn], runs: int, seed: int
+) -> Iterator[tuple[int, int, dict[str, list[float]]]]:
+    """Give every variant a turn in each round, in random order, until each has `runs` samples.
+
+    What slows the machine down for a while so slows all of them. A turn is a few calls that are
+    not timed, since the variant before has pushed this one's weights out of the caches, and a few
+    that are. After each round: how many are done, of how many, and the new samples in seconds.
+    """
+    length = turn_length(len(turns), runs)
+    untimed = 0 if len(turns) == 1 else _UNTIMED_IN_A_TURN
+    order = random.Random(seed)  # noqa: S311  # an order, not a secret
+    rounds = math.ceil(runs / length)
+    for done in range(1, rounds + 1):
+        timed = min(length, runs - (done - 1) * length)
+        names = order.sample(list(turns), len(turns))
+        taken = {name: list(turns[name](untimed, timed)) for name in names}
+        yield done, rounds, {name: taken[name] for name in turns}
+
+
+def timed(call: Callable[[], Any], clock: Clock = time.perf_counter) -> Callable[[], float]:
+    """Return a call that returns how many seconds it took."""
+
+    def measured() -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    return measured
+
+
+def turn_of(call: Callable[[], float]) -> Turn:
+    """Return the turns of a call that returns how many seconds it took."""
+
+    def turn(untimed: int, timed: int) -> list[float]:
+        for _ in range(untimed):
+            call()
+        return [call() for _ in range(timed)]
+
+    return turn

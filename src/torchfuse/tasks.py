@@ -1,0 +1,112 @@
+"""A model file and its inputs as a worker takes them: checked, run once here, inputs as raw files.
+
+The outputs of that one run are what any other machine's outputs are compared with.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torchfuse.artifacts import CheckedFile, check
+from torchfuse.errors import InputError
+from torchfuse.exporting import loaded
+from torchfuse.inputs import Case
+from torchfuse.targets.executorch import ExecutorchModel
+
+__all__ = ["Task", "task_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a worker is told to load, and what its first call should return."""
+
+    path: Path
+    form: str
+    args: list[Any]  # as runner.runtimes.decoded takes them; files are in the task's folder
+    kwargs: Mapping[str, Any]
+    folder: Path
+    input_files: tuple[str, ...]
+    expected: tuple[torch.Tensor, ...]  # this machine's outputs
+    size_bytes: int
+    sha256: str
+    metadata: Mapping[str, Any]  # what torchfuse.export sealed into the file; empty: nothing
+
+
+def task_of(path: str | os.PathLike[str], case: Case, folder: Path) -> Task:
+    """Return the task of running the file at `path` on `case`; inputs are written to `folder`.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or of an unknown kind.
+        InputError: an input that no worker can be given: sparse, quantized, or no plain data.
+    """
+    file = check(path)
+    model = loaded(file)
+    with torch.inference_mode():
+        outputs = model(*case.args, **case.kwargs)
+    args, kwargs = list(case.args), dict(case.kwargs)
+    if isinstance(model, ExecutorchModel):  # programs take all inputs by position, flat
+        args, kwargs = model.flat(case.args, case.kwargs), {}
+    files: dict[str, None] = {}
+    return Task(
+        path=file.path,
+        form=file.format,
+        args=[_encoded(arg, folder, files) for arg in args],
+        kwargs={name: _encoded(value, folder, files) for name, value in kwargs.items()},
+        folder=folder,
+        input_files=tuple(files),
+        expected=tuple(
+            leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)
+        ),
+        size_bytes=len(file.data),
+        sha256=_sha256(file),
+        metadata=file.metadata or {},
+    )
+
+
+def _sha256(file: CheckedFile) -> str:
+    return hashlib.sha256(file.data).hexdigest()
+
+
+def _encoded(value: Any, folder: Path, files: dict[str, None]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _written(value, folder, files)
+    if isinstance(value, list):
+        return [_encoded(item, folder, files) for item in value]
+    if type(value) is tuple:
+        return {"tuple": [_encoded(item, folder, files) for item in value]}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _encoded(item, folder, files) for key, item in value.items()}}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(
+        "Expected inputs made of tensors, numbers, text, tuples, lists and dicts with names as "
+        f"keys, got {type(value).__name__}; a file is measured in a process of its own, which can "
+        "be given no other."
+    )
+
+
+def _written(tensor: torch.Tensor, folder: Path, files: dict[str, None]) -> dict[str, Any]:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+        raise InputError(
+            f"Expected dense real inputs, got one of {tensor.dtype} that is {tensor.layout}; a "
+            "file is measured in a process of its own, which can be given no other."
+        )
+    # Dense in memory, and in the order of its strides, so that channels_last stays what it is.
+    dense = torch.empty_like(tensor, memory_format=torch.preserve_format).copy_(tensor).detach()
+    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+    data = flat.cpu().numpy().tobytes()
+    name = f"{hashlib.sha256(data).hexdigest()[:16]}.bin"
+    (folder / name).write_bytes(data)
+    files[name] = None
+    return {
+        "file": name,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(dense.shape),
+        "strides": list(dense.stride()),
+    }
