@@ -1,0 +1,55 @@
+"""Devices for tests: the real adb with devices that misbehave on request, and sshd."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from devices import adb_server
+from devices.adb_server import AdbServer
+from devices.fake_adbd import Device
+
+
+@pytest.fixture
+def adb(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AdbServer]:
+    """An adb server of this test's own, which `adb` without further settings uses as well."""
+    if shutil.which("adb") is None:
+        pytest.skip("adb is not installed: apt-get install adb")
+    with adb_server.running(tmp_path_factory.mktemp("adb")) as server:
+        for name in (*adb_server.MISLEADING, "ADB_VENDOR_KEYS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in adb_server.settings(server.port).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def adb_devices(
+    adb: AdbServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Device]]:
+    """A function that makes one more device and connects it; its arguments are Device's.
+
+    With connect=False it listens only.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def made(*, connect: bool = True, **settings: Any) -> Device:
+            device = Device(tmp_path_factory.mktemp("device"), **settings)
+            device.start()
+            stack.callback(device.stop)
+            if connect:
+                adb.adb("connect", device.serial)
+                adb.wait_for(device.serial, "device")
+            return device
+
+        yield made
+
+
+@pytest.fixture
+def adb_device(adb_devices: Callable[..., Device]) -> Device:
+    """A device that is connected and well."""
+    return adb_devices()
