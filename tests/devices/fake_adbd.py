@@ -27,6 +27,7 @@ MAX_DATA = 256 * 1024
 UNWRITABLE = "/sys/kernel"  # a folder in which nobody can make anything, not even root
 FEATURES = "shell_v2,cmd,stat_v2,ls_v2,fixed_push_mkdir"
 STDIN, STDOUT, STDERR, EXIT, CLOSE_STDIN = range(5)  # the packets of shell v2
+TOKEN, PUBLIC_KEY = 1, 3  # the packets of AUTH
 MARK = "FAKE_ADBD"  # in the environment of every process that the device's shell starts
 
 # What the device has of its own. All other paths in a command are this machine's, for its tools.
@@ -330,7 +331,9 @@ class Connection:
             return
         if command in (b"CNXN", b"AUTH"):
             if faults.unauthorized:
-                await self.send(b"AUTH", 1, 0, os.urandom(20))  # sign this; never good enough
+                # Sign this; no signature is good enough, and with the key itself comes the dialog.
+                if (command, one) != (b"AUTH", PUBLIC_KEY):
+                    await self.send(b"AUTH", TOKEN, 0, os.urandom(20))
             else:
                 await self.introduce()
         elif command == b"OPEN":
