@@ -1,15 +1,19 @@
 """Devices for tests: the real adb with devices that misbehave on request, and sshd."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devices import adb_server
+from devices import sshd as sshd_server
 from devices.adb_server import AdbServer
 from devices.fake_adbd import Device
+from devices.sshd import Sshd
 
 
 @pytest.fixture
@@ -53,3 +57,18 @@ def adb_devices(
 def adb_device(adb_devices: Callable[..., Device]) -> Device:
     """A device that is connected and well."""
     return adb_devices()
+
+
+@pytest.fixture
+def sshd(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Sshd]:
+    """An sshd of this test's own; the `ssh` and `scp` on the PATH know its hosts."""
+    if missing := [path for path in sshd_server.NEEDED if not Path(path).exists()]:
+        pytest.skip(
+            f"{', '.join(missing)} not installed: apt-get install openssh-server openssh-client"
+        )
+    with sshd_server.running(tmp_path_factory.mktemp("sshd")) as server:
+        monkeypatch.setenv("PATH", f"{server.bin}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        yield server
