@@ -12,6 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
 
 test: $(VENV)/installed-test
+	tests/devices/apt-install.sh adb openssh-client openssh-server
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

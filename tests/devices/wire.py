@@ -1,0 +1,103 @@
+"""A wire that can be cut: a forwarder on 127.0.0.1 that drops its connections when told to."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+
+class Wire:
+    """Forwards a port of 127.0.0.1 to another one, from start() to stop().
+
+    `cut_in_after` and `cut_out_after` are the bytes, towards the server and back, that still pass
+    before the wire is cut; as they pass, they are counted down. A cut wire stays so until mend().
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.port = 0
+        self.cut_in_after: int | None = None
+        self.cut_out_after: int | None = None
+        self.cuts = 0
+        self.frozen = False
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._do(self._listen())
+
+    def cut(self) -> None:
+        """Every connection is reset, and none is taken."""
+        self._do(self._cut())
+
+    def freeze(self) -> None:
+        """Nothing passes any more, and nobody is told."""
+        self.frozen = True
+
+    def mend(self) -> None:
+        self.frozen = False
+        self._do(self._listen())
+
+    def stop(self) -> None:
+        if not self._thread.is_alive():
+            return
+        self.frozen = False
+        self._do(self._cut())
+        self._do(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
+
+    async def _listen(self) -> None:
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+            self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _cut(self) -> None:
+        self.cuts += 1
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        self._writers |= {writer, back}
+        try:
+            await asyncio.gather(
+                self._pass(reader, back, "cut_in_after"), self._pass(there, writer, "cut_out_after")
+            )
+        finally:
+            self._writers -= {writer, back}
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: str
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(32 * 1024):
+                while self.frozen:
+                    await asyncio.sleep(0.01)
+                left = getattr(self, limit)
+                writer.write(data[:left])
+                await writer.drain()
+                if left is None:
+                    continue
+                setattr(self, limit, left - len(data) if left > len(data) else None)
+                if left <= len(data):
+                    await self._cut()
+        # One end has closed, which ends the other as well.
+        with contextlib.suppress(ConnectionError):
+            writer.close()
+            await writer.wait_closed()
