@@ -8,7 +8,7 @@ import click
 from torchfuse.errors import TorchfuseError
 
 # In the order of the work, which is the order of --help.
-_COMMANDS = ("recipe", "plan", "fuse", "quantize", "bench")
+_COMMANDS = ("recipe", "plan", "fuse", "quantize", "bench", "devices")
 
 
 class _Lazy(click.Group):
@@ -35,4 +35,6 @@ def main() -> None:
         cli.main(standalone_mode=True)
     except TorchfuseError as error:
         click.echo(f"torchfuse: error: {error}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            click.echo(f"  {note}", err=True)
         sys.exit(1)

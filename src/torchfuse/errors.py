@@ -4,6 +4,7 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "CaptureError",
+    "DeviceError",
     "ExportWarning",
     "FusionError",
     "FusionWarning",
@@ -33,6 +34,10 @@ class CaptureError(TorchfuseError):
 
 class CalibrationError(TorchfuseError):
     """Calibration data is missing, empty, constant, or holds NaN or Inf."""
+
+
+class DeviceError(TorchfuseError):
+    """A device cannot be reached, or did not do what it was told to the end."""
 
 
 class ArtifactError(TorchfuseError):

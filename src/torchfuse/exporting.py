@@ -248,7 +248,12 @@ def _executorch(
     return _Made(
         payload=lowered.program,
         precision=made,
-        metadata={"signature": dict(lowered.signature), "executorch": version("executorch")},
+        metadata={
+            "signature": dict(lowered.signature),
+            "executorch": version("executorch"),
+            "operators": lowered.operators,
+            "backends": lowered.backends,
+        },
         run=loaded,
         reference=reference,
         delegation=lowered.delegation,

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.machine_state import MachineState, this_state
+from torchfuse.noise import Caution, Samples
+from torchfuse.noise import cautions as cautions_of
 from torchfuse.runner.loop import Clock, interleave, timed, turn_length, turn_of, warm_up
 from torchfuse.runner.workers import Worker, WorkerError, start_workers
 from torchfuse.stats import Ratio, percentile, ratio_of_medians
@@ -26,17 +29,17 @@ if TYPE_CHECKING:
 __all__ = [
     "FileFacts",
     "Measurement",
+    "check_counts",
     "file_facts",
     "measure",
     "measure_interleaved",
     "measure_prepared",
     "pinned_threads",
     "ratio",
+    "round_id_of",
 ]
 
 Runnable = Callable[..., Any]
-
-_WIDE_SPREAD = 0.1  # of the median
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,18 @@ class Measurement:
     samples_s: tuple[float, ...]
     warmup_runs: int
     settled: bool | None  # whether the warm-up ended because the times had; None: not looked at
-    threads: int
+    threads: int | None  # None: the runner cannot be told, and does not say
     round_id: str | None = None  # the same for measurements that were taken in the same rounds
     turn_runs: int = 1  # samples in a row, of which each round has as many
     file: "FileFacts | None" = None  # None: a live callable, called in the measuring process
+    cautions: tuple[Caution, ...] = ()  # what makes it less trustworthy, each with what to change
 
     def __str__(self) -> str:
         """The median with its spread: `net: 1.23 ms (IQR 0.04 ms), 50 runs, threads: 1`."""
+        where = ", in this process" if self.file is None else ""
         return (
             f"{self.name}: {self.median_s * 1e3:.4g} ms (IQR {self.iqr_s * 1e3:.2g} ms), "
-            f"{self.runs} runs, threads: {self.threads}"
+            f"{self.runs} runs, threads: {self.threads}{where}"
         )
 
     @property
@@ -124,20 +129,9 @@ class Measurement:
         return 1 / self.median_s
 
     @property
-    def cautions(self) -> tuple[str, ...]:
-        """What makes these samples less trustworthy, each with what to change."""
-        cautions = []
-        if self.settled is False:
-            cautions.append(
-                f"the times had not settled after {self.warmup_runs} warm-up runs; "
-                "close other programs, or give more warm-up runs"
-            )
-        if self.runs > 1 and self.iqr_s > _WIDE_SPREAD * self.median_s:
-            cautions.append(
-                f"the middle half of the samples spreads over {self.iqr_s / self.median_s:.0%} of "
-                "the median; close other programs, or give more runs"
-            )
-        return tuple(cautions)
+    def samples(self) -> Samples:
+        """The samples as `noise.cautions` takes them."""
+        return Samples(self.samples_s, self.turn_runs, self.settled, self.warmup_runs)
 
     def to_json(self) -> str:
         """Return this measurement as JSON, every sample included."""
@@ -157,6 +151,7 @@ class Measurement:
                 **fields,
                 "samples_s": tuple(fields["samples_s"]),
                 "file": None if file is None else FileFacts(**file),
+                "cautions": tuple(Caution(**c) for c in fields.get("cautions", ())),
             }
         )
 
@@ -227,7 +222,7 @@ def measure_interleaved(
     from torchfuse.inputs import cases
     from torchfuse.tasks import Task, task_of
 
-    _check_counts(runs, threads, warmup, variants)
+    check_counts(runs, threads, warmup, variants)
     all_cases = cases(inputs)
     if len(all_cases) != 1:
         raise InputError(
@@ -261,15 +256,19 @@ def measure_prepared(
     threads: int = 1,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    earlier: Mapping[str, Measurement] | None = None,
     on_round: Callable[[int, int], object] | None = None,
     on_partial: Callable[[dict[str, Measurement]], object] | None = None,
 ) -> dict[str, Measurement]:
-    """Return what `measure_interleaved` does, of calls without arguments and of tasks."""
+    """Return what `measure_interleaved` does, of calls without arguments and of tasks.
+
+    `earlier` is what an interrupted run measured of the same; its rounds are not repeated.
+    """
     import torch
 
     from torchfuse.tasks import Task
 
-    _check_counts(runs, threads, warmup, variants)
+    check_counts(runs, threads, warmup, variants)
     tasks = {name: variant for name, variant in variants.items() if isinstance(variant, Task)}
     calls = {
         name: timed(variant, clock)
@@ -277,7 +276,9 @@ def measure_prepared(
         if not isinstance(variant, Task)
     }
     length = turn_length(len(variants), runs)
-    round_id = None if len(variants) == 1 else secrets.token_hex(8)
+    earlier = earlier or {}
+    rounds_done = min(earlier[name].runs if name in earlier else 0 for name in variants) // length
+    round_id = None if len(variants) == 1 else round_id_of(earlier)
     forms = sorted({task.form for task in tasks.values()})
     with (
         start_workers(len(tasks), forms) as workers,
@@ -287,7 +288,10 @@ def measure_prepared(
     ):
         by_name = dict(zip(tasks, workers, strict=True))
         facts = {name: _loaded(by_name[name], task, threads) for name, task in tasks.items()}
-        samples_s: dict[str, list[float]] = {name: [] for name in variants}
+        samples_s: dict[str, list[float]] = {
+            name: list(earlier[name].samples_s[: rounds_done * length]) if name in earlier else []
+            for name in variants
+        }
 
         def so_far() -> dict[str, Measurement]:
             return {
@@ -316,16 +320,44 @@ def measure_prepared(
                 name: turn_of(calls[name]) if name in calls else by_name[name].turn
                 for name in variants
             }
-            for done, rounds, taken in interleave(turns, runs, seed):
+            before = this_state()
+            for done, rounds, taken in interleave(turns, runs, seed, rounds_done):
                 for name, times in taken.items():
                     samples_s[name] += times
                 if on_round is not None:
                     on_round(done, rounds)
                 if on_partial is not None:
                     on_partial(so_far())
+            after = this_state()
         for name, worker in by_name.items():
             facts[name] = replace(facts[name], **worker.ask("memory"))
-        return so_far()
+        return _with_cautions(so_far(), before, after, threads)
+
+
+def _with_cautions(
+    measured: dict[str, Measurement], before: MachineState, after: MachineState, threads: int
+) -> dict[str, Measurement]:
+    """Return the measurements, each with the cautions of the run and its own."""
+    import torch
+
+    debug = {"torch": bool(torch.version.debug), "Python": hasattr(sys, "gettotalrefcount")}
+    found = cautions_of(
+        before,
+        after,
+        {name: measurement.samples for name, measurement in measured.items()},
+        threads,
+        debug_build=next((what for what, is_debug in debug.items() if is_debug), None),
+    )
+    return {
+        name: replace(m, cautions=tuple(c for c in found if c.name in (None, name)))
+        for name, m in measured.items()
+    }
+
+
+def round_id_of(earlier: Mapping[str, Measurement]) -> str:
+    """Return the name of the rounds of an interrupted run, to go on with; else a new one."""
+    names = {measured.round_id for measured in earlier.values()} - {None}
+    return names.pop() or "" if names else secrets.token_hex(8)
 
 
 def _loaded(worker: Worker, task: "Task", threads: int) -> FileFacts:
@@ -368,9 +400,10 @@ def _errors_by_name(names: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-def _check_counts(
+def check_counts(
     runs: int, threads: int, warmup: int | None, variants: Mapping[str, object]
 ) -> None:
+    """Raise InputError if there is nothing to measure, or not so."""
     _check_positive(runs=runs, threads=threads)
     if warmup is not None and warmup < 0:
         raise InputError(f"warmup must be zero or more, got {warmup}.")

@@ -1,22 +1,27 @@
-"""The command `torchfuse bench`: how fast model files run on this machine."""
+"""The command `torchfuse bench`: how fast model files run, on this machine and on devices."""
 
 import contextlib
+import hashlib
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchfuse.errors import InputError
+from torchfuse.errors import DeviceError, InputError
 from torchfuse.speed_benchmark import FLAGS, Options
 
 if TYPE_CHECKING:
+    from torchfuse.devices.run import DeviceRun
+    from torchfuse.tasks import Task
     from torchfuse.timing import Measurement
 
 _RUNS = 50
+_TIMEOUT_S = 600.0
 _SAVE_AND_SHOW_EVERY_S = 0.5  # between rounds; more often would disturb what is measured
 
 
@@ -32,22 +37,73 @@ def _same_flags_as_the_tool(function: Callable[..., None]) -> Callable[..., None
     return function
 
 
-@click.command("bench", short_help="How fast model files run on this machine.")
+def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(f"--{name}", f"{name}_path", metavar="FILE", help=what)
+
+
+@click.command("bench", short_help="How fast model files run, here and on devices.")
 @click.argument("artifacts", nargs=-1, metavar="[ARTIFACT]...")
 @_same_flags_as_the_tool
 @click.option("--threads", type=int, help="Threads that the models run on.")
-@click.option("--json", "json_path", metavar="FILE", help="Save every sample and ratio there.")
+@click.option(
+    "--device", "devices", multiple=True, metavar="NAME",
+    help="local, adb, adb:SERIAL or ssh:HOST; repeatable. Default: local.",
+)  # fmt: skip
+@click.option(
+    "--runner", type=click.Path(path_type=Path), metavar="PATH",
+    help="Your own executor_runner (.pte) or speed_benchmark_torch (.pt, .ptl) for the device.",
+)  # fmt: skip
+@click.option(
+    "--device-python", default="python3", metavar="PATH", show_default=True,
+    help="The Python there, where no --runner is given.",
+)  # fmt: skip
+@click.option(
+    "--device-folder", metavar="FOLDER",
+    help="Where the private folder there is made. Default: its folder for temporary files.",
+)  # fmt: skip
+@click.option(
+    "--timeout", type=float, default=_TIMEOUT_S, metavar="SECONDS", show_default=True,
+    help="How long all runs on a device may take; they are ended there then.",
+)  # fmt: skip
+@_a_file("json", "Save every sample, ratio and fact there, after every round.")
+@_a_file("csv", "Save a row a measurement there.")
+@_a_file("markdown", "Save a table a device there.")
+@click.option("--resume", is_flag=True, help="Go on with the run that --json holds.")
+@click.option(
+    "--fail-on-noise", is_flag=True,
+    help="End with status 3 where the figures cannot be trusted, for CI.",
+)  # fmt: skip
+@click.option(
+    "--read", "record", type=click.Path(path_type=Path), metavar="FILE",
+    help="Compare what `python3 -m torchfuse.runner --save FILE` measured elsewhere.",
+)  # fmt: skip
 def command(
-    artifacts: tuple[str, ...], threads: int | None, json_path: str | None, **flags: Any
+    artifacts: tuple[str, ...],
+    threads: int | None,
+    devices: tuple[str, ...],
+    runner: Path | None,
+    device_python: str,
+    device_folder: str | None,
+    timeout: float,
+    json_path: str | None,
+    csv_path: str | None,
+    markdown_path: str | None,
+    resume: bool,
+    fail_on_noise: bool,
+    record: Path | None,
+    **flags: Any,
 ) -> None:
     """Measure how long one call of each ARTIFACT (.pt, .ptl, .pte) takes.
 
     \b
       torchfuse bench plain.pt fused.pt model.pte --input_dims=1,3,224,224
+      torchfuse bench model.pte --input_dims=1,3,224,224 --device adb --runner executor_runner
+      torchfuse bench model.pte --input_dims=1,3,224,224 --device ssh:pi@raspberrypi
 
-    Artifacts are compared in one process, in rounds in random order, on one thread, after a
-    warm-up until the times have settled; 50 runs unless --iter says otherwise. The inputs are
-    tensors of ones, of type float and contiguous unless said otherwise.
+    Each artifact has a process of its own; they have turns in rounds in random order, on one
+    thread, after a warm-up until the times have settled; 50 runs unless --iter says otherwise. The
+    inputs are tensors of ones, of type float and contiguous unless said otherwise. On another
+    device the outputs are compared with this machine's before anything is timed.
 
     \b
       torchfuse bench --model=model.pte --input_dims=1,3,224,224 --input_type=float
@@ -56,71 +112,212 @@ def command(
     (--warmup=0, --iter=10, threads as they are) and its output.
     """  # noqa: D301  # \b keeps click from re-filling the next paragraph
     given = {name: value for name, value in flags.items() if value is not None}
-    if bool(artifacts) == ("model" in given):
+    ways = [name for name, is_given in (
+        ("ARTIFACT names", bool(artifacts)), ("--model", "model" in given),
+        ("--read", record is not None),
+    ) if is_given]  # fmt: skip
+    if len(ways) != 1:
         raise InputError(
-            "Expected either ARTIFACT names or --model, got "
-            f"{'both' if artifacts else 'neither'}; 'torchfuse bench --help' shows both."
+            f"Expected either ARTIFACT names, --model or --read, got "
+            f"{' and '.join(ways) or 'none of them'}; 'torchfuse bench --help' shows all three."
         )
-    if artifacts:
-        _compare(artifacts, given, 1 if threads is None else threads, json_path)
+    report = _Report({"json": json_path, "csv": csv_path, "markdown": markdown_path})
+    if record is not None:
+        _compare_record(record, report)
+    elif artifacts:
+        settings = _settings(given, threads, runner, device_python, timeout)
+        runs = _measure(
+            artifacts, given, settings, devices or ("local",), device_folder, report, resume
+        )
+        _show(runs, observer=bool(given.get("report_pep")))
+        _end(runs, fail_on_noise)
     else:
-        _as_the_tool(Options(**given), threads, json_path)
+        for name, value in (("--device", devices), ("--runner", runner), ("--resume", resume)):
+            if value:
+                raise InputError(
+                    f"{name} goes with ARTIFACT names, and --model is the tool on this machine; "
+                    "give the file's name without --model."
+                )
+        _as_the_tool(Options(**given), threads, report)
 
 
-def _as_the_tool(options: Options, threads: int | None, json_path: str | None) -> None:
+def _as_the_tool(options: Options, threads: int | None, report: "_Report") -> None:
     import torch
 
     from torchfuse import speed_benchmark
+    from torchfuse.devices.facts import DeviceFacts
+    from torchfuse.devices.run import DeviceRun
     from torchfuse.timing import Measurement, pinned_threads
 
-    report = _Report(json_path, options.input_dims)
+    report.open({"inputs": options.input_dims})
     with contextlib.nullcontext() if threads is None else pinned_threads(threads):
         samples_s = speed_benchmark.run(options)
         count = torch.get_num_threads()
-    report.save([Measurement(options.model, samples_s, options.warmup, None, count)])
+    measured = Measurement(options.model, samples_s, options.warmup, None, count)
+    report.take(DeviceRun(DeviceFacts("local", "ready"), "speed_benchmark_torch", (measured,)))
+    report.save()
 
 
-def _compare(
-    artifacts: Sequence[str], given: dict[str, Any], threads: int, json_path: str | None
-) -> None:
-    from torchfuse.render.bench import block, closing
-    from torchfuse.speed_benchmark import model_errors_in_one_line, observer_line, print_value
-    from torchfuse.timing import measure_interleaved
+def _settings(
+    given: Mapping[str, Any],
+    threads: int | None,
+    runner: Path | None,
+    python: str,
+    timeout_s: float,
+) -> Any:
+    from torchfuse.devices.benching import Settings
 
+    if timeout_s <= 0:
+        raise InputError(f"--timeout must be more than 0 seconds, got {timeout_s:g}.")
+    if runner is not None and not runner.is_file():
+        raise InputError(
+            f"Expected a runner, but '{runner}' is no file; docs/devices.md says how to get one."
+        )
+    return Settings(
+        runs=given.get("iter", _RUNS),
+        warmup=given.get("warmup"),
+        threads=1 if threads is None else threads,
+        timeout_s=timeout_s,
+        runner=runner,
+        python=python,
+    )
+
+
+def _measure(
+    artifacts: Sequence[str],
+    given: Mapping[str, Any],
+    settings: Any,
+    devices: Sequence[str],
+    folder: str | None,
+    report: "_Report",
+    resume: bool,
+) -> "list[DeviceRun]":
+    from torchfuse.devices.opening import checked_device
+    from torchfuse.devices.several import bench_devices
+    from torchfuse.timing import check_counts
+
+    devices = list(dict.fromkeys(map(checked_device, devices)))
     options = Options(**_with_own_defaults(given))
     paths = _distinct(artifacts)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, path in paths.items():
-        with model_errors_in_one_line(path):
-            calls[name], output = _loaded(path, options)
-        _refuse_nan(path, output)
+    check_counts(settings.runs, settings.threads, settings.warmup, paths)
+    with tempfile.TemporaryDirectory() as inputs:
+        tasks = {name: _task(path, options, Path(inputs)) for name, path in paths.items()}
         if options.print_output:
-            click.echo(f"{name} returned")
-            print_value(output, sys.stdout)
-    report = _Report(json_path, options.input_dims)
-    with _Progress() as progress:
-        measured = measure_interleaved(
-            calls,
-            (),
-            warmup=given.get("warmup"),
-            runs=options.iter,
-            threads=threads,
-            on_round=progress.show,
-            on_partial=report.save_now_and_then,
+            _print_outputs(tasks)
+        described = {
+            "inputs": options.input_dims,
+            "input_type": options.input_type,
+            "input_memory_format": options.input_memory_format,
+            "runs": settings.runs,
+            "warmup": settings.warmup,
+            "threads": settings.threads,
+            "runner": None if settings.runner is None else _digest(settings.runner),
+            "files": {name: task.sha256 for name, task in tasks.items()},
+        }
+        earlier = report.open(described, resume=resume)
+        with _Progress() as progress:
+            runs = bench_devices(
+                tasks,
+                devices,
+                settings,
+                folder=folder,
+                earlier=earlier,
+                on_step=progress.show,
+                on_partial=report.take,
+            )
+    for run in runs:
+        report.take(run)
+    report.save()
+    return runs
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _task(path: str, options: Options, folder: Path) -> "Task":
+    from torchfuse.exporting import load
+    from torchfuse.inputs import Case
+    from torchfuse.speed_benchmark import bundled_input, create_inputs, model_errors_in_one_line
+    from torchfuse.tasks import task_of
+
+    with model_errors_in_one_line(path):
+        inputs = create_inputs(options)
+        if options.use_bundled_input >= 0:
+            inputs = bundled_input(load(path), options.use_bundled_input)
+        task = task_of(path, Case(inputs), folder)
+    _refuse_nan(path, task)
+    return task
+
+
+def _print_outputs(tasks: "Mapping[str, Task]") -> None:
+    from torchfuse.speed_benchmark import print_value
+
+    for name, task in tasks.items():
+        click.echo(f"{name} returned")
+        print_value(task.expected if len(task.expected) != 1 else task.expected[0], sys.stdout)
+
+
+def _compare_record(path: Path, report: "_Report") -> None:
+    from torchfuse.devices.reading import run_from_record
+
+    run = run_from_record(path)
+    report.open({"record": str(path)})
+    report.take(run)
+    report.save()
+    _show([run], observer=False)
+
+
+def _show(runs: "Sequence[DeviceRun]", *, observer: bool) -> None:
+    from torchfuse.render.bench import block, closing, heading
+    from torchfuse.speed_benchmark import observer_line
+
+    for run in runs:
+        if observer:
+            for measured in run.measurements:
+                for sample_s in measured.samples_s:
+                    click.echo(observer_line(round(sample_s * 1e9)))
+        if not run.measurements:
+            continue
+        click.echo(heading(run) + "\n")
+        for measured in run.measurements:
+            click.echo(block(measured) + "\n")
+        for name, difference in run.differences:
+            click.echo(f"{name}: outputs there and here differ by {_difference(difference)}")
+        if len(run.measurements) > 1:
+            click.echo(closing(run.measurements, run.device) + "\n")
+        for caution in run.cautions:
+            where = "" if len(runs) == 1 else f"{run.device.name}: "
+            click.echo(f"Warning: {where}{caution}.", err=True)
+
+
+def _difference(difference: Any) -> str:
+    if difference.max_abs == 0:
+        return "nothing"
+    return f"at most {difference.max_abs:.2g} ({difference.sqnr_db:.1f} dB)"
+
+
+def _end(runs: "Sequence[DeviceRun]", fail_on_noise: bool) -> None:
+    """Raise what ended a run early; end with status 3 for noise, where that was asked for."""
+    errors = [run.error for run in runs if run.error is not None]
+    for error in errors[:-1]:
+        click.echo(f"torchfuse: error: {error}", err=True)
+    if errors:
+        raise DeviceError(errors[-1])
+    noisy = [caution for run in runs for caution in run.cautions if caution.fails]
+    if fail_on_noise and noisy:
+        click.echo(
+            f"torchfuse: {len(noisy)} of the warnings above make these figures worth little "
+            "(--fail-on-noise).",
+            err=True,
         )
-    report.save(list(measured.values()))
-    for name, measurement in measured.items():
-        if options.report_pep:
-            for sample_s in measurement.samples_s:
-                click.echo(observer_line(round(sample_s * 1e9)))
-        click.echo(block(measurement) + "\n")
-        for caution in measurement.cautions:
-            click.echo(f"Warning: {name}: {caution}.", err=True)
-    if len(measured) > 1:
-        click.echo(closing(list(measured.values())))
+        sys.exit(_NOISE_STATUS)
 
 
-def _with_own_defaults(given: dict[str, Any]) -> dict[str, Any]:
+_NOISE_STATUS = 3
+
+
+def _with_own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags, with one type and format per tensor where they can be left out."""
     if given.get("vulkan"):
         # The tool's own sentence is about its flag; here a device would be the way to a GPU.
@@ -150,62 +347,87 @@ def _distinct(artifacts: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _loaded(path: str, options: Options) -> tuple[Callable[[], Any], Any]:
-    import torch
-
-    from torchfuse.exporting import load
-    from torchfuse.speed_benchmark import bundled_input, create_inputs
-
-    model = load(path)
-    inputs = create_inputs(options)
-    if options.use_bundled_input >= 0:
-        inputs = bundled_input(model, options.use_bundled_input)
-
-    def call() -> Any:
-        return model(*inputs)
-
-    with torch.inference_mode():
-        return call, call()
-
-
-def _refuse_nan(path: str, output: Any) -> None:
-    import torch
-    from torch.utils import _pytree as pytree
-
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.isnan().any():
-            raise InputError(
-                f"The model in '{path}' returns NaN for these inputs, so its time says nothing "
-                "about real ones; repair the model, or give a bundled input that it was made for."
-            )
+def _refuse_nan(path: str, task: "Task") -> None:
+    if any(leaf.is_floating_point() and leaf.isnan().any() for leaf in task.expected):
+        raise InputError(
+            f"The model in '{path}' returns NaN for these inputs, so its time says nothing "
+            "about real ones; repair the model, or give a bundled input that it was made for."
+        )
 
 
 class _Report:
-    """The JSON file of a run: known to be writable before measuring, whole at any moment."""
+    """The files of a run: known to be writable before measuring, whole at any moment."""
 
-    def __init__(self, path: str | None, inputs: str) -> None:
-        self._path = None if path is None else Path(path)
-        self._inputs = inputs
+    def __init__(self, paths: Mapping[str, str | None]) -> None:
+        self._paths = {form: Path(path) for form, path in paths.items() if path is not None}
+        self._settings: Mapping[str, Any] = {}
+        self._runs: dict[str, DeviceRun] = {}
         self._saved_at_s = time.monotonic()
-        if self._path is not None and self._path.is_file():
+
+    def open(
+        self, settings: Mapping[str, Any], *, resume: bool = False
+    ) -> "dict[str, dict[str, Measurement]]":
+        """Find out that the files can be written; return what an earlier run of the same measured.
+
+        Raises:
+            InputError: there is nothing to resume, or it was measured otherwise.
+            ArtifactError: a file cannot be written.
+        """
+        self._settings = settings
+        earlier = self._earlier() if resume else {}
+        for path in self._paths.values():
             # What an earlier run left stays until this one has something to put in its place.
-            self._write(self._path, self._path.read_bytes())
-        else:
-            self.save([])
+            self._write(path, path.read_bytes() if path.is_file() else b"")
+        if not all(path.is_file() and path.stat().st_size for path in self._paths.values()):
+            self.save()
+        return earlier
 
-    def save_now_and_then(self, so_far: "dict[str, Measurement]") -> None:
+    def _earlier(self) -> "dict[str, dict[str, Measurement]]":
+        from torchfuse.render.bench_files import earlier_runs
+
+        path = self._paths.get("json")
+        if path is None or not path.is_file():
+            raise InputError(
+                "--resume goes on with what --json holds; give --json with the file that the "
+                "interrupted run saved."
+            )
+        try:
+            settings, runs = earlier_runs(path.read_text())
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"Expected what 'torchfuse bench --json' saved in '{path}', but it is something "
+                "else; leave out --resume to measure anew."
+            ) from error
+        for name, value in self._settings.items():
+            if settings.get(name) != value:
+                raise InputError(
+                    f"The run in '{path}' cannot be gone on with, since its {name} differ: "
+                    f"{settings.get(name)!r} then, {value!r} now; leave out --resume to measure "
+                    "anew."
+                )
+        return runs
+
+    def take(self, run: "DeviceRun") -> None:
+        """Take in what a device has measured so far; save it now and then."""
+        self._runs[run.device.name] = run
         if time.monotonic() - self._saved_at_s >= _SAVE_AND_SHOW_EVERY_S:
-            self.save(list(so_far.values()))
+            self.save()
 
-    def save(self, measured: "Sequence[Measurement]") -> None:
-        if self._path is None:
+    def save(self) -> None:
+        """Write the files with all that there is."""
+        if not self._paths:
             return
-        from torchfuse.machine import this_machine
-        from torchfuse.render.bench import to_json
+        from torchfuse.render.bench_files import to_csv, to_json, to_markdown
 
-        versions = {name: version(name) for name in ("torch", "executorch")}
-        text = to_json(measured, this_machine(), versions=versions, inputs=self._inputs)
-        self._write(self._path, text.encode())
+        runs = list(self._runs.values())
+        versions = {name: version(name) for name in ("torchfuse", "torch", "executorch")}
+        texts = {
+            "json": lambda: to_json(runs, versions=versions, settings=self._settings),
+            "csv": lambda: to_csv(runs),
+            "markdown": lambda: to_markdown(runs),
+        }
+        for form, path in self._paths.items():
+            self._write(path, texts[form]().encode())
         self._saved_at_s = time.monotonic()
 
     @staticmethod
@@ -216,28 +438,25 @@ class _Report:
 
 
 class _Progress:
-    """A bar on stderr that moves between rounds, never during one."""
+    """What each device is at, on stderr; it moves between rounds, never during one."""
 
     def __enter__(self) -> "_Progress":
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.status import Status
 
         console = Console(stderr=True)
-        self._bar = Progress(
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("measuring", total=None)
+        self._status = Status("", console=console) if console.is_terminal else None
+        self._steps: dict[str, str] = {}
         self._shown_at_s = time.monotonic()
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._status is not None:
+            self._status.stop()
 
-    def show(self, done: int, rounds: int) -> None:
-        if time.monotonic() - self._shown_at_s >= _SAVE_AND_SHOW_EVERY_S:
-            self._bar.update(self._task, completed=done, total=rounds, refresh=True)
-            self._shown_at_s = time.monotonic()
+    def show(self, device: str, step: str) -> None:
+        self._steps[device] = step
+        if self._status is None or time.monotonic() - self._shown_at_s < _SAVE_AND_SHOW_EVERY_S:
+            return
+        self._shown_at_s = time.monotonic()
+        self._status.update("    ".join(f"{name}: {at}" for name, at in self._steps.items()))

@@ -1,17 +1,17 @@
-"""Measurements as text, a block each and a closing sentence, and as JSON."""
+"""Measurements as text: a block each, a closing sentence, and what to trust less."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
-from torchfuse.machine import Machine
+from torchfuse.devices.facts import DeviceFacts
+from torchfuse.devices.run import DeviceRun
+from torchfuse.render.devices import described
 from torchfuse.stats import Ratio
-from torchfuse.timing import Measurement, ratio
+from torchfuse.timing import FileFacts, Measurement, ratio
 
-__all__ = ["block", "closing", "duration", "to_json"]
+__all__ = ["block", "closing", "duration", "heading", "size"]
 
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 
 
 def duration(seconds: float, like: float | None = None) -> str:
@@ -27,6 +27,22 @@ def duration(seconds: float, like: float | None = None) -> str:
     return f"{seconds / scale:.2f} {unit}"
 
 
+def size(size_bytes: int) -> str:
+    """Return a size with a unit that suits it.
+
+    >>> size(3738912)
+    '3.74 MB'
+    """
+    scale, unit = next((entry for entry in _SIZES if size_bytes >= entry[0]), _SIZES[-1])
+    return f"{size_bytes} bytes" if scale == 1 else f"{size_bytes / scale:.2f} {unit}"
+
+
+def heading(run: DeviceRun) -> str:
+    """Return the line that says where the measurements after it were taken, and by what."""
+    ran_by = f"; measured by {run.runner}" if run.runner else ""
+    return f"On {run.device.name}: {described(run.device)}{ran_by}"
+
+
 def block(measured: Measurement) -> str:
     """Return the lines that tell one measurement: centre and spread, range, counts."""
     centre = measured.median_s
@@ -34,23 +50,52 @@ def block(measured: Measurement) -> str:
     def shown(seconds: float) -> str:
         return duration(seconds, like=centre)
 
-    threads = f"{measured.threads} thread{'s' if measured.threads > 1 else ''}"
-    return "\n".join(
-        [
-            f"{measured.name}",
-            f"  Time (median ± IQR):   {shown(centre)} ± {shown(measured.iqr_s)}    "
-            f"{measured.calls_per_s:.6g} per second",
-            f"  Range (min … max):     {shown(measured.min_s)} … {shown(measured.max_s)}    "
-            f"p5 … p95: {shown(measured.p5_s)} … {shown(measured.p95_s)}",
-            f"  {measured.runs} runs after {measured.warmup_runs} warm-up runs, {threads}",
-        ]
+    lines = [
+        f"{measured.name}",
+        f"  Time (median ± IQR):   {shown(centre)} ± {shown(measured.iqr_s)}    "
+        f"{measured.calls_per_s:.6g} per second",
+        f"  Range (min … max):     {shown(measured.min_s)} … {shown(measured.max_s)}    "
+        f"p5 … p95: {shown(measured.p5_s)} … {shown(measured.p95_s)}",
+    ]
+    if measured.file is not None:
+        lines.append(f"  {_file(measured.file)}")
+    warmup = measured.warmup_runs
+    lines.append(
+        f"  {measured.runs} runs{'' if warmup is None else f' after {warmup} warm-up runs'}, "
+        f"{_threads(measured.threads)}"
     )
+    return "\n".join(lines)
 
 
-def closing(measured: Sequence[Measurement]) -> str:
-    """Return the sentence that compares the fastest with each of the others."""
+def _threads(count: int | None) -> str:
+    if count is None:
+        return "threads as the runner has them"
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _file(file: FileFacts) -> str:
+    parts = [
+        f"Load: {duration(file.load_s)}" if file.load_s is not None else "",
+        f"first inference: {duration(file.first_inference_s)}"
+        if file.first_inference_s is not None
+        else "",
+        f"memory: {size(max(0, file.model_memory_bytes))}"
+        if file.model_memory_bytes is not None
+        else "",
+        f"file: {size(file.size_bytes)}",
+    ]
+    text = "    ".join(part for part in parts if part)
+    return text[0].upper() + text[1:]
+
+
+def closing(measured: Sequence[Measurement], device: DeviceFacts | None = None) -> str:
+    """Return the sentence that compares the fastest with each of the others.
+
+    It says for which kind of processor that holds.
+    """
     fastest, *others = sorted(measured, key=lambda m: m.median_s)
-    lines = [f"{fastest.name} ran"]
+    where = f", on {device.architecture}," if device is not None and device.architecture else ""
+    lines = [f"{fastest.name} ran{where}"]
     for other in others:
         speed_up = ratio(other, fastest)
         lines.append(f"  {_compared(speed_up)} {other.name}")
@@ -65,42 +110,3 @@ def _compared(speed_up: Ratio) -> str:
     if not speed_up.measurable:
         return f"with no measurable difference {interval} to"
     return f"{speed_up.value:.2f} times {interval} as fast as"
-
-
-def to_json(
-    measured: Sequence[Measurement], machine: Machine, *, versions: dict[str, str], inputs: str
-) -> str:
-    """Return everything that was measured, every sample and every ratio to the fastest."""
-    done = [m for m in measured if m.samples_s]
-    fastest = min(done, key=lambda m: m.median_s, default=None)
-    report: dict[str, Any] = {
-        "versions": versions,
-        "machine": asdict(machine),
-        "inputs": inputs,
-        "results": [
-            {
-                **asdict(m),
-                "median_s": m.median_s,
-                "iqr_s": m.iqr_s,
-                "p5_s": m.p5_s,
-                "p95_s": m.p95_s,
-                "min_s": m.min_s,
-                "max_s": m.max_s,
-                "mean_s": m.mean_s,
-                "cautions": m.cautions,
-            }
-            for m in done
-        ],
-        "times_as_fast": [
-            {
-                "fastest": fastest.name,
-                "other": m.name,
-                **asdict(found),
-                "measurable": found.measurable,
-            }
-            for m in done
-            if fastest is not None and m is not fastest
-            for found in [ratio(m, fastest)]
-        ],
-    }
-    return json.dumps(report, indent=2) + "\n"

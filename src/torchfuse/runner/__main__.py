@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import secrets
 import statistics
 import sys
 import tempfile
@@ -75,8 +76,9 @@ def _measure_named(given: argparse.Namespace) -> int:
         "runs": given.runs,
         "warmup": given.warmup,
         "seed": 0,
+        "done": 0,
     }
-    lines = [event(kind="job", **job)]
+    lines = [event(kind="job", **job, round_id=secrets.token_hex(8))]
     with tempfile.TemporaryDirectory() as folder:  # for the outputs
         run_job(job, Path(folder), lines.append)
     if given.save is not None:

@@ -4,9 +4,11 @@ import json
 import platform
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchfuse.machine_state import this_state
 from torchfuse.runner.loop import interleave, turn_length
 from torchfuse.runner.runtimes import runtime_for
 from torchfuse.runner.workers import Worker, WorkerError, forked_workers
@@ -80,7 +82,9 @@ def _measure(job: Mapping[str, Any], folder: Path, workers: Sequence[Worker], te
         tell(event(kind="warm", artifact=worker.index, **warm))
     turns = {str(worker.index): worker.turn for worker in workers}
     length = turn_length(len(turns), job["runs"])
-    for done, rounds, samples_s in interleave(turns, job["runs"], job["seed"]):
+    tell(event(kind="state", state=asdict(this_state())))
+    for done, rounds, samples_s in interleave(turns, job["runs"], job["seed"], job["done"]):
         tell(event(kind="round", done=done, rounds=rounds, turn_runs=length, samples_s=samples_s))
+    tell(event(kind="state", state=asdict(this_state())))
     for worker in workers:
         tell(event(kind="measured", artifact=worker.index, **worker.ask("memory")))

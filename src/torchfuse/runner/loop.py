@@ -66,21 +66,29 @@ def turn_length(variants: int, runs: int) -> int:
 
 
 def interleave(
-    turns: Mapping[str, Turn], runs: int, seed: int
+    turns: Mapping[str, Turn],
+    runs: int,
+    seed: int,
+    rounds_done: int = 0,
+    calls: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, int, dict[str, list[float]]]]:
     """Give every variant a turn in each round, in random order, until each has `runs` samples.
 
     What slows the machine down for a while so slows all of them. A turn is a few calls that are
     not timed, since the variant before has pushed this one's weights out of the caches, and a few
     that are. After each round: how many are done, of how many, and the new samples in seconds.
+    `rounds_done` are left out, since an earlier run had them; `calls`, untimed and timed, are what
+    a turn is made of where that is not the usual.
     """
-    length = turn_length(len(turns), runs)
-    untimed = 0 if len(turns) == 1 else _UNTIMED_IN_A_TURN
+    usual = (0 if len(turns) == 1 else _UNTIMED_IN_A_TURN, turn_length(len(turns), runs))
+    untimed, length = usual if calls is None else calls
     order = random.Random(seed)  # noqa: S311  # an order, not a secret
     rounds = math.ceil(runs / length)
     for done in range(1, rounds + 1):
         timed = min(length, runs - (done - 1) * length)
         names = order.sample(list(turns), len(turns))
+        if done <= rounds_done:
+            continue
         taken = {name: list(turns[name](untimed, timed)) for name in names}
         yield done, rounds, {name: taken[name] for name in turns}
 

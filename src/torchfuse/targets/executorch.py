@@ -28,6 +28,7 @@ __all__ = [
     "capture",
     "input_shapes",
     "lower",
+    "operators",
     "set_threads",
     "size_range",
     "threads",
@@ -43,6 +44,8 @@ class Lowered:
     program: bytes
     delegation: Delegation
     signature: Mapping[str, Any]  # how arguments and results are nested, for ExecutorchModel
+    operators: tuple[str, ...]  # that it needs kernels for, outside the delegate: "aten::add.out"
+    backends: tuple[str, ...]  # the delegates that it needs, by the runtime's names
 
 
 def with_default_strides(value: Any) -> Any:
@@ -241,8 +244,21 @@ def lower(program: torch.export.ExportedProgram) -> Lowered:
             raise UnsupportedError(
                 f"ExecuTorch cannot lower the model: {first_line(error)}"
             ) from error
-    _check_operators(executorch_program.executorch_program)
-    return Lowered(bytes(executorch_program.buffer), delegation, _signature(program))
+    plans = executorch_program.executorch_program.execution_plan
+    needed = {name for plan in plans for name in operators(plan)}
+    _check_operators(needed)
+    return Lowered(
+        bytes(executorch_program.buffer),
+        delegation,
+        _signature(program),
+        tuple(sorted(needed)),
+        tuple(sorted({delegate.id for plan in plans for delegate in plan.delegates})),
+    )
+
+
+def operators(plan: Any) -> set[str]:
+    """Return the names of the operators that a method of a program calls outside its delegates."""
+    return {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
 
 
 class _Reasons(logging.Handler):
@@ -271,15 +287,12 @@ class _Reasons(logging.Handler):
         self._logger.setLevel(self._before[0])  # also forgets what it cached as enabled
 
 
-def _check_operators(program: Any) -> None:
-    available = set(_runtime()._get_operator_names())
-    for plan in program.execution_plan:
-        needed = {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
-        if missing := sorted(needed - available):
-            raise UnsupportedError(
-                f"The ExecuTorch runtime has no kernel for {', '.join(missing)}, which the model "
-                "needs; replace the operator in the model."
-            )
+def _check_operators(needed: set[str]) -> None:
+    if missing := sorted(needed - set(_runtime()._get_operator_names())):
+        raise UnsupportedError(
+            f"The ExecuTorch runtime has no kernel for {', '.join(missing)}, which the model "
+            "needs; replace the operator in the model."
+        )
 
 
 def _signature(program: torch.export.ExportedProgram) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""The command `torchfuse devices`: what models can be measured on, and how it is."""
+
+from pathlib import Path
+
+import click
+
+from torchfuse.errors import TorchfuseError
+
+
+@click.command("devices", short_help="What models can be measured on, and how it is.")
+@click.argument("hosts", nargs=-1, metavar="[HOST]...")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write every fact as JSON.",
+)  # fmt: skip
+def command(hosts: tuple[str, ...], json_path: Path | None) -> None:
+    r"""List this machine, the devices that adb knows, and each HOST that ssh reaches.
+
+    \b
+      torchfuse devices
+      torchfuse devices pi@raspberrypi
+
+    What a device does not say is left empty.
+    """
+    from rich.console import Console
+
+    from torchfuse.artifacts import check_destination, write_atomically
+    from torchfuse.devices.listing import listed
+    from torchfuse.render.devices import table
+    from torchfuse.render.json import to_json
+
+    if json_path is not None:
+        check_destination(json_path)
+    devices, problems = listed(hosts)
+    Console().print(table(devices))
+    for device in devices:
+        if device.advice is not None:
+            click.echo(f"{device.name}: {device.advice}.", err=True)
+    for problem in problems:
+        click.echo(f"Note: {problem}", err=True)
+    if json_path is not None:
+        write_atomically(json_path, to_json(devices).encode())
+    asked = {f"ssh:{host}" for host in hosts}
+    if unreachable := [d for d in devices if d.name in asked and d.advice is not None]:
+        raise TorchfuseError(f"{', '.join(d.name for d in unreachable)} cannot be used as it is.")

@@ -1,0 +1,142 @@
+"""Models measured on a device: pushed, compared with this machine's outputs, and then timed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from torchfuse.checking import compare_outputs
+from torchfuse.devices.facts import DeviceFacts, facts_of
+from torchfuse.devices.native_runner import native_runner
+from torchfuse.devices.python_runner import PythonRunner
+from torchfuse.devices.record import ArtifactName, Record
+from torchfuse.devices.run import DeviceRun
+from torchfuse.devices.runner import Runner, Schedule
+from torchfuse.devices.transport import Transport
+from torchfuse.equivalence import Equivalence
+from torchfuse.errors import DeviceError, TorchfuseError
+from torchfuse.runner.loop import turn_length
+from torchfuse.tasks import Task
+from torchfuse.timing import Measurement, round_id_of
+
+__all__ = ["Settings", "bench_on"]
+
+# Another machine's kernels round otherwise, and a quantized net multiplies that. float32 is
+# compared by the tolerance of its type; below these, something is wrong and not just rounded.
+_MIN_SQNR_DB = {"fp16": 30.0, "int8": 20.0, "int4": 20.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are measured, on every device alike."""
+
+    runs: int = 50
+    warmup: int | None = None
+    threads: int = 1
+    timeout_s: float = 600.0
+    runner: Path | None = None  # the user's own binary; None: torchfuse's Python runner
+    python: str = "python3"
+
+
+def bench_on(
+    transport: Transport,
+    tasks: Mapping[str, Task],
+    settings: Settings,
+    *,
+    earlier: Mapping[str, Measurement] | None = None,
+    on_step: Callable[[str], object] = lambda _: None,
+    on_partial: Callable[[DeviceRun], object] = lambda _: None,
+) -> DeviceRun:
+    """Return what was measured on the device; an error that ended it early is in the result.
+
+    `earlier` is what an interrupted run measured of the same files; its rounds are not repeated.
+    """
+    record = Record(
+        [ArtifactName(name, task.size_bytes, task.sha256) for name, task in tasks.items()],
+        settings.threads,
+        round_id=round_id_of(earlier or {}),
+        earlier=earlier or {},
+    )
+    differences: dict[str, Equivalence] = {}
+    facts = DeviceFacts(transport.name, "unknown")
+
+    def so_far(error: str | None = None) -> DeviceRun:
+        return DeviceRun(
+            facts,
+            _runner_name(record),
+            record.measurements,
+            record.cautions(emulated=facts.emulated),
+            tuple(differences.items()),
+            error,
+        )
+
+    def told(_: Record) -> None:
+        on_step(f"round {record.rounds[0]} of {record.rounds[1]}")
+        on_partial(so_far())
+
+    try:
+        on_step("connecting")
+        with transport:
+            facts = facts_of(transport)
+            runner = _runner(settings, tasks, facts)
+            on_step("pushing")
+            runner.push(transport, tasks)
+            on_step("comparing outputs with this machine's")
+            outputs = runner.outputs(transport, tasks, record)
+            for name, task in tasks.items():
+                differences[name] = _compared(task, outputs[name])
+            _require_equal(transport, differences)
+            on_step("warming up")
+            schedule = Schedule(
+                settings.runs, settings.warmup, _rounds_done(record, settings), settings.timeout_s
+            )
+            runner.time(transport, tasks, record, schedule, told)
+    except TorchfuseError as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        return so_far(f"{error} {notes}".strip())
+    return so_far()
+
+
+def _runner(settings: Settings, tasks: Mapping[str, Task], facts: DeviceFacts) -> Runner:
+    if settings.runner is None:
+        return PythonRunner(settings.python)
+    return native_runner(settings.runner, tasks, facts)
+
+
+def _runner_name(record: Record) -> str | None:
+    names = [f"{told['name']} {told['version'] or ''}".strip() for told in record.runtimes]
+    return ", ".join(dict.fromkeys(names)) or None
+
+
+def _rounds_done(record: Record, settings: Settings) -> int:
+    if len(record.earlier) < len(record.artifacts):
+        return 0
+    length = turn_length(len(record.artifacts), settings.runs)
+    return min(measured.runs for measured in record.earlier.values()) // length
+
+
+def _compared(task: Task, outputs: tuple[torch.Tensor, ...]) -> Equivalence:
+    """Return how far the device's outputs are from this machine's."""
+    many = len(task.expected) > 1
+    names = [f"output {i}" if many else "output" for i in range(len(task.expected))]
+    return Equivalence(
+        tuple(
+            compare_outputs(
+                dict(zip(names, task.expected, strict=True)),
+                dict(zip(names, outputs, strict=False)),
+                min_sqnr_db=_MIN_SQNR_DB.get(task.metadata.get("precision", "int8")),
+            )
+        )
+    )
+
+
+def _require_equal(transport: Transport, differences: Mapping[str, Equivalence]) -> None:
+    for name, difference in differences.items():
+        if not difference.passed:
+            raise DeviceError(
+                f"{transport.name}: {name} computes something else there than here: "
+                f"{' '.join(difference.problems)} Nothing was timed; see whether the runtime there "
+                "is of the version that the file was made for, and whether an emulator computes "
+                "right."
+            )

@@ -1,0 +1,95 @@
+"""A runner of the user's own: ExecuTorch's executor_runner or PyTorch's speed_benchmark_torch.
+
+torchfuse ships neither. Before anything is pushed, the binary itself is looked at: for which
+processor it was built, and whether it has the operators that the models need.
+"""
+
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from torchfuse.devices.executor_runner import ExecutorRunner
+from torchfuse.devices.facts import DeviceFacts
+from torchfuse.devices.operators import operators_of
+from torchfuse.devices.runner import Runner
+from torchfuse.devices.speed_benchmark import SpeedBenchmark
+from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.tasks import Task
+
+__all__ = ["native_runner"]
+
+# e_machine of the ELF header → what `uname -m` says of a machine that runs it.
+_MACHINES = {
+    0x3E: ("x86_64",),
+    0x03: ("i386", "i686", "x86_64"),
+    0xB7: ("aarch64",),
+    0x28: ("armv7l", "armv8l", "aarch64"),
+    0xF3: ("riscv64",),
+}
+_NAMES = {0x3E: "x86-64", 0x03: "x86", 0xB7: "arm64", 0x28: "32-bit Arm", 0xF3: "RISC-V"}
+
+# Text in the binary that tells an operator that was registered, and a program version.
+_OPERATOR = re.compile(
+    rb"(?:aten|quantized_decomposed|dim_order_ops)::[a-z_0-9]+(?:\.[A-Za-z_0-9]+)?"
+)
+_FEWEST_OPERATORS = 5  # below, the kernels are in a library beside it, or the names are not kept
+
+
+def native_runner(path: Path, tasks: Mapping[str, Task], facts: DeviceFacts) -> Runner:
+    """Return the runner that the binary at `path` is, by the files that it is to run.
+
+    Raises:
+        InputError: no such file, no binary for the device, or models that want two runners.
+        UnsupportedError: the binary lacks an operator that a model needs.
+    """
+    try:
+        binary = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"Expected a runner, but '{path}' cannot be read: {error.strerror}."
+        ) from error
+    forms = {task.form for task in tasks.values()}
+    if "pte" in forms and len(forms) > 1:
+        raise InputError(
+            "Expected models that one runner can run, got .pte files and others; measure the .pte "
+            "files with executor_runner, and the .pt and .ptl files with speed_benchmark_torch."
+        )
+    _require_architecture(path, binary, facts)
+    _require_operators(path, binary, tasks)
+    return ExecutorRunner(path) if forms == {"pte"} else SpeedBenchmark(path)
+
+
+def _require_architecture(path: Path, binary: bytes, facts: DeviceFacts) -> None:
+    if binary[:2] == b"#!":
+        return  # a script that starts the runner
+    if binary[:4] != b"\x7fELF" or len(binary) < 20:
+        raise InputError(
+            f"Expected a program for the device (an ELF file), but '{path}' is none; give the "
+            "executor_runner or speed_benchmark_torch that you built for it."
+        )
+    order = "<" if binary[5] == 1 else ">"
+    (machine,) = struct.unpack_from(f"{order}H", binary, 18)
+    fitting = _MACHINES.get(machine)
+    if fitting is None or facts.architecture is None or facts.architecture in fitting:
+        return
+    raise InputError(
+        f"'{path}' was built for {_NAMES[machine]}, and {facts.name} is {facts.architecture}; "
+        "build it for that."
+    )
+
+
+def _require_operators(path: Path, binary: bytes, tasks: Mapping[str, Task]) -> None:
+    have = {name.decode() for name in _OPERATOR.findall(binary)}
+    if len(have) < _FEWEST_OPERATORS:
+        return  # it does not say
+    for name, task in tasks.items():
+        needed = {op for op in operators_of(task) if _OPERATOR.fullmatch(op.encode())}
+        missing = sorted(needed - have)
+        backends = task.metadata.get("backends", ())
+        missing += [backend for backend in backends if backend.encode() not in binary]
+        if missing:
+            raise UnsupportedError(
+                f"{name} needs {', '.join(missing)}, and '{path}' has not; build the runner with "
+                "these kernels and backends (for .pte: portable and quantized kernels, XNNPACK)."
+            )

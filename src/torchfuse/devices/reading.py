@@ -1,0 +1,48 @@
+"""What `python3 -m torchfuse.runner --save FILE` measured on a machine without torchfuse."""
+
+from pathlib import Path
+
+from torchfuse.devices.facts import DeviceFacts
+from torchfuse.devices.record import ArtifactName, Record
+from torchfuse.devices.run import DeviceRun
+from torchfuse.errors import InputError
+from torchfuse.runner.job import read_event
+
+__all__ = ["run_from_record"]
+
+
+def run_from_record(path: Path) -> DeviceRun:
+    """Return what the runner saved in the file.
+
+    Raises:
+        InputError: it is no such file, or was cut short before anything was measured.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' cannot be read: {error}.") from error
+    events = [event for line in lines for event in [read_event(line)] if event is not None]
+    if not events or events[0]["kind"] != "job":
+        raise InputError(
+            f"Expected what 'python3 -m torchfuse.runner --save' wrote, but '{path}' is something "
+            "else, or damaged at its beginning."
+        )
+    job = events[0]
+    names = [ArtifactName(a["name"], a["size_bytes"], a["sha256"]) for a in job["artifacts"]]
+    record = Record(names, job["threads"], round_id=job["round_id"])
+    for event in events[1:]:
+        record.note(event)
+    runtimes = [f"{told['name']} {told['version']}" for told in record.runtimes]
+    machine = next((told["machine"] for told in record.runtimes), None)
+    reason = None
+    if record.failed is not None:
+        reason = f"{names[record.failed[0]].name}: {record.failed[1]}."
+    elif not record.ended:
+        reason = f"'{path}' ends before the run did; what is there of it is whole rounds."
+    return DeviceRun(
+        DeviceFacts(path.name, "ready", architecture=machine),
+        ", ".join(dict.fromkeys(runtimes)) or None,
+        record.measurements,
+        record.cautions(emulated=None),
+        error=reason,
+    )

@@ -1,0 +1,154 @@
+"""What a runner's events add up to: measurements, the machine's state, what went wrong."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchfuse.machine_state import MachineState, ThermalZone
+from torchfuse.noise import Caution, cautions
+from torchfuse.runner.job import read_event
+from torchfuse.timing import FileFacts, Measurement
+
+__all__ = ["ArtifactName", "Record"]
+
+
+@dataclass(frozen=True)
+class ArtifactName:
+    """What a measurement says of the file that it is of."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass
+class Record:
+    """The events of a runner, taken as they come; what there is of them can be asked any time."""
+
+    artifacts: Sequence[ArtifactName]
+    threads: int  # asked for
+    round_id: str | None = None
+    earlier: Mapping[str, Measurement] = field(default_factory=dict)
+    runtimes: list[Mapping[str, Any]] = field(default_factory=list)
+    loaded: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    failed: tuple[int, str] | None = None  # which artifact, and why
+    ended: bool = False
+    rounds: tuple[int, int] = (0, 0)  # done, of how many
+    _warm: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    _peak: dict[int, int | None] = field(default_factory=dict)
+    _samples_s: dict[int, list[float]] = field(default_factory=dict)
+    _turn_runs: int = 1
+    _states: list[MachineState] = field(default_factory=list)
+
+    def take(self, line: str) -> Mapping[str, Any] | None:
+        """Take in a line of the runner's output; return the event that it tells, if it does."""
+        told = read_event(line)
+        if told is not None:
+            self.note(told)
+        return told
+
+    def note(self, told: Mapping[str, Any]) -> None:
+        """Take in an event, as `runner.job` tells them."""
+        match told["kind"]:
+            case "runtime":
+                self.runtimes.append(told)
+            case "loaded":
+                self.loaded[told["artifact"]] = told
+            case "warm":
+                self._warm[told["artifact"]] = told
+            case "state":
+                self.note_state(_state(told["state"]))
+            case "round":
+                self._turn_runs = told["turn_runs"]
+                self.rounds = told["done"], told["rounds"]
+                for index, times in told["samples_s"].items():
+                    self._samples_s.setdefault(int(index), []).extend(times)
+            case "measured":
+                self._peak[told["artifact"]] = told["peak_memory_bytes"]
+            case "failed":
+                self.failed = told["artifact"], told["reason"]
+            case "end":
+                self.ended = True
+
+    def note_state(self, state: MachineState) -> None:
+        """Take in what the machine was doing: before the first round, and after the last."""
+        self._states.append(state)
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """What was measured so far, in whole rounds."""
+        together = len(self.artifacts) > 1
+        found = []
+        for index, artifact in enumerate(self.artifacts):
+            earlier = self.earlier.get(artifact.name)
+            samples_s = (*(earlier.samples_s if earlier else ()), *self._samples_s.get(index, ()))
+            if not samples_s:
+                continue
+            if index not in self.loaded:  # lost before it got there again
+                assert earlier is not None
+                found.append(earlier)
+                continue
+            loaded, warm = self.loaded[index], self._warm[index]
+            facts = FileFacts(
+                artifact.size_bytes,
+                artifact.sha256,
+                loaded["load_s"],
+                loaded["first_inference_s"],
+                loaded["idle_memory_bytes"],
+                self._peak.get(index),
+            )
+            found.append(
+                Measurement(
+                    artifact.name,
+                    samples_s,
+                    warm["warmup_runs"],
+                    warm["settled"],
+                    loaded["threads"],
+                    self.round_id if together else None,
+                    self._turn_runs,
+                    facts,
+                )
+            )
+        return tuple(found)
+
+    def cautions(self, *, emulated: bool | None) -> tuple[Caution, ...]:
+        """Return what makes these measurements less trustworthy."""
+        before, after = self._states if len(self._states) == 2 else (None, None)
+        debug = [f"{runtime['name']}" for runtime in self.runtimes if runtime["debug_build"]]
+        found = cautions(
+            before,
+            after,
+            {m.name: m.samples for m in self.measurements},
+            self.threads,
+            debug_build=debug[0] if debug else None,
+            emulated=emulated,
+        )
+        return found + self._threads_not_as_asked()
+
+    def _threads_not_as_asked(self) -> tuple[Caution, ...]:
+        cannot = next((told for told in self.loaded.values() if not told["can_set_threads"]), None)
+        if cannot is None or cannot["threads"] == self.threads:
+            return ()
+        runtime = self.runtimes[0]["name"] if self.runtimes else "the runner"
+        count = cannot["threads"]
+        takes = "as many threads as it likes" if count is None else f"{count} threads"
+        return (
+            Caution(
+                "threads",
+                f"{runtime} ran on {takes} and cannot be told to run on {self.threads}; compare "
+                "only with figures of the same runtime on the same device",
+                fails=False,
+            ),
+        )
+
+
+def _state(fields: Mapping[str, Any]) -> MachineState:
+    zones = fields["thermal_zones"]
+    lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
+    return MachineState(
+        **{
+            **fields,
+            **lists,
+            "thermal_zones": None if zones is None else tuple(ThermalZone(**z) for z in zones),
+        }
+    )

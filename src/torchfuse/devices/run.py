@@ -1,0 +1,27 @@
+"""The result of measuring models on one device; plain data, no torch."""
+
+from dataclasses import dataclass
+
+from torchfuse.devices.facts import DeviceFacts
+from torchfuse.equivalence import Equivalence
+from torchfuse.noise import Caution
+from torchfuse.timing import Measurement
+
+__all__ = ["DeviceRun"]
+
+
+@dataclass(frozen=True)
+class DeviceRun:
+    """What was measured on one device, in the same rounds."""
+
+    device: DeviceFacts
+    runner: str | None  # what ran the models, and its version; None: it did not come to that
+    measurements: tuple[Measurement, ...]
+    cautions: tuple[Caution, ...] = ()
+    differences: tuple[tuple[str, Equivalence], ...] = ()  # by name, from this machine's outputs
+    error: str | None = None  # what ended it early
+
+    def is_complete(self, models: int, runs: int) -> bool:
+        """Whether every model has all its runs."""
+        done = [measured for measured in self.measurements if measured.runs >= runs]
+        return self.error is None and len(done) == models

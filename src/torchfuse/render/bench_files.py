@@ -1,0 +1,149 @@
+"""Measurements as files: JSON with every sample, CSV and Markdown with a row each."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from torchfuse.devices.run import DeviceRun
+from torchfuse.render.bench import duration, size
+from torchfuse.render.devices import described
+from torchfuse.render.json import to_json as plain_json
+from torchfuse.stats import Ratio
+from torchfuse.timing import Measurement, ratio
+
+__all__ = ["earlier_runs", "to_csv", "to_json", "to_markdown"]
+
+_COLUMNS = (
+    "device", "architecture", "name", "median_s", "iqr_s", "p5_s", "p95_s", "min_s", "max_s",
+    "mean_s", "runs", "warmup_runs", "threads", "load_s", "first_inference_s",
+    "idle_memory_bytes", "peak_memory_bytes", "size_bytes", "sha256",
+)  # fmt: skip
+
+
+def to_json(
+    runs: Sequence[DeviceRun], *, versions: Mapping[str, str], settings: Mapping[str, Any]
+) -> str:
+    """Return everything that was measured, every sample and every ratio to the fastest."""
+    return plain_json(
+        {
+            "versions": versions,
+            "settings": settings,
+            "runs": [_run(run) for run in runs],
+        }
+    )
+
+
+def _run(run: DeviceRun) -> dict[str, Any]:
+    done = [m for m in run.measurements if m.samples_s]
+    fastest = min(done, key=lambda m: m.median_s, default=None)
+    return {
+        "device": asdict(run.device),
+        "runner": run.runner,
+        "error": run.error,
+        "results": [{**asdict(m), **_summary(m)} for m in done],
+        "times_as_fast": [
+            {
+                "fastest": fastest.name,
+                "other": m.name,
+                **asdict(found),
+                "measurable": found.measurable,
+            }
+            for m in done
+            if fastest is not None and m is not fastest
+            for found in [ratio(m, fastest)]
+        ],
+        "cautions": [asdict(caution) for caution in run.cautions],
+        "differences_from_this_machine": {
+            name: {"max_abs": d.max_abs, "max_rel": d.max_rel, "sqnr_db": d.sqnr_db}
+            for name, d in run.differences
+        },
+    }
+
+
+def _summary(measured: Measurement) -> dict[str, float]:
+    names = ("median_s", "iqr_s", "p5_s", "p95_s", "min_s", "max_s", "mean_s")
+    return {name: getattr(measured, name) for name in names}
+
+
+def earlier_runs(text: str) -> tuple[Mapping[str, Any], dict[str, dict[str, Measurement]]]:
+    """Return the settings and, by device and model, the measurements that `to_json` wrote.
+
+    Raises:
+        ValueError, KeyError, TypeError: the text is no such JSON.
+    """
+    report = json.loads(text)
+    known = {field.name for field in fields(Measurement)}
+    return report["settings"], {
+        run["device"]["name"]: {
+            result["name"]: Measurement.from_dict(
+                {name: value for name, value in result.items() if name in known}
+            )
+            for result in run["results"]
+        }
+        for run in report["runs"]
+    }
+
+
+def to_csv(runs: Sequence[DeviceRun]) -> str:
+    """Return a row for each measurement; times in seconds. The samples are in the JSON."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    rows.writeheader()
+    for run in runs:
+        for m in run.measurements:
+            rows.writerow(
+                {
+                    "device": run.device.name,
+                    "architecture": run.device.architecture,
+                    **asdict(m),
+                    **_summary(m),
+                    "runs": m.runs,
+                    **({} if m.file is None else asdict(m.file)),
+                }
+            )
+    return text.getvalue()
+
+
+def to_markdown(runs: Sequence[DeviceRun]) -> str:
+    """Return a table for each device, fastest first, with the ratio to the fastest."""
+    parts = []
+    for run in runs:
+        lines = [f"{run.device.name}: {described(run.device)}", ""]
+        if run.error is not None:
+            lines += [f"Ended early: {run.error}", ""]
+        done = sorted((m for m in run.measurements if m.samples_s), key=lambda m: m.median_s)
+        if done:
+            lines += [
+                "| model | median | IQR | p5 … p95 | times as long as the fastest | load | size |",
+                "|---|---:|---:|---:|---:|---:|---:|",
+            ]
+        lines += [_row(m, done[0]) for m in done]
+        lines += ["", *(f"- {caution}." for caution in run.cautions)] if run.cautions else []
+        parts.append("\n".join(lines).strip("\n") + "\n")
+    return "\n".join(parts)
+
+
+def _row(m: Measurement, fastest: Measurement) -> str:
+    def shown(seconds: float) -> str:
+        return duration(seconds, like=m.median_s)
+
+    load = "" if m.file is None or m.file.load_s is None else duration(m.file.load_s)
+    cells = [
+        m.name.replace("|", "\\|").replace("\n", " "),
+        shown(m.median_s),
+        shown(m.iqr_s),
+        f"{shown(m.p5_s)} … {shown(m.p95_s)}",
+        "1" if m is fastest else _times(ratio(m, fastest)),
+        load,
+        "" if m.file is None else size(m.file.size_bytes),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _times(found: Ratio) -> str:
+    if not found.measurable:
+        return "no measurable difference"
+    return f"{found.value:.2f} ({found.low:.2f} … {found.high:.2f})"

@@ -1,0 +1,47 @@
+"""Devices as a table and as one line."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from torchfuse.devices.facts import DeviceFacts
+
+__all__ = ["described", "table"]
+
+
+def described(device: DeviceFacts) -> str:
+    """Return what a device is, in one line: model, processor, system."""
+    cores = f"{device.cores} core{'' if device.cores == 1 else 's'}" if device.cores else None
+    parts = [device.model, device.soc, device.architecture, cores, device.system]
+    known = [part for part in parts if part]
+    if device.emulated:
+        known.append("emulated")
+    return ", ".join(dict.fromkeys(known)) or "nothing known"
+
+
+def table(devices: Sequence[DeviceFacts]) -> Table:
+    """Return one row a device; what to do about those that are not ready is not in it."""
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for name in ("device", "state", "model", "processor", "cores", "memory", "system", "governor"):
+        shown.add_column(name, overflow="fold", justify="right" if name == "cores" else "left")
+    shown.add_column("battery", justify="right")
+    shown.add_column("heat", justify="right")
+    for device in devices:
+        shown.add_row(*_cells(device))
+    return shown
+
+
+def _cells(device: DeviceFacts) -> list[str]:
+    processor = ", ".join(part for part in (device.soc, device.architecture) if part)
+    return [
+        device.name,
+        f"{device.state}, emulated" if device.emulated else device.state,
+        device.model or "",
+        processor,
+        "" if device.cores is None else str(device.cores),
+        "" if device.memory_bytes is None else f"{device.memory_bytes / 1e9:.1f} GB",
+        device.system or "",
+        ", ".join(device.governors),
+        "" if device.battery_percent is None else f"{device.battery_percent} %",
+        "" if device.temperature_c is None else f"{device.temperature_c:.0f} °C",
+    ]
