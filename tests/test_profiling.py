@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchfuse
-from etdumps import Logged, write_etdump
+from etdumps import Logged, Writer, write_etdump
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.profiling import THE_REST, OperatorTime, Profile, profile, profile_of_etdump
 from torchfuse.quieting import quiet
@@ -166,6 +166,28 @@ def test_an_etdump_tells_of_kernels_and_of_what_a_delegate_ran_inside(tmp_path: 
 
 def approx(value: float) -> float:
     return pytest.approx(value)  # type: ignore[no-any-return]
+
+
+def test_a_file_by_executorchs_own_writer_is_read(tmp_path: Path) -> None:
+    writer = Writer()
+    writer.block("Default")
+    with writer.event("Program::load_method"):
+        pass
+    for _ in range(3):
+        writer.block("Execute")
+        with writer.event("Method::execute"):
+            writer.instruction(0)
+            with writer.event("DELEGATE_CALL"):
+                writer.inside("Convolution (NHWC, F32) IGEMM #1", 10_000, 13_000)
+                writer.inside("Convolution (NHWC, F32) IGEMM #2", 13_000, 15_000)
+            writer.instruction(1)
+            with writer.event("OPERATOR_CALL"), writer.event("native_call_cumsum.out"):
+                pass
+    found = profile_of_etdump(writer.write(tmp_path / "run.etdump"))
+    assert found.runs == 3
+    assert calls(found) == {"Convolution (NHWC, F32) IGEMM": 2, "cumsum.out": 1, THE_REST: 1}
+    (convolution,) = (row for row in found.operators if row.in_delegate)
+    assert convolution.self_s == pytest.approx(5000e-9)
 
 
 def test_runs_that_took_another_way_count_too(tmp_path: Path) -> None:
