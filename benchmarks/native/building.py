@@ -34,7 +34,7 @@ class Native:
     """A native loop that was built, and how."""
 
     path: Path
-    command: str
+    command: str  # with $EXECUTORCH, $TORCH and $PYTHON for the folders of what is installed
 
 
 def build_pte_loop(folder: Path) -> Native:
@@ -92,14 +92,30 @@ def _compiled(source: Path, target: Path, flags: list[object], link: list[object
     # -O2 and not more: the loop is a few calls, all work is in the wheels' libraries.
     command = ["g++", "-std=c++20", "-O2", *map(str, flags), str(source), "-o", str(target)]
     command += map(str, link)
-    shown = shlex.join(command)
     stamp = target.with_suffix(".command")  # built already, in the same way and of the same file?
-    known = f"{shown}\n{source.read_text()}"
+    known = f"{shlex.join(command)}\n{source.read_text()}"
     if not (target.exists() and stamp.exists() and stamp.read_text() == known):
         print(f"building {target.name}", file=sys.stderr)
-        _run(command, "install g++")
+        _run(
+            command,
+            "it takes g++ 11 or newer, and the torch and executorch that torchfuse asks for",
+        )
         stamp.write_text(known)
-    return Native(target, shown)
+    return Native(target, _anywhere(command, source, target))
+
+
+def _anywhere(command: list[str], source: Path, target: Path) -> str:
+    """Return a command as it reads on any machine."""
+    text = shlex.join(command)
+    for path, name in (
+        (_package("executorch"), "$EXECUTORCH"),
+        (_package("torch"), "$TORCH"),
+        (sysconfig.get_config_var("LIBDIR"), "$PYTHON"),
+        (source, source.name),
+        (target, target.name),
+    ):
+        text = text.replace(str(path), name)
+    return text
 
 
 def _tool_of_debian(folder: Path) -> Path:
