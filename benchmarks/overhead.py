@@ -36,12 +36,15 @@ from torch import nn
 import torchfuse
 from torchfuse.artifacts import write_atomically
 from torchfuse.machine import this_machine
+from torchfuse.machine_state import this_state
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
+from torchfuse.noise import cautions
 from torchfuse.render.bench import duration
 from torchfuse.stats import Ratio, ratio_of_medians
 
 TARGET_RATIO = 1.02  # at most 2 % more than the native loop, on MobileNetV2
+WIDEST_INTERVAL = 0.05  # of a busy machine, it includes or excludes anything
 WARMUP = 20
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 FLOOR_RUNS = 2000  # of a few microseconds each
@@ -97,10 +100,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = [c for c in made(Path(folder), options.runs) if c.path.suffix in natives]
         measured = {case.name: Times() for case in cases}
+        before = this_state()
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
             for case in cases:
                 one_round(case, natives[case.path.suffix], measured[case.name])
+    for caution in cautions(before, this_state(), {}, threads=1):
+        print(f"Warning: {caution}.", file=sys.stderr)
     print(table(cases, measured))
     for native in natives.values():
         print(f"\n{native.path.name}: {native.command}")
@@ -246,6 +252,8 @@ def verdict(found: Ratio) -> str:
     """Return whether the target is met, as far as the interval can say."""
     if found.low is None or found.high is None:
         return "too few rounds to say"
+    if found.high - found.low > WIDEST_INTERVAL:
+        return "the times spread too far to say"
     if found.high <= TARGET_RATIO:
         return "met"
     return "missed" if found.low > TARGET_RATIO else "not decided, the interval includes it"
