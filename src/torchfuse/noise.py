@@ -21,6 +21,7 @@ Kind = Literal[
     "drift",
     "spread",
     "unsettled",
+    "page-faults",
     "threads",
     "debug-build",
     "emulated",
@@ -49,6 +50,7 @@ class Samples:
     turn_runs: int = 1
     settled: bool | None = None  # whether the times had settled before the first; None: unknown
     warmup_runs: int | None = None
+    page_faults: float | None = None  # minor ones in a call, on average (getrusage: ru_minflt)
 
 
 _OTHERS_USED = 0.05  # of the usable cores' time
@@ -65,6 +67,9 @@ _MOST_BLOCKS_OF_A_THIRD = 10
 _WANTED_INTERVAL = 0.02  # on both sides of the median, at 95 %
 _FEWEST_ROUNDS = 6  # below, the sign test cannot tell anything at 95 %
 _MANY_TIMES_THE_RUNS = 50
+
+_PAGE_FAULT_S = 1e-6  # on the fast side: 0.3 to 5 µs were seen
+_FAULTED = 0.02  # of the median
 
 
 def cautions(
@@ -99,6 +104,7 @@ def cautions(
         _unsettled,
         _drift,
         _spread,
+        _page_faults,
     )
     found = [
         *of_the_run,
@@ -353,3 +359,23 @@ def _spread(name: str, samples: Samples) -> Caution | None:
     else:
         advice = f"for ±{_WANTED_INTERVAL:.0%} at this spread give about {runs} runs (--iter)"
     return Caution("spread", f"{what}; {advice}", fails=True, name=name)
+
+
+def _page_faults(name: str, samples: Samples) -> Caution | None:
+    """Judge by what page faults take at least: glibc gives large results back, and maps them anew.
+
+    Whether it does depends on what else the process has allocated, so that the same file takes
+    half as long in one process as in another.
+    """
+    if samples.page_faults is None:
+        return None
+    if samples.page_faults * _PAGE_FAULT_S <= _FAULTED * float(np.median(samples.times_s)):
+        return None
+    return Caution(
+        "page-faults",
+        f"each call has memory mapped anew ({samples.page_faults:.0f} page faults), which takes as "
+        "long as the system likes; set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to "
+        "1000000000 in the environment, so that memory is kept",
+        fails=False,  # it is what a user's process does too, unless it is told otherwise
+        name=name,
+    )

@@ -30,7 +30,9 @@ _WARNINGS = (
     _NoisyWarning(r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"copyreg", FutureWarning),
     # executorch reads its schemas with the functions that Python 3.11 deprecates
     _NoisyWarning(
-        r"(read|open)_(text|binary) is deprecated", r"executorch\.exir\.", DeprecationWarning
+        r"(read|open)_(text|binary) is deprecated",
+        r"executorch\.(exir|devtools)\.",
+        DeprecationWarning,
     ),
     _NoisyWarning(r"open_text is deprecated", r"importlib\.resources", DeprecationWarning),
     # the legacy target is about nothing else than what is deprecated
@@ -51,7 +53,10 @@ _RECORDS = {
 }
 
 # What ExecuTorch's runtime and the libraries inside it write to file descriptor 2.
-_RUNTIME_LINES = re.compile(r"\[(cpuinfo_utils|threadpool|cpuinfo)\.cpp:\d+\]|Error in cpuinfo: ")
+_RUNTIME_LINES = re.compile(
+    r"\[(cpuinfo_utils|threadpool|cpuinfo)\.cpp:\d+\]|Error in cpuinfo: "
+    r"|USDT:.*\] profiler_(start|stop)"  # torch's profiler
+)
 
 
 class _Drop(logging.Filter):

@@ -1,0 +1,87 @@
+"""Profiles beside each other, the most expensive operators first, as text and as Markdown."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from torchfuse.profiling import OperatorTime, Profile
+from torchfuse.render.bench import duration
+
+__all__ = ["markdown", "table"]
+
+_MOST_EXPENSIVE = 10
+
+
+def table(profiles: Sequence[Profile], count: int = _MOST_EXPENSIVE) -> Table:
+    """Return a line for each of the most expensive operators, and three columns per profile."""
+    headings, rows = _cells(profiles, count)
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    shown.add_column(headings[0])
+    for heading in headings[1:]:
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(profiles: Sequence[Profile], count: int = _MOST_EXPENSIVE) -> str:
+    """Return the same table in Markdown."""
+    headings, rows = _cells(profiles, count)
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    escaped = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
+    heads = [heading.replace("|", r"\|").replace("\n", " ") for heading in headings]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [heads, rule, *escaped])
+
+
+def _cells(profiles: Sequence[Profile], count: int) -> tuple[list[str], list[list[str]]]:
+    by_name = [{_label(row): row for row in profile.operators} for profile in profiles]
+    # An operator counts by where it takes longest: gone from one side is what one looks for.
+    longest_s: dict[str, float] = {}
+    for rows in by_name:
+        for label, row in rows.items():
+            longest_s[label] = max(row.self_s, longest_s.get(label, 0.0))
+    labels = sorted(longest_s, key=lambda label: (-longest_s[label], label))
+    headings = ["operator"]
+    for profile in profiles:
+        headings += [f"{profile.name}\ncalls", "time", "share"]
+    cells = [
+        [label, *(cell for rows in by_name for cell in _of_operator(rows.get(label)))]
+        for label in labels[:count]
+    ]
+    if others := labels[count:]:
+        cells.append(
+            [
+                f"{len(others)} others",
+                *(cell for rows in by_name for cell in _of_others(rows, others)),
+            ]
+        )
+    cells.append(
+        ["a run", *(cell for p in profiles for cell in ("", duration(p.run_s), "100.0 %"))]
+    )
+    return headings, cells
+
+
+def _label(row: OperatorTime) -> str:
+    if not row.in_delegate:
+        return row.operator
+    return f"{row.operator} ({row.delegate or 'in a delegate'})"
+
+
+def _of_operator(row: OperatorTime | None) -> tuple[str, str, str]:
+    if row is None:
+        return "–", "–", "–"
+    return f"{row.calls:g}", duration(row.self_s), f"{100 * row.share:.1f} %"
+
+
+def _of_others(rows: dict[str, OperatorTime], labels: Sequence[str]) -> tuple[str, str, str]:
+    others = [rows[label] for label in labels if label in rows]
+    if not others:
+        return "–", "–", "–"
+    return _of_operator(
+        OperatorTime(
+            "",
+            sum(row.calls for row in others),
+            sum(row.self_s for row in others),
+            sum(row.share for row in others),
+        )
+    )
