@@ -51,7 +51,8 @@ class FileFacts:
     load_s: float | None  # the runtime already in memory; None: the runner does not say
     first_inference_s: float | None
     idle_memory_bytes: int | None  # of the process before it loaded the file; None: unknown
-    peak_memory_bytes: int | None  # of the process at its largest since
+    peak_memory_bytes: int | None = None  # of the process at its largest since
+    page_faults: float | None = None  # minor ones in a timed call, on average
 
     @property
     def model_memory_bytes(self) -> int | None:
@@ -131,7 +132,8 @@ class Measurement:
     @property
     def samples(self) -> Samples:
         """The samples as `noise.cautions` takes them."""
-        return Samples(self.samples_s, self.turn_runs, self.settled, self.warmup_runs)
+        page_faults = None if self.file is None else self.file.page_faults
+        return Samples(self.samples_s, self.turn_runs, self.settled, self.warmup_runs, page_faults)
 
     def to_json(self) -> str:
         """Return this measurement as JSON, every sample included."""
@@ -382,7 +384,6 @@ def file_facts(size_bytes: int, sha256: str, loaded: Mapping[str, Any]) -> FileF
         loaded["load_s"],
         loaded["first_inference_s"],
         loaded["idle_memory_bytes"],
-        None,
     )
 
 

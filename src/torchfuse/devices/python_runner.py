@@ -149,9 +149,9 @@ _NOT_FOUND = 127  # of `env`, and of a shell
 
 
 def _require_operators(tasks: Mapping[str, Task], record: Record) -> None:
-    have = {name for runtime in record.runtimes for name in runtime["operators"]}
+    have = {runtime["form"]: set(runtime["operators"]) for runtime in record.runtimes}
     for name, task in tasks.items():
-        missing = sorted(set(operators_of(task)) - have) if have else []
+        missing = sorted(set(operators_of(task)) - have[task.form]) if have[task.form] else []
         if missing:
             raise UnsupportedError(
                 f"{name} needs {', '.join(missing)}, for which the runtime on the device has no "

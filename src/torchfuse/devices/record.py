@@ -1,13 +1,13 @@
 """What a runner's events add up to: measurements, the machine's state, what went wrong."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchfuse.machine_state import MachineState, ThermalZone
 from torchfuse.noise import Caution, cautions
 from torchfuse.runner.job import read_event
-from torchfuse.timing import FileFacts, Measurement
+from torchfuse.timing import Measurement, file_facts
 
 __all__ = ["ArtifactName", "Record"]
 
@@ -35,7 +35,7 @@ class Record:
     ended: bool = False
     rounds: tuple[int, int] = (0, 0)  # done, of how many
     _warm: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    _peak: dict[int, int | None] = field(default_factory=dict)
+    _memory: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     _samples_s: dict[int, list[float]] = field(default_factory=dict)
     _turn_runs: int = 1
     _states: list[MachineState] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Record:
                 for index, times in told["samples_s"].items():
                     self._samples_s.setdefault(int(index), []).extend(times)
             case "measured":
-                self._peak[told["artifact"]] = told["peak_memory_bytes"]
+                self._memory[told["artifact"]] = told
             case "failed":
                 self.failed = told["artifact"], told["reason"]
             case "end":
@@ -89,13 +89,11 @@ class Record:
                 found.append(earlier)
                 continue
             loaded, warm = self.loaded[index], self._warm[index]
-            facts = FileFacts(
-                artifact.size_bytes,
-                artifact.sha256,
-                loaded["load_s"],
-                loaded["first_inference_s"],
-                loaded["idle_memory_bytes"],
-                self._peak.get(index),
+            memory = self._memory.get(index, {})
+            facts = replace(
+                file_facts(artifact.size_bytes, artifact.sha256, loaded),
+                peak_memory_bytes=memory.get("peak_memory_bytes"),
+                page_faults=memory.get("page_faults"),
             )
             found.append(
                 Measurement(
