@@ -1,14 +1,19 @@
 """The measuring loop, with a clock that the test drives, and on real models."""
 
 import gc
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from torchfuse.errors import InputError
+from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.exporting import load
+from torchfuse.runner import workers
 from torchfuse.targets import executorch
 from torchfuse.timing import Measurement, measure, measure_interleaved, ratio
 
@@ -38,7 +43,9 @@ def test_each_call_is_one_sample_in_the_order_of_the_calls() -> None:
     clock = FakeClock()
     model = clock.taking(9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 100.0)
     measured = measure(model, X, name="m", warmup=2, runs=5, clock=clock)
-    assert measured == Measurement("m", (1.0, 2.0, 3.0, 4.0, 100.0), 2, settled=None, threads=1)
+    assert replace(measured, cautions=()) == Measurement(
+        "m", (1.0, 2.0, 3.0, 4.0, 100.0), 2, settled=None, threads=1
+    )
     assert measured.runs == 5
     assert measured.median_s == 3.0
     assert measured.iqr_s == 2.0
@@ -66,17 +73,17 @@ def test_times_that_never_settle_end_the_warm_up_after_three_seconds_with_a_caut
     clock = FakeClock()
     measured = measure(clock.taking(*[0.1 * 1.1**i for i in range(60)]), X, runs=3, clock=clock)
     assert not measured.settled
-    assert measured.cautions[0].startswith("the times had not settled after 15 warm-up runs; ")
+    (caution,) = [c for c in measured.cautions if c.kind == "unsettled"]
+    assert caution.text.startswith("the times had not settled after 15 warm-up runs; ")
 
 
-def test_a_wide_spread_is_a_caution_and_a_narrow_one_is_not() -> None:
-    wide = Measurement("m", (1.0, 1.0, 2.0, 2.0), 0, settled=True, threads=1)
-    narrow = Measurement("m", (1.0, 1.0, 1.01, 1.01), 0, settled=True, threads=1)
-    assert wide.cautions == (
-        "the middle half of the samples spreads over 67% of the median; "
-        "close other programs, or give more runs",
-    )
-    assert narrow.cautions == ()
+def test_cautions_are_those_of_the_run_and_of_the_variant_itself() -> None:
+    clock = FakeClock()
+    wide, narrow = [1.0, 1.0, 2.0, 2.0] * 10, [1.0]
+    variants = {"wide": clock.taking(*wide), "narrow": clock.taking(*narrow)}
+    measured = measure_interleaved(variants, X, warmup=0, runs=30, threads=1, clock=clock)
+    assert {c.name for c in measured["wide"].cautions if c.kind == "spread"} == {"wide"}
+    assert not [c for c in measured["narrow"].cautions if c.name == "wide"]
 
 
 def test_variants_have_a_turn_a_round_in_an_order_that_changes() -> None:
@@ -175,7 +182,7 @@ def test_the_measurements_so_far_are_given_after_every_round() -> None:
         variants, X, warmup=0, runs=32, clock=clock, on_partial=given.append
     )
     assert [so_far["b"].runs for so_far in given] == [*range(2, 32, 2), 32]
-    assert given[-1] == measured
+    assert given[-1] == {name: replace(m, cautions=()) for name, m in measured.items()}
 
 
 def test_models_run_in_inference_mode_on_one_thread_with_no_garbage_collection() -> None:
@@ -249,11 +256,88 @@ def test_no_variants_are_refused() -> None:
         measure_interleaved({}, X)
 
 
-def test_a_path_is_loaded_and_measured_under_its_file_name(
+@pytest.mark.parametrize("name", ["third.pt", "third.ptl", "third.pte"])
+def test_a_path_is_measured_under_its_file_name_in_a_process_of_its_own(
+    model_files: Callable[[str], str], name: str
+) -> None:
+    x = torch.ones(1, 3, 4, 4)
+    measured = measure(model_files(name), x, runs=3)
+    assert (measured.name, measured.runs, measured.threads) == (name, 3, 1)
+    assert measured.file is not None
+    assert measured.file.size_bytes == os.path.getsize(model_files(name))
+    assert measured.file.load_s is not None
+    assert measured.file.first_inference_s is not None
+    assert measured.file.model_memory_bytes is not None
+    assert "in this process" not in str(measured)
+
+
+def test_a_live_callable_is_labelled_as_measured_in_this_process() -> None:
+    measured = measure(nn.Identity(), X, runs=3)
+    assert measured.file is None
+    assert str(measured).endswith(", in this process")
+
+
+def test_files_and_live_callables_have_turns_in_the_same_rounds(
     model_files: Callable[[str], str],
 ) -> None:
-    measured = measure(model_files("third.pt"), X, runs=3)
-    assert (measured.name, measured.runs) == ("third.pt", 3)
+    x = torch.ones(1, 3, 4, 4)
+    variants = {"file": model_files("third.pt"), "live": load(model_files("third.pt"))}
+    measured = measure_interleaved(variants, x, runs=20, warmup=1)
+    assert measured["file"].round_id == measured["live"].round_id
+    assert [m.runs for m in measured.values()] == [20, 20]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"x": torch.ones(1, 2, 3, 4), "y": torch.ones(5)},
+        (torch.ones(1, 2, 3, 4).contiguous(memory_format=torch.channels_last), torch.ones(5)),
+        (torch.ones(2, 0), torch.ones(())),
+    ],
+    ids=["keywords", "channels_last", "empty and scalar"],
+)
+def test_inputs_reach_a_process_as_they_are(
+    model_files: Callable[[str], str], inputs: object
+) -> None:
+    assert measure(model_files("sum.pt"), inputs, runs=2, warmup=0).runs == 2
+
+
+def test_an_input_that_no_process_can_be_given_is_refused(
+    model_files: Callable[[str], str],
+) -> None:
+    sparse = torch.ones(3, 3).to_sparse()
+    with pytest.raises(InputError, match=r"dense real inputs, got one of torch\.float32"):
+        measure(model_files("sum.pt"), (sparse, torch.ones(1)), runs=2)
+
+
+def test_a_process_that_ends_is_an_error_that_says_how(
+    model_files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = workers.Worker.ask
+
+    def killed(worker: workers.Worker, do: str, **what: object) -> dict[str, object]:
+        if do == "turn":
+            for pid in _descendants(os.getpid()):
+                os.kill(pid, signal.SIGSEGV)
+        return ask(worker, do, **what)
+
+    monkeypatch.setattr(workers.Worker, "ask", killed)
+    with pytest.raises(UnsupportedError, match=r"third\.pt ran here, but not in a process of its"):
+        measure(model_files("third.pt"), torch.ones(1, 3, 4, 4), runs=3)
+    assert _descendants(os.getpid()) == []
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found += [*_descendants(int(entry.name)), int(entry.name)]
+    return found
 
 
 def test_executorch_runs_on_the_threads_asked_for_and_on_its_own_afterwards(

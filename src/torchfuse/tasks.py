@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import CheckedFile, check
-from torchfuse.errors import InputError
+from torchfuse.errors import ArtifactError, InputError
 from torchfuse.exporting import loaded
 from torchfuse.inputs import Case
 from torchfuse.targets.executorch import ExecutorchModel
@@ -102,7 +102,13 @@ def _written(tensor: torch.Tensor, folder: Path, files: dict[str, None]) -> dict
     flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
     data = flat.cpu().numpy().tobytes()
     name = f"{hashlib.sha256(data).hexdigest()[:16]}.bin"
-    (folder / name).write_bytes(data)
+    try:
+        (folder / name).write_bytes(data)
+    except OSError as error:
+        raise ArtifactError(
+            f"The inputs ({len(data):,} bytes) cannot be written to '{folder}' for the process "
+            f"that measures: {error.strerror}; set TMPDIR to a folder with room."
+        ) from error
     files[name] = None
     return {
         "file": name,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from torchfuse import timing
 from torchfuse.cli import main
+from torchfuse.devices import several
 
 Files = Callable[[str], str]
 Bench = Callable[..., tuple[int, str, str]]
@@ -56,10 +56,10 @@ def test_with_model_there_are_ten_runs_and_no_warm_up_unless_said_otherwise(
     saved = tmp_path / "out.json"
     flags = ["--model", model_files("third.pt"), DIMS, "--input_type=float", "--json", str(saved)]
     assert bench(*flags)[0] == 0
-    (result,) = json.loads(saved.read_text())["results"]
+    (result,) = json.loads(saved.read_text())["runs"][0]["results"]
     assert (len(result["samples_s"]), result["warmup_runs"]) == (10, 0)
     assert bench(*flags, "--iter", "3", "--warmup=2", "--threads=2", "--report_pep=true")[0] == 0
-    (result,) = json.loads(saved.read_text())["results"]
+    (result,) = json.loads(saved.read_text())["runs"][0]["results"]
     assert (len(result["samples_s"]), result["warmup_runs"], result["threads"]) == (3, 2, 2)
 
 
@@ -68,9 +68,10 @@ def test_one_artifact_is_a_block(bench: Bench, model_files: Files) -> None:
     status, printed, _ = bench(path, DIMS)
     assert status == 0
     assert re.fullmatch(
-        rf"{re.escape(path)}\n"
+        rf"On local: .*; measured by torchfuse\n\n{re.escape(path)}\n"
         rf"  Time \(median ± IQR\):   {TIME} ± {TIME}    {NUMBER} per second\n"
         rf"  Range \(min … max\):     {TIME} … {TIME}    p5 … p95: {TIME} … {TIME}\n"
+        rf"  Load: {TIME}    first inference: {TIME}    memory: .*    file: 2\.\d\d kB\n"
         r"  50 runs after \d+ warm-up runs, 1 thread\n\n",
         printed,
     )
@@ -84,8 +85,8 @@ def test_several_artifacts_are_compared_in_a_closing_sentence(
     assert status == 0
     assert printed.count("Time (median ± IQR)") == 3
     assert printed.count("8 runs after 1 warm-up runs, 1 thread") == 3
-    *_, first, second, third = printed.splitlines()
-    assert re.fullmatch(r".*/third\.pt[le]? ran", first)
+    *_, first, second, third, _ = printed.splitlines()
+    assert re.fullmatch(r".*/third\.pt[le]? ran, on \w+,", first)
     for line in (second, third):
         assert re.fullmatch(
             r"  (with no measurable difference \(95% interval [0-9.]+ … [0-9.]+\) to"
@@ -109,32 +110,119 @@ def test_json_holds_every_sample_the_machine_and_the_ratio(
     paths = [model_files("third.pt"), model_files("third.pte")]
     status, _, _ = bench(*paths, DIMS, "--iter=4", f"--json={saved}", "--threads=2")
     report = json.loads(saved.read_text())
+    (run,) = report["runs"]
     assert status == 0
-    assert [result["name"] for result in report["results"]] == paths
-    assert all(len(result["samples_s"]) == 4 for result in report["results"])
-    assert all(result["threads"] == 2 for result in report["results"])
+    assert [result["name"] for result in run["results"]] == paths
+    assert all(len(result["samples_s"]) == 4 for result in run["results"])
+    assert all(result["threads"] == 2 for result in run["results"])
     assert report["versions"]["torch"].startswith("2.13")
-    assert {report["times_as_fast"][0]["fastest"], report["times_as_fast"][0]["other"]} == {*paths}
+    assert {run["times_as_fast"][0]["fastest"], run["times_as_fast"][0]["other"]} == {*paths}
+    assert run["device"]["cores"] is not None
 
 
-def test_what_was_measured_is_saved_when_the_run_is_interrupted(
+@pytest.fixture
+def interrupted(
     bench: Bench, model_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Path:
+    """The report of a run that Ctrl-C ended after three of fifteen rounds."""
     saved = tmp_path / "out.json"
-    monkeypatch.setattr("torchfuse.commands.bench._SAVE_AND_SHOW_EVERY_S", 0.0)
-    rounds = 0
+    with monkeypatch.context() as patched:
+        patched.setattr("torchfuse.commands.bench._SAVE_AND_SHOW_EVERY_S", 0.0)
 
-    def interrupted(_progress: object, _done: int, _all: int) -> None:
-        nonlocal rounds
-        rounds += 1
-        if rounds == 3:
-            raise KeyboardInterrupt
+        def ctrl_c(_progress: object, _device: str, step: str) -> None:
+            if step == "round 4 of 15":
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchfuse.commands.bench._Progress.show", interrupted)
-    status, _, errors = bench(model_files("third.pt"), DIMS, f"--json={saved}")
+        patched.setattr("torchfuse.commands.bench._Progress.show", ctrl_c)
+        status, _, errors = bench(
+            *map(model_files, ("third.pt", "third.pte")), DIMS, "--iter=30", f"--json={saved}"
+        )
     assert (status, errors.splitlines()[-1]) == (1, "Aborted!")
-    (result,) = json.loads(saved.read_text())["results"]
-    assert len(result["samples_s"]) == 2
+    return saved
+
+
+def test_what_was_measured_is_saved_when_the_run_is_interrupted(interrupted: Path) -> None:
+    (run,) = json.loads(interrupted.read_text())["runs"]
+    assert [len(result["samples_s"]) for result in run["results"]] == [6, 6]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    bench: Bench, model_files: Files, interrupted: Path
+) -> None:
+    before = json.loads(interrupted.read_text())["runs"][0]["results"]
+    paths = [model_files("third.pt"), model_files("third.pte")]
+    status, _, _ = bench(*paths, DIMS, "--iter=30", f"--json={interrupted}", "--resume")
+    after = json.loads(interrupted.read_text())["runs"][0]["results"]
+    assert status == 0
+    for earlier, result in zip(before, after, strict=True):
+        assert result["samples_s"][:6] == earlier["samples_s"]
+        assert len(result["samples_s"]) == 30
+        assert result["round_id"] == earlier["round_id"]
+
+
+def test_a_run_of_something_else_is_not_gone_on_with(
+    bench: Bench, model_files: Files, interrupted: Path, tmp_path: Path
+) -> None:
+    text = interrupted.read_text()
+    paths = [model_files("third.pt"), model_files("third.pte")]
+    flags = [f"--json={interrupted}", "--resume"]
+    message = failure(bench(*paths, DIMS, "--iter=40", *flags))
+    assert "cannot be gone on with, since its runs differ: 30 then, 40 now; leave out" in message
+    assert "its files differ" in failure(bench(paths[0], DIMS, "--iter=30", *flags))
+    assert interrupted.read_text() == text
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    assert "but it is something else" in failure(bench(*paths, DIMS, "--resume", f"--json={other}"))
+    assert "give --json with the file" in failure(bench(*paths, DIMS, "--resume"))
+
+
+def test_csv_and_markdown_are_saved_beside_json(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    rows, tables = tmp_path / "out.csv", tmp_path / "out.md"
+    path = model_files("third.pt")
+    assert bench(path, DIMS, "--iter=3", f"--csv={rows}", f"--markdown={tables}")[0] == 0
+    assert rows.read_text().splitlines()[1].startswith("local,")
+    assert f"| {path} | " in tables.read_text()
+
+
+def test_noise_ends_with_status_3_where_that_was_asked_for(
+    bench: Bench, model_files: Files
+) -> None:
+    many = str(len(os.sched_getaffinity(0)) + 7)
+    words = [model_files("third.pt"), DIMS, "--iter=6", f"--threads={many}"]
+    status, _, errors = bench(*words)
+    assert status == 0
+    assert re.search(r"^Warning: there are \d+ threads for \d+ usable cores?,", errors, re.M)
+    status, printed, errors = bench(*words, "--fail-on-noise")
+    assert status == 3
+    assert "Time (median ± IQR)" in printed
+    assert "make these figures worth little (--fail-on-noise)" in errors
+
+
+def test_what_the_runner_saved_elsewhere_is_compared_here(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    saved = tmp_path / "events.txt"
+    words = ["--input", "1x3x4x4", "--runs", "8", "--save", str(saved)]
+    names = [model_files("third.pt"), model_files("third.pte")]
+    ran = subprocess.run(
+        [sys.executable, "-m", "torchfuse.runner", *words, *names], capture_output=True, text=True
+    )
+    assert ran.returncode == 0
+    assert ran.stdout.count("8 runs, threads: 1") == 2
+    status, printed, _ = bench("--read", str(saved))
+    assert status == 0
+    assert printed.startswith("On events.txt: ")
+    assert f"\n{names[1]}\n  Time" in printed
+    assert " ran, on " in printed
+    cut = tmp_path / "cut.txt"
+    cut.write_text("\n".join(saved.read_text().splitlines()[:-3]) + '\n{"kind": "rou')
+    status, printed, errors = bench("--read", str(cut))
+    assert "ends before the run did" in errors
+    assert "Expected what 'python3 -m torchfuse.runner --save' wrote" in failure(
+        bench("--read", __file__)
+    )
 
 
 def test_types_formats_and_flags_of_the_tool_are_taken(bench: Bench, model_files: Files) -> None:
@@ -182,7 +270,11 @@ def failure(result: tuple[int, str, str]) -> str:
         ("third.pt", [DIMS, "--iter=0"], r"runs must be 1 or more, got 0\."),
         ("third.pt", [DIMS, "--warmup=-1"], r"warmup must be zero or more, got -1\."),
         ("third.pt", [DIMS, "--vulkan=true"], r"have no Vulkan; leave out --vulkan\."),
-        ("third.pt", [DIMS, "--model=m.pt"], r"either ARTIFACT names or --model, got both"),
+        (
+            "third.pt",
+            [DIMS, "--model=m.pt"],
+            r"either ARTIFACT names, --model or --read, got ARTIFACT names and --model",
+        ),
         (
             "fixed.pt",
             [DIMS],
@@ -202,7 +294,7 @@ def test_bad_input_is_a_one_line_error(
 
 
 def test_neither_artifact_nor_model_is_an_error(bench: Bench) -> None:
-    assert "either ARTIFACT names or --model, got neither" in failure(bench())
+    assert "either ARTIFACT names, --model or --read, got none of them" in failure(bench())
 
 
 def test_a_missing_file_an_unknown_suffix_and_a_damaged_file_are_errors(
@@ -226,7 +318,7 @@ def test_a_json_file_that_cannot_be_written_is_known_before_measuring(
     def measured(*_: object, **__: object) -> None:
         raise AssertionError("measured before the file was known to be writable")
 
-    monkeypatch.setattr(timing, "measure_interleaved", measured)
+    monkeypatch.setattr(several, "measure_prepared", measured)
     path = tmp_path / "missing" / "out.json"
     assert "does not exist; create it first" in failure(
         bench(model_files("third.pt"), DIMS, f"--json={path}")
@@ -238,8 +330,12 @@ def test_a_json_file_that_cannot_be_written_is_known_before_measuring(
         assert "read-only" in failure(bench(model_files("third.pt"), DIMS, f"--json={read_only}"))
 
 
+@pytest.mark.parametrize(
+    ("bytes_left", "message"),
+    [(100, "The inputs (192 bytes) cannot be written to "), (1000, "Cannot write ")],
+)
 def test_a_full_disk_is_a_one_line_error_and_leaves_the_earlier_report(
-    model_files: Files, tmp_path: Path
+    model_files: Files, tmp_path: Path, bytes_left: int, message: str
 ) -> None:
     saved = tmp_path / "out.json"
     saved.write_text("earlier")
@@ -247,7 +343,7 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_the_earlier_report(
     def small_files_only() -> None:
         # The limit on a file's size fails a write as a full disk does, with no disk to fill.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, bytes_left))
 
     child = subprocess.run(
         [
@@ -259,7 +355,7 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_the_earlier_report(
         text=True,
     )
     assert child.returncode == 1
-    assert child.stderr.splitlines()[-1].startswith("torchfuse: error: Cannot write ")
+    assert child.stderr.splitlines()[-1].startswith(f"torchfuse: error: {message}")
     assert saved.read_text() == "earlier"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
 

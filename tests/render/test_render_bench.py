@@ -1,12 +1,11 @@
-"""Measurements as text and as JSON, exactly."""
-
-import json
+"""Measurements as text, exactly."""
 
 import pytest
 
-from torchfuse.machine import Machine
-from torchfuse.render.bench import block, closing, duration, to_json
-from torchfuse.timing import Measurement
+from torchfuse.devices.facts import DeviceFacts
+from torchfuse.devices.run import DeviceRun
+from torchfuse.render.bench import block, closing, duration, heading
+from torchfuse.timing import FileFacts, Measurement
 
 
 def measured(name: str, *samples_s: float, threads: int = 1) -> Measurement:
@@ -51,36 +50,39 @@ def test_the_closing_sentence_compares_the_fastest_with_each_other_one() -> None
     )
 
 
-def test_json_holds_every_sample_and_every_ratio_to_the_fastest() -> None:
-    machine = Machine("Some Processor", 2, None)
-    slow, fast = measured("slow.pt", *[2.0] * 6), measured("fast.pte", *[1.0] * 6)
-    report = json.loads(
-        to_json([slow, fast], machine, versions={"torch": "2.13.0"}, inputs="1,3,224,224")
+def test_a_block_of_a_file_tells_load_first_inference_memory_and_size_apart() -> None:
+    file = FileFacts(
+        3_738_912,
+        "ab",
+        0.0087,
+        0.0134,
+        idle_memory_bytes=100_000_000,
+        peak_memory_bytes=112_500_000,
     )
-    assert report["versions"] == {"torch": "2.13.0"}
-    assert report["inputs"] == "1,3,224,224"
-    assert report["machine"] == {
-        "processor": "Some Processor",
-        "logical_cpus": 2,
-        "avx512_vnni": None,
-    }
-    assert [result["name"] for result in report["results"]] == ["slow.pt", "fast.pte"]
-    assert report["results"][0]["samples_s"] == [2.0] * 6
-    assert report["results"][0]["median_s"] == 2.0
-    assert report["times_as_fast"] == [
-        {
-            "fastest": "fast.pte",
-            "other": "slow.pt",
-            "value": 2.0,
-            "low": 2.0,
-            "high": 2.0,
-            "confidence": 0.95,
-            "measurable": True,
-        }
-    ]
+    shown = block(Measurement("m.pte", (0.001,) * 5, 12, True, 1, file=file))
+    assert shown.splitlines()[3] == (
+        "  Load: 8.70 ms    first inference: 13.40 ms    memory: 12.50 MB    file: 3.74 MB"
+    )
 
 
-def test_json_of_nothing_measured_yet_is_whole() -> None:
-    machine = Machine("Some Processor", 2, avx512_vnni=True)
-    report = json.loads(to_json([], machine, versions={}, inputs=""))
-    assert (report["results"], report["times_as_fast"]) == ([], [])
+def test_a_block_leaves_out_what_the_runner_does_not_tell() -> None:
+    file = FileFacts(2000, "ab", None, None, None)
+    shown = block(Measurement("m.ptl", (0.001,) * 5, None, None, None, file=file))
+    assert shown.splitlines()[3:] == ["  File: 2.00 kB", "  5 runs, threads as the runner has them"]
+
+
+def test_the_closing_sentence_says_for_which_processors_it_holds() -> None:
+    slow, fast = measured("slow", *[2.0] * 20), measured("fast", *[1.0] * 20)
+    phone = DeviceFacts("adb:A1", "ready", architecture="aarch64")
+    assert closing([slow, fast], phone).splitlines()[0] == "fast ran, on aarch64,"
+
+
+def test_the_heading_says_where_and_by_what() -> None:
+    phone = DeviceFacts(
+        "adb:A1", "ready", model="Pixel 8", soc="Tensor G3", architecture="aarch64", cores=9,
+        system="Android 14 (API 34)", emulated=True,
+    )  # fmt: skip
+    assert heading(DeviceRun(phone, "executor_runner", ())) == (
+        "On adb:A1: Pixel 8, Tensor G3, aarch64, 9 cores, Android 14 (API 34), emulated; "
+        "measured by executor_runner"
+    )

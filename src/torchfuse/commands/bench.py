@@ -266,6 +266,7 @@ def _compare_record(path: Path, report: "_Report") -> None:
     report.take(run)
     report.save()
     _show([run], observer=False)
+    _end([run], fail_on_noise=False)
 
 
 def _show(runs: "Sequence[DeviceRun]", *, observer: bool) -> None:
