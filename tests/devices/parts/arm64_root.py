@@ -3,6 +3,7 @@
 Python 3.13 with executorch-numpy-runtime is in it, so that .pte files run there; no torch.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,8 @@ PYTHON = "3.13"
 LIBPYTHON = "libpython3.13.so.1.0"
 WHEELS = ["executorch-numpy-runtime==1.4.0", "numpy==2.5.5"]
 PLATFORMS = ["manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64"]
-QEMU = "usr/bin/qemu-aarch64-static"
+QEMU = "qemu-aarch64-static"
+QEMU_RELEASE = "bookworm"
 NEEDED = ["apt-get", "dpkg-deb"]
 
 SHELL = 2000  # the user that adbd's shell is, on Android
@@ -46,9 +48,13 @@ touch tr true uname uniq uptime usleep wc which xargs
 
 def qemu() -> Path:
     """A static qemu-aarch64, not registered anywhere."""
-    release = "bookworm"
-    made = cache.kept("qemu", lambda out: _unpack(release, ["qemu-user-static"], out), release)
-    return made / QEMU
+
+    def build(out: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=out.parent) as work:
+            _unpack(QEMU_RELEASE, ["qemu-user-static"], Path(work) / "all", "amd64")
+            shutil.copy(Path(work) / "all/usr/bin" / QEMU, out)  # one of thirty machines
+
+    return cache.kept("qemu", build, QEMU_RELEASE, QEMU) / QEMU
 
 
 def root() -> Path:
@@ -56,7 +62,7 @@ def root() -> Path:
     return cache.kept("arm64-root", _build, sys.modules[__name__], fake_adbd)
 
 
-def _unpack(release: str, packages: list[str], out: Path, machine: str = "amd64") -> None:
+def _unpack(release: str, packages: list[str], out: Path, machine: str) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         debian.Debian(Path(work) / "apt", release, machine).unpack(packages, out)
 
