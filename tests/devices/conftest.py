@@ -13,8 +13,9 @@ from devices import adb_server
 from devices import sshd as sshd_server
 from devices.adb_server import AdbServer
 from devices.fake_adbd import Device
-from devices.parts import executor_runner, speed_benchmark
+from devices.parts import executor_runner as runners
 from devices.parts import phone as phones
+from devices.parts import speed_benchmark
 from devices.parts.phone import Phone
 from devices.processes import kill
 from devices.sshd import Sshd
@@ -120,6 +121,14 @@ def arm64_board(
 
 
 @pytest.fixture(scope="session")
+def executor_runner() -> Path:
+    """A runner for .pte files with the options and messages of ExecuTorch's, for this machine."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ not installed")
+    return runners.for_this_machine()
+
+
+@pytest.fixture(scope="session")
 def arm64_speed_benchmark(emulated_phone: Phone) -> Path:
     """PyTorch's own speed_benchmark_torch for the phone, to push there."""
     if not shutil.which(speed_benchmark.COMPILER):
@@ -130,6 +139,6 @@ def arm64_speed_benchmark(emulated_phone: Phone) -> Path:
 @pytest.fixture(scope="session")
 def arm64_executor_runner(emulated_phone: Phone) -> Path:
     """A runner for .pte files with the options and messages of ExecuTorch's, for the phone."""
-    if not shutil.which(executor_runner.COMPILER):
-        pytest.skip(f"{executor_runner.COMPILER} not installed")
-    return executor_runner.for_phone()
+    if not shutil.which(runners.COMPILER):
+        pytest.skip(f"{runners.COMPILER} not installed")
+    return runners.for_phone()

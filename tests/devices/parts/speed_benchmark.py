@@ -1,7 +1,6 @@
-"""PyTorch's real speed_benchmark_torch.cc, built against torch's own headers and libraries.
+"""PyTorch's real speed_benchmark_torch.cc for the phone, with the lite interpreter as on Android.
 
-For the phone against torch 2.8.0, the last whose aarch64 wheel needs no GPU's libraries, and for
-this machine against the torch that is installed.
+Built against torch 2.8.0, the last whose aarch64 wheel needs no GPU's libraries.
 """
 
 import subprocess
@@ -17,26 +16,13 @@ SOURCE = "binaries/speed_benchmark_torch.cc"
 WHEEL = "torch==2.8.0"
 PYTHON = "3.13"
 COMPILER = "aarch64-linux-gnu-g++"
+ON_PHONE = "/opt/torch/torch/lib"
 NEEDED = ["apt-get", "tar", COMPILER]
 
 
 def for_phone() -> Path:
     """A folder that is the phone's /opt/torch: bin/speed_benchmark_torch and what it links to."""
     return cache.kept("speed_benchmark-arm64", _build_for_phone, sys.modules[__name__])
-
-
-def for_this_machine() -> Path:
-    """The path of speed_benchmark_torch for this machine, with the torch of this Python."""
-    import torch
-
-    folder = Path(torch.__file__).parent
-
-    def build(out: Path) -> None:
-        _compile(_source(), "g++", folder, folder / "lib", out / "speed_benchmark_torch")
-
-    name = "speed_benchmark-here"
-    made = cache.kept(name, build, sys.modules[__name__], torch.__version__, str(folder))
-    return made / "speed_benchmark_torch"
 
 
 def _source() -> Path:
@@ -59,17 +45,23 @@ def _build_for_phone(out: Path) -> None:
             archive.extractall(work)
         (out / "bin").mkdir()
         program = out / "bin/speed_benchmark_torch"
-        _compile(_source(), COMPILER, Path(work) / "torch", Path("/opt/torch/torch/lib"), program)
+        _compile(_source(), Path(work) / "torch", program)
         (out / "torch").mkdir()
         (Path(work) / "torch/lib").rename(out / "torch/lib")
         (Path(work) / "torch.libs").rename(out / "torch.libs")
 
 
-def _compile(source: Path, compiler: str, torch: Path, libraries: Path, program: Path) -> None:
-    command = [compiler, "-std=c++20", "-O2", "-w", f"-I{torch}/include"]
-    command += [f"-I{torch}/include/torch/csrc/api/include", str(source), "-o", str(program)]
+def _compile(source: Path, torch: Path, program: Path) -> None:
+    command = [COMPILER, "-std=c++20", "-O2", "-w", "-DBUILD_LITE_INTERPRETER=1"]
+    command += [
+        f"-I{torch}/include",
+        f"-I{torch}/include/torch/csrc/api/include",
+        str(source),
+        "-o",
+        str(program),
+    ]
     command += [f"-L{torch}/lib", "-Wl,--allow-shlib-undefined", "-Wl,--no-as-needed"]
-    command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}", "-pthread"]
+    command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{ON_PHONE}", "-pthread"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)}: {ran.stderr[-2000:]}")
