@@ -28,6 +28,7 @@ class Task:
 
     path: Path
     form: str
+    case: Case
     args: list[Any]  # as runner.runtimes.decoded takes them; files are in the task's folder
     kwargs: Mapping[str, Any]
     folder: Path
@@ -56,6 +57,7 @@ def task_of(path: str | os.PathLike[str], case: Case, folder: Path) -> Task:
     return Task(
         path=file.path,
         form=file.format,
+        case=case,
         args=[_encoded(arg, folder, files) for arg in args],
         kwargs={name: _encoded(value, folder, files) for name, value in kwargs.items()},
         folder=folder,

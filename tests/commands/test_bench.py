@@ -225,6 +225,27 @@ def test_what_the_runner_saved_elsewhere_is_compared_here(
     )
 
 
+def test_the_most_expensive_operators_are_shown_side_by_side(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    tables = tmp_path / "out.md"
+    paths = [model_files("third.pt"), model_files("third.ptl")]
+    status, printed, _ = bench(*paths, DIMS, "--iter=3", "--profile", f"--markdown={tables}")
+    assert status == 0
+    assert re.search(r"^operator +calls +time +share +calls +time +share", printed, re.M)
+    assert re.search(r"^aten::mul +1 +", printed, re.M)
+    assert "| aten::mul | 1 |" in tables.read_text()
+
+
+def test_a_profile_that_no_runtime_here_keeps_is_refused_before_measuring(
+    bench: Bench, model_files: Files
+) -> None:
+    message = failure(bench(model_files("third.pte"), DIMS, "--profile"))
+    assert "ExecuTorch's installed runtime keeps no profile. Build executor_runner" in message
+    message = failure(bench(model_files("third.pt"), DIMS, "--profile", "--device=ssh:board"))
+    assert "got a model on a device" in message
+
+
 def test_types_formats_and_flags_of_the_tool_are_taken(bench: Bench, model_files: Files) -> None:
     status, printed, _ = bench(
         model_files("sum.pt"),
@@ -273,7 +294,7 @@ def failure(result: tuple[int, str, str]) -> str:
         (
             "third.pt",
             [DIMS, "--model=m.pt"],
-            r"either ARTIFACT names, --model or --read, got ARTIFACT names and --model",
+            r"ARTIFACT names, --model, --read or --etdump, got ARTIFACT names and --model",
         ),
         (
             "fixed.pt",
@@ -294,7 +315,7 @@ def test_bad_input_is_a_one_line_error(
 
 
 def test_neither_artifact_nor_model_is_an_error(bench: Bench) -> None:
-    assert "either ARTIFACT names, --model or --read, got none of them" in failure(bench())
+    assert "ARTIFACT names, --model, --read or --etdump, got none of them" in failure(bench())
 
 
 def test_a_missing_file_an_unknown_suffix_and_a_damaged_file_are_errors(

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchfuse.errors import DeviceError, InputError
+from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.speed_benchmark import FLAGS, Options
 
 if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
+    from torchfuse.profiling import Profile
     from torchfuse.tasks import Task
     from torchfuse.timing import Measurement
 
@@ -74,6 +75,15 @@ def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..
     help="End with status 3 where the figures cannot be trusted, for CI.",
 )  # fmt: skip
 @click.option(
+    "--profile", is_flag=True,
+    help="Show the ten most expensive operators side by side: of .pt and .ptl here; of .pte by an "
+    "executor_runner with ExecuTorch's event tracer.",
+)  # fmt: skip
+@click.option(
+    "--etdump", "etdumps", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+    help="Show an ETDump that such a runner wrote; repeat for two side by side.",
+)  # fmt: skip
+@click.option(
     "--read", "record", type=click.Path(path_type=Path), metavar="FILE",
     help="Compare what `python3 -m torchfuse.runner --save FILE` measured elsewhere.",
 )  # fmt: skip
@@ -91,6 +101,8 @@ def command(
     resume: bool,
     fail_on_noise: bool,
     record: Path | None,
+    profile: bool,
+    etdumps: tuple[Path, ...],
     **flags: Any,
 ) -> None:
     """Measure how long one call of each ARTIFACT (.pt, .ptl, .pte) takes.
@@ -114,18 +126,22 @@ def command(
     given = {name: value for name, value in flags.items() if value is not None}
     ways = [name for name, is_given in (
         ("ARTIFACT names", bool(artifacts)), ("--model", "model" in given),
-        ("--read", record is not None),
+        ("--read", record is not None), ("--etdump", bool(etdumps)),
     ) if is_given]  # fmt: skip
     if len(ways) != 1:
         raise InputError(
-            f"Expected either ARTIFACT names, --model or --read, got "
-            f"{' and '.join(ways) or 'none of them'}; 'torchfuse bench --help' shows all three."
+            "Expected ARTIFACT names, --model, --read or --etdump, got "
+            f"{' and '.join(ways) or 'none of them'}; 'torchfuse bench --help' shows each."
         )
+    if etdumps:
+        _show_etdumps(etdumps)
+        return
     report = _Report({"json": json_path, "csv": csv_path, "markdown": markdown_path})
     if record is not None:
         _compare_record(record, report)
     elif artifacts:
-        settings = _settings(given, threads, runner, device_python, timeout)
+        settings = _settings(given, threads, runner, device_python, timeout, profile)
+        _require_profiles(artifacts, devices, settings)
         runs = _measure(
             artifacts, given, settings, devices or ("local",), device_folder, report, resume
         )
@@ -164,6 +180,7 @@ def _settings(
     runner: Path | None,
     python: str,
     timeout_s: float,
+    profile: bool,
 ) -> Any:
     from torchfuse.devices.benching import Settings
 
@@ -180,7 +197,41 @@ def _settings(
         timeout_s=timeout_s,
         runner=runner,
         python=python,
+        profile=profile,
     )
+
+
+def _require_profiles(artifacts: Sequence[str], devices: Sequence[str], settings: Any) -> None:
+    """Raise, before anything is measured, if what was asked for cannot be had.
+
+    Raises:
+        UnsupportedError: a runtime that keeps no profile.
+    """
+    if not settings.profile or settings.runner is not None:
+        return
+    programs = [name for name in artifacts if name.endswith(".pte")]
+    if programs or {*devices} - {"local"}:
+        what = f"'{programs[0]}'" if programs else "a model on a device"
+        raise UnsupportedError(
+            f"Expected .pt or .ptl files on this machine for --profile, got {what}: ExecuTorch's "
+            "installed runtime keeps no profile. Build executor_runner with "
+            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, and give it with "
+            "--runner, or give the ETDump that it writes with --etdump."
+        )
+
+
+def _show_etdumps(paths: Sequence[Path]) -> None:
+    from torchfuse.profiling import profile_of_etdump
+
+    _show_profiles([profile_of_etdump(path) for path in paths])
+
+
+def _show_profiles(profiles: "Sequence[Profile]") -> None:
+    from rich.console import Console
+
+    from torchfuse.render.profile import table
+
+    Console().print(table(profiles))
 
 
 def _measure(
@@ -287,6 +338,8 @@ def _show(runs: "Sequence[DeviceRun]", *, observer: bool) -> None:
             click.echo(f"{name}: outputs there and here differ by {_difference(difference)}")
         if len(run.measurements) > 1:
             click.echo(closing(run.measurements, run.device) + "\n")
+        if run.profiles:
+            _show_profiles(run.profiles)
         for caution in run.cautions:
             where = "" if len(runs) == 1 else f"{run.device.name}: "
             click.echo(f"Warning: {where}{caution}.", err=True)

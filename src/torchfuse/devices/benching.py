@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from torchfuse.errors import DeviceError, TorchfuseError
 from torchfuse.runner.loop import turn_length
 from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, round_id_of
+
+if TYPE_CHECKING:
+    from torchfuse.profiling import Profile
 
 __all__ = ["Settings", "bench_on"]
 
@@ -38,6 +42,7 @@ class Settings:
     timeout_s: float = 600.0
     runner: Path | None = None  # the user's own binary; None: torchfuse's Python runner
     python: str = "python3"
+    profile: bool = False  # also find out where the time goes
 
 
 def bench_on(
@@ -61,6 +66,7 @@ def bench_on(
     )
     differences: dict[str, Equivalence] = {}
     facts = DeviceFacts(transport.name, "unknown")
+    profiles: tuple[Profile, ...] = ()
 
     def so_far(error: str | None = None) -> DeviceRun:
         return DeviceRun(
@@ -69,6 +75,7 @@ def bench_on(
             record.measurements,
             record.cautions(emulated=facts.emulated),
             tuple(differences.items()),
+            profiles,
             error,
         )
 
@@ -93,6 +100,9 @@ def bench_on(
                 settings.runs, settings.warmup, _rounds_done(record, settings), settings.timeout_s
             )
             runner.time(transport, tasks, record, schedule, told)
+            if settings.profile:
+                on_step("profiling")
+                profiles = runner.profile(transport, tasks, record, settings.timeout_s)
     except TorchfuseError as error:
         notes = " ".join(getattr(error, "__notes__", ()))
         return so_far(f"{error} {notes}".strip())

@@ -24,12 +24,14 @@ from torchfuse.devices.runner import (
 )
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError, InputError
+from torchfuse.profiling import Profile, profile_of_etdump
 from torchfuse.tasks import Task
 
 __all__ = ["ExecutorRunner", "raise_if_it_failed"]
 
 _NAME = "runner"
 _LONGEST_CHECK_S = 300.0
+_PROFILED = 10  # runs in a profile
 _ITERATION = re.compile(r"Iteration (\d+) of (\d+): ([0-9.]+) ms")
 _LOADED = re.compile(r"Model loaded in ([0-9.]+) ms")
 
@@ -108,6 +110,20 @@ class ExecutorRunner(Runner):
         }
         time_in_rounds(transport, turns, record, schedule, on_round)
 
+    def profile(
+        self, transport: Transport, tasks: Mapping[str, Task], record: Record, timeout_s: float
+    ) -> tuple[Profile, ...]:
+        """Run each model once more, and read the ETDump that a runner with a tracer writes."""
+        profiles = []
+        with tempfile.TemporaryDirectory() as folder:
+            for index, (name, task) in enumerate(tasks.items()):
+                words = self._words(index, task, record.threads, _PROFILED)
+                self._run(transport, [*words, "--etdump_path=etdump"], name, timeout_s)
+                target = Path(folder) / f"{index}.etdump"
+                transport.pull("etdump", target)
+                profiles.append(profile_of_etdump(target, name=name))
+        return tuple(profiles)
+
     def _words(self, index: int, task: Task, threads: int, executions: int) -> list[str]:
         inputs = ",".join(arg["file"] for arg in task.args)
         return [
@@ -140,6 +156,11 @@ def raise_if_it_failed(transport: Transport, finished: Finished, log: str, name:
     if finished.status == 0:
         return
     unknown = re.search(r"unknown command line flag '(\w+)'", log)
+    if unknown and unknown[1] == "etdump_path":
+        raise DeviceError(
+            f"{transport.name}: the runner keeps no profile; build it with "
+            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON."
+        )
     if unknown:
         raise DeviceError(
             f"{transport.name}: the runner does not know --{unknown[1]}; build the one of "

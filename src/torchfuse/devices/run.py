@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence
 from torchfuse.noise import Caution
+from torchfuse.profiling import Profile
 from torchfuse.timing import Measurement
 
 __all__ = ["DeviceRun"]
@@ -19,6 +20,7 @@ class DeviceRun:
     measurements: tuple[Measurement, ...]
     cautions: tuple[Caution, ...] = ()
     differences: tuple[tuple[str, Equivalence], ...] = ()  # by name, from this machine's outputs
+    profiles: tuple[Profile, ...] = ()  # where the time goes, where that was asked for
     error: str | None = None  # what ended it early
 
     def is_complete(self, models: int, runs: int) -> bool:

@@ -8,6 +8,8 @@ import torch
 
 from torchfuse.devices.record import Record
 from torchfuse.devices.transport import Transport
+from torchfuse.errors import UnsupportedError
+from torchfuse.profiling import Profile
 from torchfuse.tasks import Task
 
 __all__ = ["OnRound", "Outputs", "Runner", "Schedule", "model_name", "push_models", "tensor_of"]
@@ -49,6 +51,20 @@ class Runner(abc.ABC):
         on_round: OnRound,
     ) -> None:
         """Have the models timed in rounds; the record takes what is told as it comes."""
+
+    def profile(
+        self, transport: Transport, tasks: Mapping[str, Task], record: Record, timeout_s: float
+    ) -> tuple[Profile, ...]:
+        """Return where the time goes in each model.
+
+        Raises:
+            UnsupportedError: this runner does not say.
+        """
+        del tasks, record, timeout_s
+        raise UnsupportedError(
+            f"{transport.name}: only an executor_runner built with ExecuTorch's event tracer says "
+            "where the time goes on a device; give it with --runner, or leave out --profile."
+        )
 
 
 def model_name(index: int, task: Task) -> str:

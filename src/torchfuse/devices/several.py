@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchfuse.devices.benching import Settings, bench_on
@@ -11,6 +12,7 @@ from torchfuse.devices.local import Local
 from torchfuse.devices.opening import device_named
 from torchfuse.devices.run import DeviceRun
 from torchfuse.errors import DeviceError
+from torchfuse.profiling import profile
 from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, measure_prepared
 
@@ -98,7 +100,7 @@ def _on_this_machine(
         cautions = {c: None for m in measured.values() for c in m.cautions}
         return DeviceRun(facts, "torchfuse", tuple(measured.values()), tuple(cautions))
 
-    return as_run(
+    run = as_run(
         measure_prepared(
             tasks,
             warmup=settings.warmup,
@@ -108,4 +110,14 @@ def _on_this_machine(
             on_round=lambda done, rounds: on_step(f"round {done} of {rounds}"),
             on_partial=lambda measured: on_partial(as_run(measured)),
         )
+    )
+    if not settings.profile:
+        return run
+    on_step("profiling")
+    return replace(
+        run,
+        profiles=tuple(
+            profile(task.path, task.case, name=name, threads=settings.threads)
+            for name, task in tasks.items()
+        ),
     )

@@ -11,6 +11,7 @@ from torchfuse.devices.run import DeviceRun
 from torchfuse.render.bench import duration, size
 from torchfuse.render.devices import described
 from torchfuse.render.json import to_json as plain_json
+from torchfuse.render.profile import markdown
 from torchfuse.stats import Ratio
 from torchfuse.timing import Measurement, ratio
 
@@ -55,6 +56,7 @@ def _run(run: DeviceRun) -> dict[str, Any]:
             if fastest is not None and m is not fastest
             for found in [ratio(m, fastest)]
         ],
+        "profiles": [asdict(profile) for profile in run.profiles],
         "cautions": [asdict(caution) for caution in run.cautions],
         "differences_from_this_machine": {
             name: {"max_abs": d.max_abs, "max_rel": d.max_rel, "sqnr_db": d.sqnr_db}
@@ -121,6 +123,8 @@ def to_markdown(runs: Sequence[DeviceRun]) -> str:
                 "|---|---:|---:|---:|---:|---:|---:|",
             ]
         lines += [_row(m, done[0]) for m in done]
+        if run.profiles:
+            lines += ["", markdown(run.profiles).rstrip("\n")]
         lines += ["", *(f"- {caution}." for caution in run.cautions)] if run.cautions else []
         parts.append("\n".join(lines).strip("\n") + "\n")
     return "\n".join(parts)
