@@ -103,8 +103,7 @@ def phone(adb: AdbServer, emulated_phone: Phone) -> Iterator[Phone]:
     adb.adb("connect", emulated_phone.serial)
     adb.wait_for(emulated_phone.serial, "device")
     yield emulated_phone
-    for pid in emulated_phone.processes():
-        kill([pid])
+    kill([*emulated_phone.processes()])
     for left in emulated_phone.tmp.iterdir():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from devices.processes import kill, marked
+from devices.processes import kill, lasting, marked
 
 VERSION = 0x01000001  # since which the checksums of packets are not looked at
 MAX_DATA = 256 * 1024
@@ -136,8 +136,7 @@ class Device:
         self.children: set[asyncio.subprocess.Process] = set()
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._lay_out()
 
     @property
@@ -158,9 +157,14 @@ class Device:
 
     def processes(self) -> list[int]:
         """The processes that the device's shell started and that still run."""
+        return lasting(self._marked)
+
+    def _marked(self) -> list[int]:
         return marked(f"{MARK}={self.name}")
 
     def start(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._do(self._listen())
 
@@ -190,15 +194,16 @@ class Device:
 
     def stop(self) -> None:
         """Ends whatever its shell started as well. A second time does nothing."""
-        if self._loop.is_closed():
+        if self._loop is None:
             return
         self.faults.returns = False
         self._do(self._drop())
-        kill(self.processes())
+        kill(self._marked())
         self._do(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._loop = None
 
     def local(self, path: str) -> str:
         """This machine's path of a device's path."""

@@ -8,7 +8,11 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
+
+Found = TypeVar("Found", bound=Collection[int])
 
 
 def dying_with_us() -> list[str]:
@@ -42,6 +46,14 @@ def marked(mark: str) -> list[int]:
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
+    return found
+
+
+def lasting(find: Callable[[], Found]) -> Found:
+    """What still runs a second later, if anything: a process that is killed takes its time."""
+    end = time.monotonic() + 1
+    while (found := find()) and time.monotonic() < end:
+        time.sleep(0.02)
     return found
 
 

@@ -15,6 +15,7 @@ from devices.processes import (
     dying_with_us,
     free_port,
     kill,
+    lasting,
     marked,
     wait_until_open,
 )
@@ -56,6 +57,9 @@ class Sshd:
 
     def processes(self) -> list[int]:
         """The processes that were started over it and that still run."""
+        return lasting(self._marked)
+
+    def _marked(self) -> list[int]:
         return marked(f"{MARK}={self.name}")
 
     def kill(self) -> None:
@@ -90,7 +94,16 @@ class Sshd:
     def start(self) -> None:
         self.tmp.mkdir()
         for key in ("host_key", "other_host_key", "key", "other_key"):
-            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key]
+            command = [
+                "/usr/bin/ssh-keygen",
+                "-q",
+                "-t",
+                "ed25519",
+                "-N",
+                "",
+                "-f",
+                self.folder / key,
+            ]
             subprocess.run(command, check=True)
         shutil.copy(self.folder / "key.pub", self.folder / "authorized_keys")
         (self.folder / "sshd_config").write_text(self._server_config())
@@ -119,7 +132,7 @@ class Sshd:
             sessions = descendants(self._process.pid)
             self._process.kill()
             self._process.wait()
-            kill([*sessions, *self.processes()])
+            kill([*sessions, *self._marked()])
 
     def _server_config(self) -> str:
         return "\n".join(

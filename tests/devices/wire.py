@@ -23,10 +23,11 @@ class Wire:
         self.frozen = False
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._do(self._listen())
 
@@ -43,7 +44,7 @@ class Wire:
         self._do(self._listen())
 
     def stop(self) -> None:
-        if not self._thread.is_alive():
+        if self._loop is None:
             return
         self.frozen = False
         self._do(self._cut())
@@ -51,6 +52,7 @@ class Wire:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._loop = None
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from devices.parts import adbd, arm64_root, debian
-from devices.processes import dying_with_us, free_port, kill, wait_until_open
+from devices.processes import dying_with_us, free_port, kill, lasting, wait_until_open
 
 # qemu's default model has SVE, with which it computes int8 models wrongly.
 CPU = "cortex-a76"
@@ -53,6 +53,9 @@ class Phone:
 
     def processes(self) -> dict[int, str]:
         """What runs on it, by this machine's numbers; not its first process, and not adbd."""
+        return lasting(self._processes)
+
+    def _processes(self) -> dict[int, str]:
         inside = os.readlink(f"/proc/{self.pid}/ns/pid")
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
