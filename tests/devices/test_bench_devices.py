@@ -264,6 +264,18 @@ def test_a_runner_that_lacks_an_operator_is_known_before_it_is_pushed(
     assert adb_device.pushed == []
 
 
+def test_a_runner_of_another_version_is_known_before_it_is_pushed(
+    adb_device: Device, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    runner = tmp_path / "runner"
+    runner.write_bytes(Path("/bin/true").read_bytes()[:64] + b"\0ET13\0")
+    run = bench_on(Adb(), only_pte(tasks), Settings(runner=runner))
+    assert run.error is not None
+    assert "a model.pte is a program of version ET12, and " in run.error
+    assert "reads ET13; build the runner" in run.error
+    assert adb_device.pushed == []
+
+
 def test_what_the_runner_tells_android_s_log_is_read_from_there(
     adb_device: Device, tasks: dict[str, Task], tmp_path: Path
 ) -> None:

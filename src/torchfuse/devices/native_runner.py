@@ -1,7 +1,8 @@
 """A runner of the user's own: ExecuTorch's executor_runner or PyTorch's speed_benchmark_torch.
 
 torchfuse ships neither. Before anything is pushed, the binary itself is looked at: for which
-processor it was built, and whether it has the operators that the models need.
+processor it was built, which version of programs it reads, and whether it has the operators that
+the models need.
 """
 
 import re
@@ -33,6 +34,7 @@ _NAMES = {0x3E: "x86-64", 0x03: "x86", 0xB7: "arm64", 0x28: "32-bit Arm", 0xF3: 
 _OPERATOR = re.compile(
     rb"(?:aten|quantized_decomposed|dim_order_ops)::[a-z_0-9]+(?:\.[A-Za-z_0-9]+)?"
 )
+_VERSION = re.compile(rb"\0(ET\d\d)\0")  # the identifier of the programs that it reads
 _FEWEST_OPERATORS = 5  # below, the kernels are in a library beside it, or the names are not kept
 
 
@@ -56,6 +58,7 @@ def native_runner(path: Path, tasks: Mapping[str, Task], facts: DeviceFacts) -> 
             "files with executor_runner, and the .pt and .ptl files with speed_benchmark_torch."
         )
     _require_architecture(path, binary, facts)
+    _require_version(path, binary, tasks)
     _require_operators(path, binary, tasks)
     return ExecutorRunner(path) if forms == {"pte"} else SpeedBenchmark(path)
 
@@ -77,6 +80,19 @@ def _require_architecture(path: Path, binary: bytes, facts: DeviceFacts) -> None
         f"'{path}' was built for {_NAMES[machine]}, and {facts.name} is {facts.architecture}; "
         "build it for that."
     )
+
+
+def _require_version(path: Path, binary: bytes, tasks: Mapping[str, Task]) -> None:
+    reads = set(_VERSION.findall(binary))
+    for name, task in tasks.items():
+        with task.path.open("rb") as file:
+            version = file.read(8)[4:]
+        if task.form == "pte" and reads and version not in reads:
+            raise UnsupportedError(
+                f"{name} is a program of version {version.decode(errors='replace')}, and '{path}' "
+                f"reads {b', '.join(sorted(reads)).decode()}; build the runner of the ExecuTorch "
+                "that the file was made with."
+            )
 
 
 def _require_operators(path: Path, binary: bytes, tasks: Mapping[str, Task]) -> None:
