@@ -1,0 +1,55 @@
+"""What the README, the docs and the examples tell people to type is understood."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+
+from torchfuse.cli import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A line of a code block, and those after it that belong to it; not what a command printed.
+LINE = re.compile(r"^(?:\$ )?(torchfuse .*(?:\\\n.*)*)$", re.MULTILINE)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def commands() -> list[str]:
+    found = [
+        command
+        for page in PAGES
+        for language, block in BLOCK.findall(page.read_text())
+        if not language
+        for command in LINE.findall(block)
+    ]
+    return sorted(set(found))
+
+
+def test_there_are_commands_of_every_kind_to_check() -> None:
+    shown = {shlex.split(command)[1] for command in commands()}
+    assert shown >= {"plan", "fuse", "quantize", "bench", "devices"}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_in_the_docs_is_understood(command: str) -> None:
+    _, name, *words = shlex.split(command, comments=True)
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None, f"no command {name}"
+    found.make_context(name, words)  # raises on an option that is not there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_leads_to_a_file(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_name_of_torchfuse_in_the_docs_is_public() -> None:
+    public = import_module("torchfuse").__all__
+    for page in PAGES:
+        for name in re.findall(r"\btorchfuse\.(\w+)\(", page.read_text()):
+            assert name in public, f"{page.name}: torchfuse.{name}"
