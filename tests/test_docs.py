@@ -13,7 +13,7 @@ from torchfuse.cli import cli
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A line of a code block, and those after it that belong to it; not what a command printed.
-LINE = re.compile(r"^(?:\$ )?(torchfuse .*(?:\\\n.*)*)$", re.MULTILINE)
+LINE = re.compile(r"^(?:\$ )?(torchfuse (?:.*\\\n)*.*)$", re.MULTILINE)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -36,7 +36,7 @@ def test_there_are_commands_of_every_kind_to_check() -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_in_the_docs_is_understood(command: str) -> None:
-    _, name, *words = shlex.split(command, comments=True)
+    _, name, *words = shlex.split(command.replace("\\\n", " "), comments=True)
     found = cli.get_command(click.Context(cli), name)
     assert found is not None, f"no command {name}"
     found.make_context(name, words)  # raises on an option that is not there
