@@ -22,9 +22,10 @@ import torch
 
 import torchfuse
 from torchfuse.artifacts import write_atomically
+from torchfuse.devices.facts import DeviceFacts, facts_of
+from torchfuse.devices.local import Local
 from torchfuse.errors import UnsupportedError
 from torchfuse.inputs import Case
-from torchfuse.machine import Machine, this_machine
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
 from torchfuse.render.bench import duration
@@ -33,6 +34,8 @@ from torchfuse.timing import Measurement, measure_interleaved, ratio
 
 BASELINE = "eager fp32"
 TARGETS = {".pte int8": 5.0, ".pte fp32": 2.5}  # times as fast as the baseline, with AVX-512 VNNI
+
+_VNNI = "avx512_vnni"
 
 Variants = dict[str, Callable[[], Any]]
 
@@ -56,11 +59,10 @@ def main() -> None:
         on_round=lambda done, total: progress(f"round {done} of {total}"),
     )
     progress("")
-    machine = this_machine()
+    machine = facts_of(Local())
     print(table(measured, machine))
-    for name, measurement in measured.items():
-        for caution in measurement.cautions:
-            print(f"Warning: {name}: {caution}.", file=sys.stderr)
+    for caution in dict.fromkeys(c for m in measured.values() for c in m.cautions):
+        print(f"Warning: {caution}.", file=sys.stderr)
     if options.json:
         write_atomically(options.json, report(measured, machine).encode())
 
@@ -100,13 +102,13 @@ def bound(model: Callable[..., Any], x: torch.Tensor) -> Callable[[], Any]:
     return lambda: model(x)
 
 
-def table(measured: dict[str, Measurement], machine: Machine) -> str:
+def table(measured: dict[str, Measurement], machine: DeviceFacts) -> str:
     """Return a line per variant, and one on each target."""
     baseline = measured[BASELINE]
     width = max(map(len, measured))
     lines = [
         f"MobileNetV2, {'×'.join(map(str, INPUT_SHAPE))}, 1 thread, {baseline.runs} runs, "
-        f"{machine.processor}, AVX-512 VNNI: {_yes_or_no(machine.avx512_vnni)}",
+        f"{machine.soc}, AVX-512 VNNI: {'yes' if _VNNI in machine.instructions else 'no'}",
         "",
         f"{'':{width}}  {'median':>9} {'± IQR':>9}  times as fast as {BASELINE} (95% interval)",
     ]
@@ -124,19 +126,15 @@ def table(measured: dict[str, Measurement], machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def verdict(name: str, target: float, value: float, machine: Machine) -> str:
+def verdict(name: str, target: float, value: float, machine: DeviceFacts) -> str:
     """Return the sentence on one target; it is judged only where the instructions exist."""
     wanted = f"{name}: {value:.2f} times as fast, the target is {target:g}"
-    if not machine.avx512_vnni:
+    if _VNNI not in machine.instructions:
         return f"{wanted} on a processor with AVX-512 VNNI, which this is not: not judged."
     return f"{wanted}: {'met' if value >= target else 'missed'}."
 
 
-def _yes_or_no(flag: bool | None) -> str:
-    return {True: "yes", False: "no", None: "unknown"}[flag]
-
-
-def report(measured: dict[str, Measurement], machine: Machine) -> str:
+def report(measured: dict[str, Measurement], machine: DeviceFacts) -> str:
     """Return everything as JSON."""
     baseline = measured[BASELINE]
     ratios = {
@@ -154,7 +152,7 @@ def report(measured: dict[str, Measurement], machine: Machine) -> str:
             "baseline": BASELINE,
             "times_as_fast_as_baseline": ratios,
             "targets": TARGETS,
-            "judged": bool(machine.avx512_vnni),
+            "judged": _VNNI in machine.instructions,
             "results": [
                 {**asdict(m), "median_s": m.median_s, "iqr_s": m.iqr_s} for m in measured.values()
             ],

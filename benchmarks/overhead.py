@@ -35,7 +35,8 @@ from torch import nn
 
 import torchfuse
 from torchfuse.artifacts import write_atomically
-from torchfuse.machine import this_machine
+from torchfuse.devices.facts import facts_of
+from torchfuse.devices.local import Local
 from torchfuse.machine_state import this_state
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
@@ -214,7 +215,7 @@ def table(cases: list[Case], measured: dict[str, Times]) -> str:
     """Return a line per case, and one on the target or on the floor."""
     width = max(len(case.name) for case in cases)
     lines = [
-        f"1 thread, {this_machine().processor}, medians of round medians",
+        f"1 thread, {facts_of(Local()).soc}, medians of round medians",
         "",
         f"{'':{width}}  {'native':>9} {'torchfuse':>9}  ratio (95% interval)",
     ]
@@ -279,7 +280,7 @@ def report(cases: list[Case], measured: dict[str, Times], natives: dict[str, Nat
         {
             "target_ratio": TARGET_RATIO,
             "versions": {name: version(name) for name in ("torch", "executorch", "torchfuse")},
-            "machine": asdict(this_machine()),
+            "machine": asdict(facts_of(Local())),
             "built": {suffix: native.command for suffix, native in natives.items()},
             "results": results,
         },
