@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchfuse.devices.benching import Settings, bench_on
@@ -10,7 +11,7 @@ from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.local import Local
 from torchfuse.devices.opening import device_named
 from torchfuse.devices.run import DeviceRun
-from torchfuse.errors import DeviceError
+from torchfuse.errors import DeviceError, UnsupportedError
 from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, measure_prepared
 
@@ -59,6 +60,8 @@ def bench_devices(
         except DeviceError as error:
             return DeviceRun(DeviceFacts(name, "not ready"), None, (), error=str(error))
         opened.append(transport)
+        if stopped.is_set():
+            transport.stop()
         return bench_on(
             transport,
             tasks,
@@ -70,10 +73,12 @@ def bench_devices(
 
     remote = [name for name in devices if name != Local.name or settings.runner is not None]
     opened: list[Transport] = []
+    stopped = threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, len(remote))) as pool:
         try:
             runs = dict(zip(remote, pool.map(on_device, remote), strict=True))
         except BaseException:  # Ctrl-C comes to this thread only
+            stopped.set()
             for transport in opened:
                 transport.stop()
             raise
@@ -91,21 +96,30 @@ def _on_this_machine(
     on_step: Callable[[str], object],
     on_partial: OnPartial,
 ) -> DeviceRun:
-    with Local() as here:
-        facts = facts_of(here)
+    facts = facts_of(Local())
 
     def as_run(measured: Mapping[str, Measurement]) -> DeviceRun:
         cautions = {c: None for m in measured.values() for c in m.cautions}
         return DeviceRun(facts, "torchfuse", tuple(measured.values()), tuple(cautions))
 
-    return as_run(
-        measure_prepared(
-            tasks,
-            warmup=settings.warmup,
-            runs=settings.runs,
-            threads=settings.threads,
-            earlier=earlier,
-            on_round=lambda done, rounds: on_step(f"round {done} of {rounds}"),
-            on_partial=lambda measured: on_partial(as_run(measured)),
+    latest: Mapping[str, Measurement] = earlier or {}
+
+    def partial_came(measured: Mapping[str, Measurement]) -> None:
+        nonlocal latest
+        latest = measured
+        on_partial(as_run(measured))
+
+    try:
+        return as_run(
+            measure_prepared(
+                tasks,
+                warmup=settings.warmup,
+                runs=settings.runs,
+                threads=settings.threads,
+                earlier=earlier,
+                on_round=lambda done, rounds: on_step(f"round {done} of {rounds}"),
+                on_partial=partial_came,
+            )
         )
-    )
+    except UnsupportedError as error:  # a process that ended: what was measured until then stays
+        return replace(as_run(latest), error=str(error))
