@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,16 +20,15 @@ Files = Callable[[str], str]
 MARK = "INTERRUPTED_TEST=x"
 
 
-@pytest.fixture(params=["adb", "ssh"])
-def device(request: pytest.FixtureRequest) -> Iterator[tuple[str, Device | Sshd]]:
+@pytest.fixture
+def device(kind: str, request: pytest.FixtureRequest) -> tuple[str, Device | Sshd]:
     """The name for --device, and the device."""
-    if request.param == "adb":
-        yield "adb", request.getfixturevalue("adb_device")
-    else:
-        yield "ssh:board", request.getfixturevalue("sshd")
+    name, fixture = {"adb": ("adb", "adb_device"), "ssh": ("ssh:board", "sshd")}[kind]
+    return name, request.getfixturevalue(fixture)
 
 
 STAGES = {
+    "push": '"kind": "runtime"',  # if it comes to that before anyone looks
     "check": '"kind": "runtime"',
     "warm-up": '"kind": "warm"',
     "rounds": '"done": 5,',
@@ -37,24 +36,34 @@ STAGES = {
 
 
 @pytest.mark.parametrize(
-    ("stage", "number"),
-    [
-        ("push", signal.SIGINT),
-        ("check", signal.SIGINT),
-        ("warm-up", signal.SIGINT),
-        ("rounds", signal.SIGINT),
-        ("rounds", signal.SIGTERM),
+    ("kind", "stage", "number"),
+    [  # each takes the seconds in which torch is imported; the others only in make test-devices
+        ("adb", "rounds", signal.SIGINT),
+        ("ssh", "rounds", signal.SIGTERM),
+        *(
+            pytest.param(kind, stage, signal.SIGINT, marks=pytest.mark.devices)
+            for kind, stage in [
+                ("adb", "push"),
+                ("ssh", "push"),
+                ("adb", "check"),
+                ("ssh", "check"),
+                ("adb", "warm-up"),
+                ("ssh", "warm-up"),
+                ("ssh", "rounds"),
+            ]
+        ),
     ],
 )
 def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
     device: tuple[str, Device | Sshd],
     model_files: Files,
+    light_python: Path,
     tmp_path: Path,
     stage: str,
     number: int,
 ) -> None:
     name, there = device
-    program, reached = pausing_python(tmp_path, STAGES.get(stage, "never"))
+    program, reached = pausing_python(tmp_path, light_python, STAGES[stage])
     saved = tmp_path / "out.json"
     temporary = tmp_path / "temporary"
     temporary.mkdir()

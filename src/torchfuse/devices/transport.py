@@ -342,9 +342,9 @@ class Transport(abc.ABC):
             if process.poll() is None:
                 _kill_group(process)
                 process.wait()
-        printed = output.text(), errors.text()
         if self._stopped:
             raise DeviceError(f"{self.name}: stopped.")
+        printed = output.text(), errors.text()
         for failed in (output.error, errors.error):
             if failed is not None:
                 raise failed
