@@ -29,12 +29,17 @@ def cli() -> None:
     """Find, prove and measure fusions in PyTorch models."""
 
 
+def _shown(text: object) -> str:
+    """Return the text without what a terminal obeys: a file or a device may have put it there."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+
+
 def main() -> None:
     """Run the command line; a TorchfuseError ends it with one line on stderr and status 1."""
     try:
         cli.main(standalone_mode=True)
     except TorchfuseError as error:
-        click.echo(f"torchfuse: error: {error}", err=True)
+        click.echo(f"torchfuse: error: {_shown(error)}", err=True)
         for note in getattr(error, "__notes__", ()):
-            click.echo(f"  {note}", err=True)
+            click.echo(f"  {_shown(note)}", err=True)
         sys.exit(1)

@@ -28,6 +28,8 @@ FILES = (
 )
 _CGROUP_FILES = ("cpu.max", "cpu.stat", "cpu.cfs_quota_us", "cpu.cfs_period_us")  # of v2, of v1
 
+_MOST_CORES = 8192  # that Linux is built for; a device may say anything
+
 _TICKS_PER_S = 100  # of /proc, on every architecture that Linux still runs on but Alpha
 
 
@@ -140,7 +142,7 @@ def _allowed_cpus(status: str) -> list[int]:
     cpus: list[int] = []
     for part in allowed[1].split(",") if allowed else ():
         first, _, last = part.partition("-")
-        cpus += range(int(first), int(last or first) + 1)
+        cpus += range(int(first), min(int(last or first), int(first) + _MOST_CORES) + 1)
     return cpus
 
 

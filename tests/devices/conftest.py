@@ -13,6 +13,7 @@ from devices import adb_server
 from devices import sshd as sshd_server
 from devices.adb_server import AdbServer
 from devices.fake_adbd import Device
+from devices.light_python import light_python as make_light_python
 from devices.parts import executor_runner as runners
 from devices.parts import phone as phones
 from devices.parts import speed_benchmark
@@ -83,6 +84,12 @@ def sshd(
 ) -> Iterator[Sshd]:
     """An sshd of this test's own; the `ssh` and `scp` on the PATH know its hosts."""
     yield from _sshd(tmp_path_factory.mktemp("sshd"), monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def light_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python without torch that runs `third.pte`, for --device-python."""
+    return make_light_python(tmp_path_factory.mktemp("python"))
 
 
 @pytest.fixture(scope="session")

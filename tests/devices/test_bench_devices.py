@@ -1,8 +1,10 @@
 """Models measured on devices, by torchfuse's runner and by runners of the user's own."""
 
+import dataclasses
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from devices.fake_adbd import Device
+from devices.pausing import pausing_python
 from devices.sshd import Sshd
 from torchfuse.devices.adb import Adb
 from torchfuse.devices.benching import Settings, bench_on
@@ -19,21 +22,32 @@ from torchfuse.inputs import Case
 from torchfuse.tasks import Task, task_of
 
 Files = Callable[[str], str]
-SETTINGS = Settings(runs=10, warmup=2, python=sys.executable, timeout_s=120)
+WITH_TORCH = Settings(runs=10, warmup=2, python=sys.executable, timeout_s=120)
+
+
+@pytest.fixture
+def settings(light_python: Path) -> Settings:
+    return dataclasses.replace(WITH_TORCH, python=str(light_python))
+
+
+def task(model_files: Files, folder: Path, name: str) -> Task:
+    folder.mkdir(exist_ok=True)
+    case = Case((torch.arange(48.0).reshape(1, 3, 4, 4),))
+    return task_of(model_files(name), case, folder)
 
 
 @pytest.fixture
 def tasks(model_files: Files, tmp_path: Path) -> dict[str, Task]:
-    folder = tmp_path / "inputs"
-    folder.mkdir()
-    case = Case((torch.arange(48.0).reshape(1, 3, 4, 4),))
-    return {name: task_of(model_files(name), case, folder) for name in ("third.pte", "third.pt")}
+    program = task(model_files, tmp_path / "inputs", "third.pte")
+    return {"third.pte": program, "again.pte": dataclasses.replace(program)}
 
 
 def test_models_are_measured_over_ssh_and_nothing_is_left(
-    sshd: Sshd, tasks: dict[str, Task]
+    sshd: Sshd, model_files: Files, tmp_path: Path
 ) -> None:
-    run = bench_on(Ssh("board"), tasks, SETTINGS)
+    names = ("third.pte", "third.pt")
+    tasks = {name: task(model_files, tmp_path / "inputs", name) for name in names}
+    run = bench_on(Ssh("board"), tasks, WITH_TORCH)
     assert run.error is None
     assert [(m.name, m.runs, m.threads) for m in run.measurements] == [
         ("third.pte", 10, 1),
@@ -55,11 +69,12 @@ def test_models_are_measured_over_ssh_and_nothing_is_left(
 
 
 def test_models_are_measured_over_adb_and_nothing_is_left(
-    adb_device: Device, tasks: dict[str, Task]
+    adb_device: Device, tasks: dict[str, Task], settings: Settings
 ) -> None:
     steps: list[str] = []
-    run = bench_on(Adb(), tasks, SETTINGS, on_step=steps.append)
+    run = bench_on(Adb(), tasks, settings, on_step=steps.append)
     assert run.error is None
+    assert run.runner == "executorch-numpy-runtime 1.4.0"
     assert [m.runs for m in run.measurements] == [10, 10]
     assert run.device.model == "Fake Fake Phone 8"
     assert steps[:3] == ["connecting", "pushing", "comparing outputs with this machine's"]
@@ -69,11 +84,11 @@ def test_models_are_measured_over_adb_and_nothing_is_left(
 
 
 def test_an_output_that_differs_stops_the_run_before_anything_is_timed(
-    sshd: Sshd, tasks: dict[str, Task]
+    sshd: Sshd, tasks: dict[str, Task], settings: Settings
 ) -> None:
     wrong = tasks["third.pte"]
     object.__setattr__(wrong, "expected", (wrong.expected[0] * 1.01,))
-    run = bench_on(Ssh("board"), {"third.pte": wrong}, SETTINGS)
+    run = bench_on(Ssh("board"), {"third.pte": wrong}, settings)
     assert run.error is not None
     assert run.error.startswith("ssh:board: third.pte computes something else there than here: ")
     assert run.measurements == ()
@@ -102,29 +117,30 @@ def test_a_python_without_a_runtime_is_an_error_that_says_what_to_install(
 
 
 def test_a_device_lost_between_rounds_keeps_the_rounds_before(
-    adb_device: Device, tasks: dict[str, Task]
+    adb_device: Device, tasks: dict[str, Task], light_python: Path, tmp_path: Path
 ) -> None:
+    pausing, _ = pausing_python(tmp_path, light_python, '"done": 4,')
+
     def lose(step: str) -> None:
         if step == "round 4 of 10":
-            adb_device.faults.drop_shell_after = 1
+            threading.Thread(target=adb_device.drop).start()
 
-    run = bench_on(Adb(), tasks, SETTINGS, on_step=lose)
+    settings = dataclasses.replace(WITH_TORCH, python=str(pausing))
+    run = bench_on(Adb(), tasks, settings, on_step=lose)
     assert run.error is not None
-    assert "was lost" in run.error
-    kept = {m.runs for m in run.measurements}
-    assert len(kept) == 1
-    assert 4 <= kept.pop() < 10
+    assert "lost" in run.error
+    assert [m.runs for m in run.measurements] == [4, 4]
 
 
 def test_a_run_goes_on_with_the_rounds_that_an_earlier_one_had(
-    adb_device: Device, tasks: dict[str, Task]
+    adb_device: Device, tasks: dict[str, Task], settings: Settings
 ) -> None:
-    whole = bench_on(Adb(), tasks, SETTINGS)
+    whole = bench_on(Adb(), tasks, settings)
     earlier = {
         m.name: type(m)(**{**vars(m), "samples_s": m.samples_s[:6]}) for m in whole.measurements
     }
     rounds: list[str] = []
-    resumed = bench_on(Adb(), tasks, SETTINGS, earlier=earlier, on_step=rounds.append)
+    resumed = bench_on(Adb(), tasks, settings, earlier=earlier, on_step=rounds.append)
     assert next(step for step in rounds if step.startswith("round")) == "round 7 of 10"
     for m in resumed.measurements:
         assert m.runs == 10
@@ -133,12 +149,12 @@ def test_a_run_goes_on_with_the_rounds_that_an_earlier_one_had(
 
 
 def test_several_devices_are_measured_at_once_and_one_that_fails_stops_no_other(
-    adb_devices: Callable[..., Device], sshd: Sshd, tasks: dict[str, Task]
+    adb_devices: Callable[..., Device], sshd: Sshd, tasks: dict[str, Task], settings: Settings
 ) -> None:
     first, second = adb_devices(), adb_devices()
     second.faults.read_only = True
     names = [f"adb:{first.serial}", f"adb:{second.serial}", "ssh:board", "ssh:refused", "local"]
-    runs = bench_devices(tasks, names, SETTINGS)
+    runs = bench_devices(tasks, names, settings)
     assert [run.device.name for run in runs] == [*names[:3], "ssh:refused", "local"]
     assert [run.error is None for run in runs] == [True, False, True, False, True]
     assert [len(run.measurements) for run in runs] == [2, 0, 2, 0, 2]
@@ -157,13 +173,9 @@ log("Model loaded in 12.500000 ms.")
 for n in range(count):
     log(f"Iteration {{n + 1}} of {{count}}: {{1.0 + n / 100:f}} ms")
 if "output_file" in flags:
-    from executorch.extension.pybindings import _portable_lib as lib
-    import torch
-    files = [bytearray(open(name, "rb").read()) for name in flags["inputs"].split(",")]
-    inputs = [torch.frombuffer(data, dtype=torch.float32).reshape(1, 3, 4, 4) for data in files]
-    method = lib._load_program(flags["model_path"]).load_method("forward")
-    for i, output in enumerate(method(inputs)):
-        open(f"{{flags['output_file']}}-{{i}}.bin", "wb").write(output.numpy().tobytes())
+    import numpy
+    x = numpy.fromfile(flags["inputs"], numpy.float32)
+    (x * numpy.float32(0.333333)).tofile(flags["output_file"] + "-0.bin")
 """
 
 
@@ -305,11 +317,11 @@ def test_speed_benchmark_torch_is_pushed_run_in_rounds_and_read(
     runner = tmp_path / "speed_benchmark_torch"
     runner.write_text(SPEED_BENCHMARK.format(python=sys.executable, path=sys.path))
     case = Case((torch.ones(2, 3, 30, 30).contiguous(memory_format=torch.channels_last),))
-    tasks = {name: task_of(model_files(name), case, tmp_path) for name in ("third.pt", "third.ptl")}
+    tasks = {"third.ptl": task_of(model_files("third.ptl"), case, tmp_path)}
     settings = Settings(runs=5, warmup=1, runner=runner, timeout_s=120)
     run = bench_on(Adb(), tasks, settings)
     assert run.error is None
-    assert [m.runs for m in run.measurements] == [5, 5]
+    assert [m.runs for m in run.measurements] == [5]
     assert all(d.max_abs is not None and d.max_abs < 1e-4 for _, d in run.differences)
     assert any("channels_last" in command for command in adb_device.commands)
 
@@ -317,6 +329,7 @@ def test_speed_benchmark_torch_is_pushed_run_in_rounds_and_read(
 def test_the_command_measures_on_devices_and_saves_one_report(
     adb_device: Device,
     sshd: Sshd,
+    light_python: Path,
     model_files: Files,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -326,7 +339,7 @@ def test_the_command_measures_on_devices_and_saves_one_report(
 
     saved = tmp_path / "out.json"
     words = ["bench", model_files("third.pte"), "--input_dims=1,3,4,4", "--iter=6", "--warmup=1"]
-    words += ["--device=adb", "--device=ssh:board", f"--device-python={sys.executable}"]
+    words += ["--device=adb", "--device=ssh:board", f"--device-python={light_python}"]
     monkeypatch.setattr(sys, "argv", ["torchfuse", *words, f"--json={saved}"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.speed_benchmark import FLAGS, Options
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _RUNS = 50
 _TIMEOUT_S = 600.0
+_LONGEST_TIMEOUT_S = 86400.0  # what a device's `sleep` surely takes
 _SAVE_AND_SHOW_EVERY_S = 0.5  # between rounds; more often would disturb what is measured
 
 
@@ -138,7 +139,7 @@ def command(
         return
     report = _Report({"json": json_path, "csv": csv_path, "markdown": markdown_path})
     if record is not None:
-        _compare_record(record, report)
+        _compare_record(record, report, fail_on_noise)
     elif artifacts:
         settings = _settings(given, threads, runner, device_python, timeout, profile)
         _require_profiles(artifacts, devices, settings)
@@ -148,7 +149,10 @@ def command(
         _show(runs, observer=bool(given.get("report_pep")))
         _end(runs, fail_on_noise)
     else:
-        for name, value in (("--device", devices), ("--runner", runner), ("--resume", resume)):
+        for name, value in (
+            ("--device", devices), ("--runner", runner), ("--resume", resume),
+            ("--fail-on-noise", fail_on_noise),
+        ):  # fmt: skip
             if value:
                 raise InputError(
                     f"{name} goes with ARTIFACT names, and --model is the tool on this machine; "
@@ -184,8 +188,11 @@ def _settings(
 ) -> Any:
     from torchfuse.devices.benching import Settings
 
-    if timeout_s <= 0:
-        raise InputError(f"--timeout must be more than 0 seconds, got {timeout_s:g}.")
+    if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
+        raise InputError(
+            f"--timeout must be more than 0 seconds and at most {_LONGEST_TIMEOUT_S:g}, got "
+            f"{timeout_s:g}."
+        )
     if runner is not None and not runner.is_file():
         raise InputError(
             f"Expected a runner, but '{runner}' is no file; docs/devices.md says how to get one."
@@ -245,13 +252,14 @@ def _measure(
 ) -> "list[DeviceRun]":
     from torchfuse.devices.opening import checked_device
     from torchfuse.devices.several import bench_devices
+    from torchfuse.temporary import temporary_folder
     from torchfuse.timing import check_counts
 
     devices = list(dict.fromkeys(map(checked_device, devices)))
     options = Options(**_with_own_defaults(given))
     paths = _distinct(artifacts)
     check_counts(settings.runs, settings.threads, settings.warmup, paths)
-    with tempfile.TemporaryDirectory() as inputs:
+    with temporary_folder() as inputs:
         tasks = {name: _task(path, options, Path(inputs)) for name, path in paths.items()}
         if options.print_output:
             _print_outputs(tasks)
@@ -266,7 +274,7 @@ def _measure(
             "files": {name: task.sha256 for name, task in tasks.items()},
         }
         earlier = report.open(described, resume=resume)
-        with _Progress() as progress:
+        with saving_what_there_is(report.save, report.json_path), _Progress() as progress:
             runs = bench_devices(
                 tasks,
                 devices,
@@ -309,7 +317,7 @@ def _print_outputs(tasks: "Mapping[str, Task]") -> None:
         print_value(task.expected if len(task.expected) != 1 else task.expected[0], sys.stdout)
 
 
-def _compare_record(path: Path, report: "_Report") -> None:
+def _compare_record(path: Path, report: "_Report", fail_on_noise: bool) -> None:
     from torchfuse.devices.reading import run_from_record
 
     run = run_from_record(path)
@@ -317,7 +325,7 @@ def _compare_record(path: Path, report: "_Report") -> None:
     report.take(run)
     report.save()
     _show([run], observer=False)
-    _end([run], fail_on_noise=False)
+    _end([run], fail_on_noise)
 
 
 def _show(runs: "Sequence[DeviceRun]", *, observer: bool) -> None:
@@ -409,14 +417,26 @@ def _refuse_nan(path: str, task: "Task") -> None:
         )
 
 
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torchfuse", "torch", "executorch")}
+
+
 class _Report:
     """The files of a run: known to be writable before measuring, whole at any moment."""
 
     def __init__(self, paths: Mapping[str, str | None]) -> None:
         self._paths = {form: Path(path) for form, path in paths.items() if path is not None}
+        if len({path.resolve() for path in self._paths.values()}) < len(self._paths):
+            names = ", ".join(f"--{form} {path}" for form, path in self._paths.items())
+            raise InputError(f"Expected a file for each of {names}, got one twice.")
         self._settings: Mapping[str, Any] = {}
         self._runs: dict[str, DeviceRun] = {}
         self._saved_at_s = time.monotonic()
+
+    @property
+    def json_path(self) -> Path | None:
+        """Where --resume finds what was measured."""
+        return self._paths.get("json")
 
     def open(
         self, settings: Mapping[str, Any], *, resume: bool = False
@@ -447,12 +467,12 @@ class _Report:
             )
         try:
             settings, runs = earlier_runs(path.read_text())
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"Expected what 'torchfuse bench --json' saved in '{path}', but it is something "
                 "else; leave out --resume to measure anew."
             ) from error
-        for name, value in self._settings.items():
+        for name, value in {**self._settings, "versions": _versions()}.items():
             if settings.get(name) != value:
                 raise InputError(
                     f"The run in '{path}' cannot be gone on with, since its {name} differ: "
@@ -474,9 +494,8 @@ class _Report:
         from torchfuse.render.bench_files import to_csv, to_json, to_markdown
 
         runs = list(self._runs.values())
-        versions = {name: version(name) for name in ("torchfuse", "torch", "executorch")}
         texts = {
-            "json": lambda: to_json(runs, versions=versions, settings=self._settings),
+            "json": lambda: to_json(runs, versions=_versions(), settings=self._settings),
             "csv": lambda: to_csv(runs),
             "markdown": lambda: to_markdown(runs),
         }
@@ -510,7 +529,10 @@ class _Progress:
 
     def show(self, device: str, step: str) -> None:
         self._steps[device] = step
+        from rich.text import Text
+
         if self._status is None or time.monotonic() - self._shown_at_s < _SAVE_AND_SHOW_EVERY_S:
             return
         self._shown_at_s = time.monotonic()
-        self._status.update("    ".join(f"{name}: {at}" for name, at in self._steps.items()))
+        steps = "    ".join(f"{name}: {at}" for name, at in self._steps.items())
+        self._status.update(Text(steps))  # a host in brackets is no markup

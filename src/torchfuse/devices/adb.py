@@ -4,7 +4,8 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-from torchfuse.devices.transport import Transport
+from torchfuse.devices.printable import printable
+from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError
 
 __all__ = ["Adb", "AdbDevice", "adb_devices", "chosen"]
@@ -73,10 +74,9 @@ def adb_devices() -> list[AdbDevice]:
             f"'adb devices' got no answer in {_LISTING_S:g} s; run 'adb kill-server'."
         ) from None
     if listed.returncode:
-        reason = (listed.stderr.strip() or listed.stdout.strip()).splitlines()
+        reason = last_line(listed.stderr) or last_line(listed.stdout) or "no message"
         raise DeviceError(
-            f"adb cannot list its devices: {reason[-1] if reason else 'no message'}; run "
-            "'adb kill-server' and try again."
+            f"adb cannot list its devices: {reason}; run 'adb kill-server' and try again."
         )
     return _parsed(listed.stdout)
 
@@ -95,6 +95,8 @@ def _parsed(text: str) -> list[AdbDevice]:
             continue
         serial, _, rest = line.partition(" ")
         rest = rest.strip()
+        if not rest or serial != printable(serial):  # whoever makes a device names it as they like
+            continue
         state = "no permissions" if rest.startswith("no permissions") else rest.split()[0]
         model = re.search(r"\bmodel:(\S+)", rest)
         devices.append(AdbDevice(serial, state, model[1].replace("_", " ") if model else None))
@@ -160,7 +162,7 @@ class Adb(Transport):
                 if re.search(r"read-only|permission", line, re.IGNORECASE)
             )  # fmt: skip
             return (
-                f"nothing can be written there ({line.strip()}); name a folder with "
+                f"nothing can be written there ({printable(line)}); name a folder with "
                 "--device-folder."
             )
         return None

@@ -106,6 +106,12 @@ def bench_on(
     except TorchfuseError as error:
         notes = " ".join(getattr(error, "__notes__", ()))
         return so_far(f"{error} {notes}".strip())
+    except OSError as error:  # of a file of ours: what goes wrong there is a DeviceError
+        reason = error.strerror or error
+        return so_far(
+            f"{transport.name}: a temporary file cannot be written here ({reason}); set TMPDIR "
+            "to a folder with room."
+        )
     return so_far()
 
 
@@ -121,10 +127,7 @@ def _runner_name(record: Record) -> str | None:
 
 
 def _rounds_done(record: Record, settings: Settings) -> int:
-    if len(record.earlier) < len(record.artifacts):
-        return 0
-    length = turn_length(len(record.artifacts), settings.runs)
-    return min(measured.runs for measured in record.earlier.values()) // length
+    return record.runs_before // turn_length(len(record.artifacts), settings.runs)
 
 
 def _compared(task: Task, outputs: tuple[torch.Tensor, ...]) -> Equivalence:
@@ -135,7 +138,7 @@ def _compared(task: Task, outputs: tuple[torch.Tensor, ...]) -> Equivalence:
         tuple(
             compare_outputs(
                 dict(zip(names, task.expected, strict=True)),
-                dict(zip(names, outputs, strict=False)),
+                dict(zip(names, outputs, strict=True)),
                 min_sqnr_db=_MIN_SQNR_DB.get(task.metadata.get("precision", "")),
             )
         )

@@ -5,6 +5,7 @@ to stderr on Linux, and to the system's log on Android.
 """
 
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -51,7 +52,7 @@ class ExecutorRunner(Runner):
                     "given; measure it with the Python runner, without --runner."
                 )
         transport.push(self._path, _NAME)
-        transport.shell(f"chmod 700 '{transport.folder}/{_NAME}'")
+        transport.shell(f"chmod 700 {shlex.quote(f'{transport.folder}/{_NAME}')}")
         push_models(transport, tasks)
 
     def outputs(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torchfuse.devices.printable import printable
 from torchfuse.devices.transport import Transport
 
 __all__ = ["DeviceFacts", "facts_of"]
@@ -90,14 +91,16 @@ def facts_of(transport: Transport) -> DeviceFacts:
 def facts_from(name: str, printed: str) -> DeviceFacts:
     """Return the facts that the device's shell printed."""
     said: dict[str, list[str]] = {}
+    flags: list[str] = []
     for line in printed.splitlines():
         key, equals, value = line.partition("=")
-        if equals and value.strip():
-            said.setdefault(key, []).append(value.strip())
+        if equals and key == "flags":
+            flags = value.split()
+        elif equals and value.strip():
+            said.setdefault(key, []).append(printable(value))
     single = {key: values[0] for key, values in said.items()}
     architecture = single.get("architecture")
     android = single.get("android")
-    flags = single.get("flags", "").split()
     return DeviceFacts(
         name=name,
         state="ready",
@@ -124,7 +127,7 @@ def _first(single: Mapping[str, str], keys: tuple[str, ...]) -> str | None:
 
 
 def _number(text: str | None) -> int | None:
-    return int(text) if text is not None and re.fullmatch(r"\d+", text) else None
+    return int(text) if text is not None and re.fullmatch(r"\d{1,18}", text) else None
 
 
 def _kilobytes(text: str | None) -> int | None:
@@ -133,7 +136,7 @@ def _kilobytes(text: str | None) -> int | None:
 
 
 def _hottest(millidegrees: list[str]) -> float | None:
-    temperatures = [int(t) / 1000 for t in millidegrees if re.fullmatch(r"-?\d+", t)]
+    temperatures = [int(t) / 1000 for t in millidegrees if re.fullmatch(r"-?\d{1,9}", t)]
     low, high = _PLAUSIBLE_C
     return max((t for t in temperatures if low < t < high and t != 0), default=None)
 

@@ -1,6 +1,7 @@
 """The devices that there are: this machine, those that adb knows, hosts that were named."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from torchfuse.devices.adb import Adb, adb_devices
 from torchfuse.devices.facts import DeviceFacts, facts_of
@@ -18,25 +19,25 @@ def listed(hosts: Sequence[str] = ()) -> tuple[list[DeviceFacts], list[str]]:
     Raises:
         InputError: a host's name is none.
     """
-    found, problems = [_facts(Local())], []
+    found, problems = [_facts("local", Local)], []
     try:
         known = adb_devices()
     except DeviceError as error:
         known = []
         problems.append(str(error))
     for device in known:
+        name = f"adb:{device.serial}"
         if device.advice is None:
-            found.append(_facts(Adb(device.serial)))
+            found.append(_facts(name, functools.partial(Adb, device.serial)))
         else:
-            name = f"adb:{device.serial}"
             found.append(DeviceFacts(name, device.state, device.advice, device.model))
-    found += [_facts(Ssh(host)) for host in hosts]
+    found += [_facts(f"ssh:{host}", functools.partial(Ssh, host)) for host in hosts]
     return found, problems
 
 
-def _facts(transport: Transport) -> DeviceFacts:
+def _facts(name: str, opened: Callable[[], Transport]) -> DeviceFacts:
     try:
-        return facts_of(transport)
-    except DeviceError as error:
-        reason = str(error).removeprefix(f"{transport.name}: ").rstrip(".")
-        return DeviceFacts(transport.name, "unreachable", reason)
+        return facts_of(opened())
+    except DeviceError as error:  # one that has just gone, too
+        reason = str(error).removeprefix(f"{name}: ").rstrip(".")
+        return DeviceFacts(name, "unreachable", reason)

@@ -50,7 +50,7 @@ def time_in_rounds(
         return taken
 
     bounded = {name: before_deadline(turn) for name, turn in turns.items()}
-    done_before = min((m.runs for m in record.earlier.values()), default=0) // timed
+    done_before = record.runs_before // timed
     for index in range(len(turns)):
         # Each process warms up for itself; how well shows in the spread.
         warm = {"kind": "warm", "artifact": index, "warmup_runs": untimed, "settled": None}

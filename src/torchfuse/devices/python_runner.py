@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from torchfuse.devices.operators import operators_of
+from torchfuse.devices.printable import printable
 from torchfuse.devices.record import Record
 from torchfuse.devices.runner import OnRound, Outputs, Runner, Schedule, push_models, tensor_of
 from torchfuse.devices.transport import Finished, Transport, last_line
@@ -32,6 +34,7 @@ _ENVIRONMENT = (
     "OPENBLAS_NUM_THREADS=1",
     "MKL_NUM_THREADS=1",
 )
+_START = f'export {" ".join(_ENVIRONMENT)}; exec "$@"'
 
 
 def runner_archive() -> bytes:
@@ -71,9 +74,10 @@ class PythonRunner(Runner):
         _require_operators(tasks, record)
         outputs = {}
         with tempfile.TemporaryDirectory() as folder:
-            for index, name in enumerate(tasks):
+            for index, (name, task) in enumerate(tasks.items()):
+                all_described = _described_outputs(transport, name, task, record, index)
                 pulled = []
-                for described in record.loaded[index]["outputs"]:
+                for described in all_described:
                     target = Path(folder) / described["file"]
                     transport.pull(described["file"], target)
                     pulled.append(_tensor(transport, target.read_bytes(), described))
@@ -121,12 +125,19 @@ class PythonRunner(Runner):
             transport.push(path, "job.json")
 
         def came(line: str) -> None:
-            told = record.take(line)
+            try:
+                told = record.take(line)
+            except ValueError as error:
+                raise DeviceError(
+                    f"{transport.name}: expected what torchfuse's runner tells, got {error}; see "
+                    f"what '{self._python}' is there."
+                ) from error
             if told is not None and told["kind"] == "round":
                 on_round(record)
 
         record.ended = False
-        words = ["env", *_ENVIRONMENT, self._python, _RUNNER, "--job", "job.json"]
+        # Not `env`, which would take a path with a = in it for one more setting.
+        words = ["sh", "-c", _START, "sh", self._python, _RUNNER, "--job", "job.json"]
         finished = transport.run(words, timeout_s=timeout_s, on_line=came)
         if record.failed is not None:
             index, reason = record.failed
@@ -136,22 +147,24 @@ class PythonRunner(Runner):
             self._raise_ended_early(transport, finished)
 
     def _raise_ended_early(self, transport: Transport, finished: Finished) -> None:
-        reason = last_line(finished.stderr).removeprefix("runner: error: ") or "no message"
+        reason = last_line(finished.stderr).removeprefix("runner.py: error: ") or "no message"
         if finished.status == _NOT_FOUND:
             raise DeviceError(
                 f"{transport.name}: there is no '{self._python}' there ({reason}); name one with "
-                "--device-python, or give a runner of your own with --runner."
+                "--device-python, by its whole path if it is not on the PATH, or give a runner of "
+                "your own with --runner."
             )
         raise DeviceError(f"{transport.name}: the runner ended {finished.how}: {reason}.")
 
 
-_NOT_FOUND = 127  # of `env`, and of a shell
+_NOT_FOUND = 127  # of a shell
 
 
 def _require_operators(tasks: Mapping[str, Task], record: Record) -> None:
-    have = {runtime["form"]: set(runtime["operators"]) for runtime in record.runtimes}
+    says = {runtime["form"]: set(runtime["operators"]) for runtime in record.runtimes}
     for name, task in tasks.items():
-        missing = sorted(set(operators_of(task)) - have[task.form]) if have[task.form] else []
+        have = says.get(task.form)
+        missing = sorted(set(operators_of(task)) - have) if have else []
         if missing:
             raise UnsupportedError(
                 f"{name} needs {', '.join(missing)}, for which the runtime on the device has no "
@@ -159,10 +172,32 @@ def _require_operators(tasks: Mapping[str, Task], record: Record) -> None:
             )
 
 
+def _described_outputs(
+    transport: Transport, name: str, task: Task, record: Record, index: int
+) -> list[dict[str, Any]]:
+    described: list[dict[str, Any]] = record.loaded.get(index, {}).get("outputs", [])
+    if len(described) != len(task.expected):
+        raise DeviceError(
+            f"{transport.name}: {name} returned {len(described)} tensors there, and "
+            f"{len(task.expected)} here; see whether the runtime there is of the version that the "
+            "file was made for."
+        )
+    return described
+
+
 def _tensor(transport: Transport, data: bytes, described: Mapping[str, Any]) -> torch.Tensor:
     if hashlib.sha256(data).hexdigest() != described["sha256"]:
         raise DeviceError(
             f"{transport.name}: an output arrived damaged; check the cable or the connection, and "
             "try again."
+        )
+    dtype = getattr(torch, described["dtype"], None)
+    if not isinstance(dtype, torch.dtype) or (
+        math.prod(described["shape"]) * dtype.itemsize != len(data)
+    ):
+        raise DeviceError(
+            f"{transport.name}: an output of {len(data):,} bytes is said to be "
+            f"{described['shape']} of {printable(described['dtype'])}, which it cannot be; see "
+            "what runs there."
         )
     return tensor_of(data, described["dtype"], described["shape"])

@@ -21,17 +21,18 @@ def run_from_record(path: Path) -> DeviceRun:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' cannot be read: {error}.") from error
-    events = [event for line in lines for event in [read_event(line)] if event is not None]
-    if not events or events[0]["kind"] != "job":
+    try:
+        job = next(event for event in map(read_event, lines) if event is not None)
+        names = [ArtifactName(a["name"], a["size_bytes"], a["sha256"]) for a in job["artifacts"]]
+        record = Record(names, job["threads"], round_id=job["round_id"])
+        for line in lines:
+            if read_event(line) != job:
+                record.take(line)
+    except (StopIteration, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"Expected what 'python3 -m torchfuse.runner --save' wrote, but '{path}' is something "
             "else, or damaged at its beginning."
-        )
-    job = events[0]
-    names = [ArtifactName(a["name"], a["size_bytes"], a["sha256"]) for a in job["artifacts"]]
-    record = Record(names, job["threads"], round_id=job["round_id"])
-    for event in events[1:]:
-        record.note(event)
+        ) from error
     runtimes = [f"{told['name']} {told['version']}" for told in record.runtimes]
     machine = next((told["machine"] for told in record.runtimes), None)
     reason = None

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torchfuse.devices.events import checked
+from torchfuse.devices.printable import printable
 from torchfuse.machine_state import MachineState, ThermalZone
 from torchfuse.noise import Caution, cautions
 from torchfuse.runner.job import read_event
@@ -38,20 +40,26 @@ class Record:
     _memory: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     _samples_s: dict[int, list[float]] = field(default_factory=dict)
     _turn_runs: int = 1
+    _kept: int = 0  # samples of an earlier run that this one goes on after: its whole rounds
     _states: list[MachineState] = field(default_factory=list)
 
     def take(self, line: str) -> Mapping[str, Any] | None:
-        """Take in a line of the runner's output; return the event that it tells, if it does."""
+        """Take in a line of the runner's output; return the event that it tells, if it does.
+
+        Raises:
+            ValueError: it tells an event that no runner of ours tells of these models.
+        """
         told = read_event(line)
         if told is not None:
-            self.note(told)
+            self.note(checked(told, len(self.artifacts)))
         return told
 
     def note(self, told: Mapping[str, Any]) -> None:
         """Take in an event, as `runner.job` tells them."""
         match told["kind"]:
             case "runtime":
-                self.runtimes.append(told)
+                names = {name: _shown(told[name]) for name in ("name", "version")}
+                self.runtimes.append({**told, **names})
             case "loaded":
                 self.loaded[told["artifact"]] = told
             case "warm":
@@ -59,6 +67,8 @@ class Record:
             case "state":
                 self.note_state(_state(told["state"]))
             case "round":
+                if not self._samples_s:  # the first: those before it are an earlier run's
+                    self._kept = (told["done"] - 1) * told["turn_runs"]
                 self._turn_runs = told["turn_runs"]
                 self.rounds = told["done"], told["rounds"]
                 for index, times in told["samples_s"].items():
@@ -66,7 +76,7 @@ class Record:
             case "measured":
                 self._memory[told["artifact"]] = told
             case "failed":
-                self.failed = told["artifact"], told["reason"]
+                self.failed = told["artifact"], printable(told["reason"]).rstrip(".")
             case "end":
                 self.ended = True
 
@@ -75,19 +85,24 @@ class Record:
         self._states.append(state)
 
     @property
+    def runs_before(self) -> int:
+        """How many runs of each model an earlier run made."""
+        earlier = [self.earlier.get(artifact.name) for artifact in self.artifacts]
+        return min((0 if m is None else m.runs for m in earlier), default=0)
+
+    @property
     def measurements(self) -> tuple[Measurement, ...]:
         """What was measured so far, in whole rounds."""
         together = len(self.artifacts) > 1
         found = []
         for index, artifact in enumerate(self.artifacts):
             earlier = self.earlier.get(artifact.name)
-            samples_s = (*(earlier.samples_s if earlier else ()), *self._samples_s.get(index, ()))
-            if not samples_s:
+            new_s = self._samples_s.get(index, ())
+            if not new_s:
+                if earlier is not None:  # there was nothing left to do, or it did not come to it
+                    found.append(earlier)
                 continue
-            if index not in self.loaded:  # lost before it got there again
-                assert earlier is not None
-                found.append(earlier)
-                continue
+            samples_s = (*(earlier.samples_s[: self._kept] if earlier else ()), *new_s)
             loaded, warm = self.loaded[index], self._warm[index]
             memory = self._memory.get(index, {})
             facts = replace(
@@ -138,6 +153,10 @@ class Record:
                 fails=False,
             ),
         )
+
+
+def _shown(name: str | None) -> str | None:
+    return None if name is None else printable(name)
 
 
 def _state(fields: Mapping[str, Any]) -> MachineState:

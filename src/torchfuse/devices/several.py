@@ -11,7 +11,7 @@ from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.local import Local
 from torchfuse.devices.opening import device_named
 from torchfuse.devices.run import DeviceRun
-from torchfuse.errors import DeviceError
+from torchfuse.errors import DeviceError, UnsupportedError
 from torchfuse.profiling import profile
 from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, measure_prepared
@@ -61,6 +61,8 @@ def bench_devices(
         except DeviceError as error:
             return DeviceRun(DeviceFacts(name, "not ready"), None, (), error=str(error))
         opened.append(transport)
+        if stopped.is_set():
+            transport.stop()
         return bench_on(
             transport,
             tasks,
@@ -72,10 +74,12 @@ def bench_devices(
 
     remote = [name for name in devices if name != Local.name or settings.runner is not None]
     opened: list[Transport] = []
+    stopped = threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, len(remote))) as pool:
         try:
             runs = dict(zip(remote, pool.map(on_device, remote), strict=True))
         except BaseException:  # Ctrl-C comes to this thread only
+            stopped.set()
             for transport in opened:
                 transport.stop()
             raise
@@ -93,31 +97,38 @@ def _on_this_machine(
     on_step: Callable[[str], object],
     on_partial: OnPartial,
 ) -> DeviceRun:
-    with Local() as here:
-        facts = facts_of(here)
+    facts = facts_of(Local())
 
     def as_run(measured: Mapping[str, Measurement]) -> DeviceRun:
         cautions = {c: None for m in measured.values() for c in m.cautions}
         return DeviceRun(facts, "torchfuse", tuple(measured.values()), tuple(cautions))
 
-    run = as_run(
-        measure_prepared(
-            tasks,
-            warmup=settings.warmup,
-            runs=settings.runs,
-            threads=settings.threads,
-            earlier=earlier,
-            on_round=lambda done, rounds: on_step(f"round {done} of {rounds}"),
-            on_partial=lambda measured: on_partial(as_run(measured)),
+    latest: Mapping[str, Measurement] = earlier or {}
+
+    def partial_came(measured: Mapping[str, Measurement]) -> None:
+        nonlocal latest
+        latest = measured
+        on_partial(as_run(measured))
+
+    try:
+        run = as_run(
+            measure_prepared(
+                tasks,
+                warmup=settings.warmup,
+                runs=settings.runs,
+                threads=settings.threads,
+                earlier=earlier,
+                on_round=lambda done, rounds: on_step(f"round {done} of {rounds}"),
+                on_partial=partial_came,
+            )
         )
-    )
+    except UnsupportedError as error:  # a process that ended: what was measured until then stays
+        return replace(as_run(latest), error=str(error))
     if not settings.profile:
         return run
     on_step("profiling")
-    return replace(
-        run,
-        profiles=tuple(
-            profile(task.path, task.case, name=name, threads=settings.threads)
-            for name, task in tasks.items()
-        ),
+    profiles = (
+        profile(task.path, task.case, name=name, threads=settings.threads)
+        for name, task in tasks.items()
     )
+    return replace(run, profiles=tuple(profiles))

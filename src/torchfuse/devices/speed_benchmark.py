@@ -6,6 +6,7 @@ and has no flag for threads.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ class SpeedBenchmark(Runner):
         for name, task in tasks.items():
             _inputs(name, task)  # before anything is pushed
         transport.push(self._path, _NAME)
-        transport.shell(f"chmod 700 '{transport.folder}/{_NAME}'")
+        transport.shell(f"chmod 700 {shlex.quote(f'{transport.folder}/{_NAME}')}")
         push_models(transport, tasks)
 
     def outputs(

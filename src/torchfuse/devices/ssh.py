@@ -44,6 +44,11 @@ _ERRORS = (
         "folder elsewhere with --device-folder",
     ),
     (
+        r"Received message too long",
+        "its shell prints something whenever it starts, which scp takes for an answer; see that "
+        "'ssh {host} true' prints nothing (in ~/.bashrc, what prints is for interactive shells)",
+    ),
+    (
         r"Connection (to .* )?(closed|reset)|Broken pipe|lost connection|kex_exchange|"
         r"Timeout, server .* not responding|mux_client|Connection closed",
         "the connection was lost; check the network, and try again",
@@ -69,7 +74,8 @@ class Ssh(Transport):
 
     def __enter__(self) -> "Ssh":
         # Its own short folder: a socket's path may have about 100 characters.
-        self._sockets = tempfile.mkdtemp(prefix="tf-", dir="/tmp")  # mode 0700
+        with contextlib.suppress(OSError):  # nothing can be written there: a connection each
+            self._sockets = tempfile.mkdtemp(prefix="tf-", dir="/tmp")  # mode 0700
         try:
             super().__enter__()
         except BaseException:
@@ -110,7 +116,9 @@ class Ssh(Transport):
         return ["ssh", *self._options(), "--", self.host, f"exec sh -c {shlex.quote(script)}"]
 
     def _copy_words(self, source: str, target: str, *, push: bool) -> list[str]:
-        pair = [source, f"{self.host}:{target}"] if push else [f"{self.host}:{source}", target]
+        user, at, address = self.host.rpartition("@")
+        host = f"{user}{at}[{address}]" if ":" in address else self.host  # IPv6
+        pair = [source, f"{host}:{target}"] if push else [f"{host}:{source}", target]
         legacy = ["-O"] if self._legacy_scp else []
         return ["scp", "-q", *legacy, *self._options(), "--", *pair]
 

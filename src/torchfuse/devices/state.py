@@ -1,5 +1,6 @@
 """What a device is doing at one moment, read by its own shell."""
 
+import re
 import shlex
 from dataclasses import replace
 
@@ -29,4 +30,8 @@ def state_of(transport: Transport) -> MachineState:
         name, _, text = block.partition("\n")
         files[name.removeprefix(_MARK).lstrip("/")] = text
     pid = files.pop("pid", "0").strip()
-    return replace(state_from(files, int(pid) if pid.isdigit() else 0), own_cpu_s=None)
+    try:
+        state = state_from(files, int(pid) if re.fullmatch(r"\d{1,9}", pid) else 0)
+    except (ValueError, IndexError, ArithmeticError):  # no /proc that Linux writes
+        return MachineState()
+    return replace(state, own_cpu_s=None)

@@ -2,8 +2,8 @@
 
 Everything happens in a private folder on the device, made when the transport is opened and removed
 when it is closed. Files get names of our own there, so no name of the user's is ever read by a
-shell. A command's end is known by a line that is printed after it, and not by the status of `adb`
-or `ssh`: `adb shell` ends with 0 when the device is lost.
+shell. A command's output is what comes between two lines that are printed before and after it:
+shells greet, and `adb shell` ends with 0 when the device is lost.
 """
 
 import abc
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from torchfuse.devices.printable import printable
 from torchfuse.errors import DeviceError
 
 __all__ = ["Finished", "Transport", "last_line"]
@@ -33,7 +34,9 @@ _SHORT_S = 60.0  # for what takes a moment, on a slow link
 _BYTES_PER_S = 200_000  # of the slowest link that a push is given time for
 _GRACE_S = 15.0  # for the device to end a command by itself, before we do
 _DRAIN_S = 5.0
+_CLEAN_S = 20.0  # Ctrl-C waits for it
 _WAITS_TO_CLEAN_S = (1.0, 3.0)
+_MOST_CHARACTERS = 200_000_000  # of an output: far more than any runner prints
 _TIMED_OUT = "timed-out"
 
 # What the device's shell runs for `run`. The command has a process group of its own, so that
@@ -104,6 +107,7 @@ class Transport(abc.ABC):
         self._folder: str | None = None
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
+        self._starting = threading.Lock()  # no process is started once it is stopped
 
     # What each kind of device does in its own way
 
@@ -171,8 +175,9 @@ class Transport(abc.ABC):
 
     def stop(self) -> None:
         """Have whatever another thread waits for end with an error; it cleans up then."""
-        self._stopped = True
-        process = self._process
+        with self._starting:
+            self._stopped = True
+            process = self._process
         if process is not None and process.poll() is None:
             _kill_group(process)
 
@@ -180,12 +185,12 @@ class Transport(abc.ABC):
         # A device that was lost may be on its way back.
         for wait_s in _WAITS_TO_CLEAN_S:
             try:
-                self.shell(_CLEAN.format(folder=shlex.quote(folder)))
+                self.shell(_CLEAN.format(folder=shlex.quote(folder)), _CLEAN_S)
             except DeviceError:
                 time.sleep(wait_s)
             else:
                 return
-        self.shell(_CLEAN.format(folder=shlex.quote(folder)))
+        self.shell(_CLEAN.format(folder=shlex.quote(folder)), _CLEAN_S)
 
     def _disconnect(self) -> None:  # noqa: B027  # most have nothing to close
         """Close what was opened for several commands."""
@@ -227,6 +232,8 @@ class Transport(abc.ABC):
             DeviceError: it is not there, or the device was lost.
         """
         self._copy(f"{self.folder}/{name}", str(target.resolve()), None, push=False)
+        if not target.is_file():
+            raise DeviceError(f"{self.name}: '{name}' is no file there, and one was to be pulled.")
 
     def shell(self, script: str, timeout_s: float = _SHORT_S) -> Finished:
         """Have the device's shell run a script of ours to its end.
@@ -256,13 +263,20 @@ class Transport(abc.ABC):
 
     def _to_the_end(self, script: str, timeout_s: float, on_line: OnLine) -> Finished:
         token = secrets.token_hex(8)
-        # An output that does not end its last line must not hide the line that tells the end.
-        told = f'exit_is() {{ echo; echo "{token} $1"; exit 0; }}\n{script}'
+        # An output that does not end its last line must not hide the line that tells the end. That
+        # one ends with the token, since a connection may be lost in the middle of it.
+        ending = f'exit_is() {{ echo; echo "{token} $1 {token}"; exit 0; }}'
+        told = f"{ending}\necho; echo {token}\n{script}"
+        end = re.compile(rf"{token} (\d{{1,3}}|{_TIMED_OUT}) {token}")
+        began = False
         ends: list[str] = []
 
         def line_came(line: str) -> None:
-            if line.startswith(f"{token} "):
-                ends.append(line.split()[1])
+            nonlocal began
+            if not began:
+                began = line == token
+            elif found := end.fullmatch(line):
+                ends.append(found[1])
             elif not ends:
                 on_line(line)
 
@@ -279,7 +293,8 @@ class Transport(abc.ABC):
                 f"{self.name}: the command was ended on the device after {timeout_s - _GRACE_S:g} "
                 "s; give --timeout more seconds, or look there for what it waits for."
             )
-        output = stdout[: stdout.rindex(f"{token} ")].removesuffix("\n")
+        output = stdout.partition(f"{token}\n")[2]
+        output = output[: output.index(f"{token} ")].removesuffix("\n")
         return Finished(int(ends[0]), output, stderr)
 
     def _copy(self, source: str, target: str, size: int | None, *, push: bool) -> None:
@@ -311,25 +326,7 @@ class Transport(abc.ABC):
         self, words: Sequence[str], timeout_s: float, on_line: OnLine
     ) -> tuple[int, str, str]:
         """Run a command on this machine; return its status, stdout and stderr."""
-        if self._stopped:
-            raise DeviceError(f"{self.name}: stopped.")
-        try:
-            process = subprocess.Popen(  # noqa: S603  # a list of words: no shell reads them here
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # Ctrl-C is for us, who then clean up on the device
-            )
-        except FileNotFoundError:
-            raise DeviceError(
-                f"{self.name}: '{words[0]}' is not installed here; install it "
-                f"(Debian and Ubuntu: apt install {_PACKAGES.get(words[0], words[0])})."
-            ) from None
-        self._process = process
+        process = self._started(words)
         late = threading.Timer(timeout_s, _kill_group, [process])
         late.daemon = True
         started = time.monotonic()
@@ -337,7 +334,8 @@ class Transport(abc.ABC):
         try:
             assert process.stdout is not None
             assert process.stderr is not None
-            output, errors = _Reader(process.stdout, on_line), _Reader(process.stderr)
+            output = _Reader(process.stdout, process, on_line)
+            errors = _Reader(process.stderr, process)
             status = process.wait()
         finally:
             late.cancel()
@@ -346,12 +344,38 @@ class Transport(abc.ABC):
                 process.wait()
         if self._stopped:
             raise DeviceError(f"{self.name}: stopped.")
+        printed = output.text(), errors.text()
+        for failed in (output.error, errors.error):
+            if failed is not None:
+                raise failed
         if status == -signal.SIGKILL and time.monotonic() - started >= timeout_s:
             raise DeviceError(
                 f"{self.name}: '{words[0]}' got no answer in {timeout_s:g} s; check the connection "
                 "and that the device is awake."
             )
-        return status, output.text().replace("\r\n", "\n"), errors.text()
+        return status, *printed
+
+    def _started(self, words: Sequence[str]) -> "subprocess.Popen[str]":
+        with self._starting:
+            if self._stopped:
+                raise DeviceError(f"{self.name}: stopped.")
+            try:
+                self._process = subprocess.Popen(  # noqa: S603  # words: no shell reads them here
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,  # whose lines end with \n, as those of old devices with \r\n do too
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,  # Ctrl-C is for us, who then clean up on the device
+                )
+            except FileNotFoundError:
+                raise DeviceError(
+                    f"{self.name}: '{words[0]}' is not installed here; install it "
+                    f"(Debian and Ubuntu: apt install {_PACKAGES.get(words[0], words[0])})."
+                ) from None
+            return self._process
 
 
 _PACKAGES = {"ssh": "openssh-client", "scp": "openssh-client"}
@@ -363,19 +387,39 @@ def _kill_group(process: "subprocess.Popen[Any]") -> None:
 
 
 class _Reader(threading.Thread):
-    """Reads a stream to its end, beside another, so that neither fills up and blocks its writer."""
+    """Reads a stream to its end, beside another, so that neither fills up and blocks its writer.
 
-    def __init__(self, stream: IO[str], on_line: OnLine = lambda _: None) -> None:
+    What goes wrong meanwhile, in whoever is given the lines too, ends the writer and is `error`.
+    """
+
+    def __init__(
+        self,
+        stream: IO[str],
+        writer: "subprocess.Popen[str]",
+        on_line: OnLine = lambda _: None,
+    ) -> None:
         super().__init__(daemon=True)
-        self._stream, self._on_line = stream, on_line
+        self._stream, self._writer, self._on_line = stream, writer, on_line
         self._lines: list[str] = []
+        self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
-        with self._stream:
-            for line in self._stream:
-                self._lines.append(line)
-                self._on_line(line.rstrip("\r\n"))
+        left = _MOST_CHARACTERS
+        try:
+            with self._stream:
+                while line := self._stream.readline(left + 1):
+                    left -= len(line)
+                    if left < 0:
+                        raise DeviceError(
+                            f"The device printed more than {_MOST_CHARACTERS:,} characters, which "
+                            "no runner does; see what it runs."
+                        )
+                    self._lines.append(line)
+                    self._on_line(line.rstrip("\r\n"))
+        except Exception as error:  # noqa: BLE001  # raised by who waits for the writer
+            self.error = error
+            _kill_group(self._writer)
 
     def text(self) -> str:
         """Return what was read, once its writer has ended.
@@ -388,5 +432,8 @@ class _Reader(threading.Thread):
 
 def last_line(text: str) -> str:
     """Return the last line that says something, without its full stop; empty: none does."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in map(printable, text.splitlines()) if line and not _ADB.match(line)]
     return lines[-1].rstrip(".") if lines else ""
+
+
+_ADB = re.compile(r"\* daemon ")  # what adb says when it has to start its server

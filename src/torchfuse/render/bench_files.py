@@ -71,14 +71,14 @@ def _summary(measured: Measurement) -> dict[str, float]:
 
 
 def earlier_runs(text: str) -> tuple[Mapping[str, Any], dict[str, dict[str, Measurement]]]:
-    """Return the settings and, by device and model, the measurements that `to_json` wrote.
+    """Return settings and versions and, by device and model, the measurements of `to_json`.
 
     Raises:
         ValueError, KeyError, TypeError: the text is no such JSON.
     """
     report = json.loads(text)
     known = {field.name for field in fields(Measurement)}
-    return report["settings"], {
+    return {**report["settings"], "versions": report["versions"]}, {
         run["device"]["name"]: {
             result["name"]: Measurement.from_dict(
                 {name: value for name, value in result.items() if name in known}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from torchfuse.devices.facts import DeviceFacts
 
@@ -27,7 +28,7 @@ def table(devices: Sequence[DeviceFacts]) -> Table:
     shown.add_column("battery", justify="right")
     shown.add_column("heat", justify="right")
     for device in devices:
-        shown.add_row(*_cells(device))
+        shown.add_row(*map(Text, _cells(device)))  # a name in brackets is no markup
     return shown
 
 

@@ -1,6 +1,7 @@
 """The command: a job that torchfuse made, or models named on the command line."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import secrets
@@ -46,10 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not given.models:
             parser.error("expected the names of .pte files")
+        for name in ("runs", "threads"):
+            if getattr(given, name) < 1:
+                parser.error(f"--{name} must be 1 or more, got {getattr(given, name)}")
+        if given.warmup is not None and given.warmup < 0:
+            parser.error(f"--warmup must be 0 or more, got {given.warmup}")
         return _measure_named(given)
     except (RuntimeError, OSError, ValueError) as error:
         print(f"runner.py: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        told = "" if given.save is None else f"; '{given.save}' holds the rounds until then"
+        print(f"runner.py: interrupted{told}", file=sys.stderr)
+        return 130
 
 
 def _printed(line: str) -> None:
@@ -78,11 +88,20 @@ def _measure_named(given: argparse.Namespace) -> int:
         "seed": 0,
         "done": 0,
     }
-    lines = [event(kind="job", **job, round_id=secrets.token_hex(8))]
-    with tempfile.TemporaryDirectory() as folder:  # for the outputs
-        run_job(job, Path(folder), lines.append)
-    if given.save is not None:
-        Path(given.save).write_text("\n".join(lines) + "\n")
+    lines: list[str] = []
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())  # for the outputs
+        saved = None
+        if given.save is not None:  # line by line, so that what ends it early leaves the rest
+            saved = stack.enter_context(Path(given.save).open("w"))
+
+        def tell(line: str) -> None:
+            lines.append(line)
+            if saved is not None:
+                print(line, file=saved, flush=True)
+
+        tell(event(kind="job", **job, round_id=secrets.token_hex(8)))
+        run_job(job, Path(folder), tell)
     events = [told for told in map(read_event, lines) if told is not None]
     failed = [told for told in events if told["kind"] == "failed"]
     for told in failed:

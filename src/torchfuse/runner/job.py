@@ -33,8 +33,11 @@ def read_event(line: str) -> dict[str, Any] | None:
     text, _, checksum = line.rstrip("\r\n").rpartition(" #")
     if not text or f"{zlib.crc32(text.encode()):08x}" != checksum:
         return None
-    told: dict[str, Any] = json.loads(text)
-    return told
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def run_job(job: Mapping[str, Any], folder: Path, tell: Tell) -> None:

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ def become_worker(commands: int, answers: int) -> None:
     """Serve on these file descriptors and end this process; never returns."""
     status = 1
     try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked ends the workers
         os.dup2(2, 1)  # what a runtime prints is no answer
         with os.fdopen(commands) as reader, os.fdopen(answers, "w") as writer:
             _serve(reader, writer)

@@ -47,7 +47,7 @@ class Worker:
             self._commands.write(json.dumps({"do": do, **what}) + "\n")
             self._commands.flush()
             line = self._answers.readline()
-        if not line:
+        if not line.endswith("\n"):  # half an answer is none
             raise WorkerError(self.index, f"its process ended {self._end()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

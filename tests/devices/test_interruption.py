@@ -1,0 +1,101 @@
+"""Ctrl-C, and what a CI job sends: nothing runs or lies anywhere, and what was measured stays."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from devices.fake_adbd import Device
+from devices.pausing import pausing_python
+from devices.processes import marked
+from devices.sshd import Sshd
+
+Files = Callable[[str], str]
+MARK = "INTERRUPTED_TEST=x"
+
+
+@pytest.fixture
+def device(kind: str, request: pytest.FixtureRequest) -> tuple[str, Device | Sshd]:
+    """The name for --device, and the device."""
+    name, fixture = {"adb": ("adb", "adb_device"), "ssh": ("ssh:board", "sshd")}[kind]
+    return name, request.getfixturevalue(fixture)
+
+
+STAGES = {
+    "push": '"kind": "runtime"',  # if it comes to that before anyone looks
+    "check": '"kind": "runtime"',
+    "warm-up": '"kind": "warm"',
+    "rounds": '"done": 5,',
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "number"),
+    [  # each takes the seconds in which torch is imported; the others only in make test-devices
+        ("adb", "rounds", signal.SIGINT),
+        ("ssh", "rounds", signal.SIGTERM),
+        *(
+            pytest.param(kind, stage, signal.SIGINT, marks=pytest.mark.devices)
+            for kind, stage in [
+                ("adb", "push"),
+                ("ssh", "push"),
+                ("adb", "check"),
+                ("ssh", "check"),
+                ("adb", "warm-up"),
+                ("ssh", "warm-up"),
+                ("ssh", "rounds"),
+            ]
+        ),
+    ],
+)
+def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
+    device: tuple[str, Device | Sshd],
+    model_files: Files,
+    light_python: Path,
+    tmp_path: Path,
+    stage: str,
+    number: int,
+) -> None:
+    name, there = device
+    program, reached = pausing_python(tmp_path, light_python, STAGES[stage])
+    saved = tmp_path / "out.json"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    words = [model_files("third.pte"), "--input_dims=1,3,4,4", "--iter=9", "--warmup=1"]
+    words += [f"--device={name}", f"--device-python={program}", f"--json={saved}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torchfuse", "bench", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(temporary), **dict([MARK.split("=")])},
+    )
+    try:
+        until = (lambda: list(there.tmp.glob("*/*"))) if stage == "push" else reached.exists
+        deadline = time.monotonic() + 60
+        while not until():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, printed) == (130, "")
+    assert errors == (
+        f"torchfuse: interrupted; the rounds until then are in '{saved}', and --resume goes on "
+        "with them.\n"
+    )
+    assert list(there.tmp.iterdir()) == []
+    assert there.processes() == []
+    assert marked(MARK) == []
+    assert list(temporary.iterdir()) == []
+    results = [result for run in json.loads(saved.read_text())["runs"] for result in run["results"]]
+    assert [len(r["samples_s"]) for r in results] == ([5] if stage == "rounds" else [])
