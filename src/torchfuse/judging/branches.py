@@ -18,6 +18,8 @@ from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from torchfuse.judging.sources import syntax_of
 from torchfuse.rules import Match, Refusal, Subject
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from torchfuse.graph import Call, ModuleCall
 
-__all__ = ["is_direct", "may_fork"]
+__all__ = ["has_other_ways", "is_direct", "may_fork", "mentioned_elsewhere"]
 
 _HINT = "Call the batch norm directly on the layer's output, or put both in nn.Sequential."
 
@@ -92,6 +94,59 @@ def may_fork(subject: Subject, match: Match) -> Refusal | None:
                     _HINT,
                 )
     return None
+
+
+def mentioned_elsewhere(subject: Subject, match: Match) -> Refusal | None:
+    """None if no code that branches, of other modules, names the layer or the norm: `block.conv`.
+
+    A module may be handed to it, and used on another way than the recorded one.
+    """
+    if not subject.graph.reads:
+        return None
+    names = {path.rpartition(".")[2] for path in match.modules}
+    callers = {frame.code for call in (*match.firsts, *match.seconds) for frame in call.frames}
+    for call in (*match.firsts, *match.seconds):
+        for entry in _enclosing(subject, call):
+            callers |= {frame.code for frame in entry.callers}
+    for code in subject.forwards - callers:
+        if names & _foreign_attributes(code) and has_other_ways(subject, code):
+            named = min(names & _foreign_attributes(code))
+            where = f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}"
+            return Refusal(
+                f"The code at {where} branches, and names an attribute `{named}` of what it is "
+                f"given: on another way it may use that of `{match.modules[0]}` or "
+                f"`{match.modules[1]}` on its own.",
+                "Hand the layer's output on, in place of the module.",
+            )
+    return None
+
+
+@lru_cache(maxsize=8192)
+def _foreign_attributes(code: CodeType) -> frozenset[str]:
+    """The attributes that a function asks of what it is given beside its `self`: `block.conv`."""
+    tree = syntax_of(code)
+    if tree is None:
+        return frozenset()
+    local = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} | {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    local -= {argument.arg for argument in tree.args.args[:1]}
+    return frozenset(
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and not hasattr(Tensor, node.attr)
+        and any(isinstance(inner, ast.Name) and inner.id in local for inner in ast.walk(node.value))
+    )
+
+
+def has_other_ways(subject: Subject, code: CodeType) -> bool:
+    """Whether the code may take another way for other inputs than it took in the recording."""
+    branching = _branching(code, subject.volatile)
+    doubtful = bool(subject.graph.reads) or branching.catches or bool(branching.restless)
+    return doubtful and not branching.one_way
 
 
 @dataclass(frozen=True)
@@ -193,7 +248,10 @@ def _called(
         target: Any = None
         if isinstance(node.func, ast.Name):
             target = known.get(node.func.id)
-        elif isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "self":
+        elif isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in {
+            "self",
+            *(argument.arg for argument in tree.args.args[:1]),
+        }:
             target = getattr(class_, node.func.attr, None)
         unwrapped = inspect.unwrap(target) if callable(target) else None
         if isinstance(unwrapped, FunctionType):
@@ -323,7 +381,8 @@ class _Reader:
         if isinstance(item.slice, (ast.Slice, ast.Tuple)):
             return True
         roots = {node.id for node in ast.walk(item.value) if isinstance(node, ast.Name)}
-        return "self" not in roots or self.is_fixed(item.slice)
+        of_self = roots & {"self", *(argument.arg for argument in self.function.args.args[:1])}
+        return not of_self or self.is_fixed(item.slice)
 
     def _is_fixed_callee(self, call: ast.Call) -> bool:
         if isinstance(call.func, ast.Name) and call.func.id == "getattr":

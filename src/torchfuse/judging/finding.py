@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.capture.recorded_run import record
-from torchfuse.judging.branches import may_fork
+from torchfuse.judging.branches import may_fork, mentioned_elsewhere
 from torchfuse.judging.dataflow import origin
 from torchfuse.judging.methods import reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torchfuse.graph import Call, Graph
     from torchfuse.inputs import Case
@@ -45,14 +45,14 @@ class Found:
         hint = "Please report it: a fold that does not hold is a defect of torchfuse or of torch."
         self.skip(match.modules, Refusal(reason, hint), rule.name)
 
-    def drop_unproved(self, found: dict[int, PairDifference]) -> None:
-        """Keeps the matches whose pair was compared and agrees; the rest becomes skips."""
+    def drop_unproved(self, found: Mapping[str, PairDifference]) -> None:
+        """Keeps the matches whose pair (by the norm's path) agrees; the rest becomes skips."""
         kept = []
-        for position, (rule, match) in enumerate(self.matches):
+        for rule, match in self.matches:
             if rule.merge is not None:  # changes no arithmetic; the whole model is compared
                 kept.append((rule, match))
                 continue
-            pair = found.get(position)
+            pair = found.get(match.second)
             if pair is None or pair.problem is not None:
                 why = "it did not run while comparing." if pair is None else pair.problem
                 self.reject((rule, match), f"The fold did not pass its proof: {why}")
@@ -247,7 +247,12 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
 
 def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
     """What was recorded first, then what the source says about other ways and other methods."""
-    return rule.check(subject, match) or may_fork(subject, match) or reached_apart(subject, match)
+    return (
+        rule.check(subject, match)
+        or may_fork(subject, match)
+        or mentioned_elsewhere(subject, match)
+        or reached_apart(subject, match)
+    )
 
 
 def not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:

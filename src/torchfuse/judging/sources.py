@@ -13,7 +13,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["assigned_attributes", "functions_of", "is_setup", "names_in", "syntax_of"]
+__all__ = [
+    "assigned_attributes",
+    "descriptors_of",
+    "functions_of",
+    "is_setup",
+    "names_in",
+    "syntax_of",
+]
 
 
 @lru_cache(maxsize=4096)
@@ -44,6 +51,26 @@ def functions_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
             if "super" not in names_in(function.__code__):
                 hidden.add(name)
             found.append((name, function))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def descriptors_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
+    """What runs for objects in a class that are no functions, but have `__get__` or `__call__`."""
+    found: list[tuple[str, FunctionType]] = []
+    for base in class_.__mro__:
+        if base is nn.Module or base.__module__.startswith("torch.") or base is object:
+            continue
+        for name, member in vars(base).items():
+            kind = type(member)
+            if isinstance(member, type) or _function(member) is not None:
+                continue
+            if kind.__module__.partition(".")[0] in ("torch", "builtins", "functools"):
+                continue
+            for special in ("__get__", "__call__"):
+                function = getattr(kind, special, None)
+                if isinstance(function, FunctionType):
+                    found.append((name, function))
     return tuple(found)
 
 
@@ -81,7 +108,7 @@ def assigned_attributes(code: CodeType) -> frozenset[str]:
     )
 
 
-_SETUP = ("init", "initialize", "initialise", "reset")
+_SETUP = ("init", "initialize", "initialise", "initialized", "reset", "tie")
 _SETUP_NAMES = frozenset({"extra_repr", "__repr__", "__init__", "__setstate__", "__getstate__"})
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from torchfuse.judging.dataflow import keeps_channels, other_readers
 from torchfuse.judging.sources import names_in, syntax_of
@@ -51,6 +52,7 @@ def foldable(subject: Subject, match: Match) -> Refusal | None:
         _norm_uses_statistics,
         _norm_is_a_module,
         _layer_is_a_module,
+        _no_hook_renames_keys,
         _always_together,
         _nobody_else_reads,
         _weight_is_its_own,
@@ -131,12 +133,8 @@ def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
             "call; only rewriting the graph could remove it.",
             _REWRITE_ONLY,
         )
-    if id(norm) in subject.holders:
-        return Refusal(
-            f"`{match.second}` is also held by the plain attribute `{subject.holders[id(norm)]}`, "
-            "through which it would still be called.",
-            "Hold it only as a submodule.",
-        )
+    if (held := _held_elsewhere(subject, match.second)) is not None:
+        return held
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
         return Refusal(
             f"A hook of `{match.second}` sees its input, which folding changes.",
@@ -146,6 +144,8 @@ def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
         return Refusal(f"`{match.second}` has state_dict hooks, which would be lost.")
     own = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     added = [*norm._modules, *sorted({*norm._parameters, *norm._buffers} - own)]
+    if type(norm).get_extra_state is not nn.Module.get_extra_state:
+        added.append("extra state")
     if parametrize.is_parametrized(norm):
         return Refusal(
             f"`{match.second}` is parametrized.",
@@ -166,15 +166,49 @@ def _norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
     return None
 
 
+def _held_elsewhere(subject: Subject, path: str) -> Refusal | None:
+    if path not in subject.holders:
+        return None
+    return Refusal(
+        f"`{path}` is also held by the plain attribute `{subject.holders[path]}`, through which it "
+        "would still be called.",
+        "Hold it only as a submodule.",
+    )
+
+
 def _has_state_dict_hooks(module: nn.Module) -> bool:
-    """Whether there are others than those of torch's own weight norms, which go when baked in."""
+    return bool(_state_dict_hooks(module))
+
+
+def _state_dict_hooks(module: nn.Module) -> list[Any]:
+    """Those that are not of torch's own weight norms, which go when these are baked in."""
     hooks = [
         *module._state_dict_hooks.values(),
         *module._state_dict_pre_hooks.values(),
         *module._load_state_dict_pre_hooks.values(),
         *module._load_state_dict_post_hooks.values(),
     ]
-    return not all(map(is_state_dict_hook_of_torch, hooks))
+    return [hook for hook in hooks if not is_state_dict_hook_of_torch(hook)]
+
+
+def _no_hook_renames_keys(subject: Subject, match: Match) -> Refusal | None:
+    """No state_dict hook of a module around the two names a key of theirs."""
+    for path in match.modules:
+        around = path
+        while around:
+            around = around.rpartition(".")[0]
+            own = path.removeprefix(f"{around}.").rpartition(".")[2]
+            for hook in _state_dict_hooks(subject.modules[around]):
+                hook = getattr(hook, "hook", hook)  # torch wraps some
+                code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+                words = {w for text in names_in(code) for w in text.split(".")} if code else {own}
+                if own in words:
+                    return Refusal(
+                        f"A state_dict hook of `{around or 'the model'}` handles keys of `{path}`, "
+                        "which folding changes.",
+                        "Remove the hook.",
+                    )
+    return None
 
 
 def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | None:
@@ -188,7 +222,10 @@ def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | Non
         *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps"),
         *("num_features", "affine", "momentum"),
     }
-    if not reaches_super or names:
+    own = [f for call in match.seconds for f in call.frames if not f.module.startswith("torch.")]
+    bases = {base.__name__ for base in type(norm).__mro__}
+    past = any("super" not in f.code.co_names or bases & {*f.code.co_names} for f in own)
+    if not reaches_super or names or past:
         return Refusal(
             f"`{match.second}` is a {type(norm).__name__}, a subclass whose own forward does more "
             "than a batch norm.",
@@ -207,6 +244,11 @@ def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | Non
 
 def _layer_is_a_module(subject: Subject, match: Match) -> Refusal | None:
     layer = subject.modules[match.first]
+    if _is_pruned(layer):
+        return Refusal(
+            f"The weight of `{match.first}` is pruned anew, by a hook, at every call.",
+            "Make the pruning permanent first: torch.nn.utils.prune.remove(layer, 'weight').",
+        )
     for call in match.firsts:
         if not isinstance(layer, _LAYERS) or call.module_path != match.first:
             return Refusal(
@@ -220,9 +262,15 @@ def _layer_is_a_module(subject: Subject, match: Match) -> Refusal | None:
                 "folding needs one.",
                 "Pass self.bias in its forward.",
             )
+    if (held := _held_elsewhere(subject, match.first)) is not None:
+        return held
     if _has_state_dict_hooks(layer):
         return Refusal(f"`{match.first}` has state_dict hooks, which may not fit a folded layer.")
     return None
+
+
+def _is_pruned(layer: nn.Module) -> bool:
+    return any(isinstance(hook, BasePruningMethod) for hook in layer._forward_pre_hooks.values())
 
 
 def _passes_bias(subject: Subject, layer: Any, call: Call) -> bool:
@@ -267,8 +315,8 @@ def _always_together(subject: Subject, match: Match) -> Refusal | None:
     ours = {id(call) for call in match.firsts}
     for call in match.firsts:
         for reader in graph.readers(call.operands["weight"].value):
-            if reader.kind == "held" and not unparametrized(subject.modules[match.first]):
-                continue  # a weight hook leaves the weight it computed in an attribute
+            if _computes_weight(subject, match.first, reader):
+                continue
             if id(reader) not in ours:
                 if reader.module_path == match.first:
                     return _called_apart(match)
@@ -283,6 +331,14 @@ def _always_together(subject: Subject, match: Match) -> Refusal | None:
             if same and id(call) not in ours:
                 return _called_apart(match)
     return None
+
+
+def _computes_weight(subject: Subject, path: str, reader: Call) -> bool:
+    """Whether a reader of the weight that the layer used is a part of what computed it."""
+    if unparametrized(subject.modules[path]):
+        return False
+    # A weight hook leaves the weight in an attribute; a parametrization may look at its result.
+    return reader.kind == "held" or (reader.module_path or "").startswith(f"{path}.")
 
 
 def _called_apart(match: Match) -> Refusal:
@@ -331,7 +387,9 @@ def read_by(layer: str, reader: Call) -> str:
 
 
 def _described(reader: Call) -> str:
-    if reader.kind in ("output", "held", "hook", "unseen"):
+    if reader.kind == "unseen":
+        return f"what cannot be followed ({reader.target})"
+    if reader.kind in ("output", "held", "hook"):
         return f"{reader.kind} ({reader.target})"
     where = f" in `{reader.module_path}`" if reader.module_path else ""
     return f"another use: {reader.target}{where}"

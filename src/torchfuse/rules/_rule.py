@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import CellType, FunctionType, MethodType
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from torchfuse.judging.attached import Attached, attached, modules_in
 from torchfuse.judging.sources import assigned_attributes, functions_of, is_setup, names_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from types import CodeType, FunctionType
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from torchfuse.graph import Call, Graph
 
@@ -39,15 +38,35 @@ class Subject:
     modules: dict[str, nn.Module]  # by every path
 
     @cached_property
-    def holders(self) -> dict[int, str]:
-        """Modules (by id) that a plain attribute holds, beside or within a container: its name."""
-        found: dict[int, str] = {}
+    def attached(self) -> tuple[Attached, ...]:
+        """Hooks, and functions in plain attributes that know a module of the model."""
+        return attached(self.modules)
+
+    @cached_property
+    def held(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """The paths of the modules that a plain attribute (module's path, name) holds."""
+        paths: dict[int, str] = {}
         for path, module in self.modules.items():
+            paths.setdefault(id(module), path)
+        found: dict[tuple[str, str], tuple[str, ...]] = {}
+        for path, module in self.modules.items():
+            if type(module).__module__.startswith("torch._dynamo."):
+                continue  # a compiled module holds the one that it was made from
             for name, value in vars(module).items():
-                if name != "_modules":
-                    for inner in _modules_in(value, 3):
-                        found.setdefault(id(inner), f"{path}.{name}" if path else name)
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    inner = [paths[id(m)] for m in modules_in(value) if id(m) in paths]
+                    if inner:
+                        found[path, name] = tuple(dict.fromkeys(inner))
         return found
+
+    @cached_property
+    def holders(self) -> dict[str, str]:
+        """The name of a plain attribute that holds the module of this path, for those held so."""
+        return {
+            inner: f"{path}.{name}" if path else name
+            for (path, name), held in self.held.items()
+            for inner in held
+        }
 
     @cached_property
     def volatile(self) -> frozenset[str]:
@@ -79,26 +98,16 @@ class Subject:
         return found
 
     @cached_property
+    def forwards(self) -> frozenset[CodeType]:
+        """The code of the forward functions that ran, torch's own apart."""
+        ran: set[Any] = {type(self.modules[call.path]) for call in self.graph.module_calls}
+        functions = [function for class_ in ran for function in functions_of(class_)]
+        return frozenset(f.__code__ for name, f in functions if name == "forward")
+
+    @cached_property
     def classes(self) -> frozenset[type]:
         """The classes of the model and of all modules in it."""
         return frozenset(type(module) for module in self.modules.values())
-
-
-def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, MethodType):
-        yield from _modules_in(value.__self__, depth)
-    elif isinstance(value, FunctionType) and depth:
-        yield from _modules_in((value.__defaults__, value.__kwdefaults__), depth)
-        for cell in value.__closure__ or ():
-            if cell != CellType():  # an empty cell has no contents
-                yield from _modules_in(cell.cell_contents, depth - 1)
-    elif isinstance(value, partial) and depth:
-        yield from _modules_in((value.func, value.args, value.keywords), depth)
-    elif isinstance(value, (list, tuple, set, dict)) and depth:
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(entry, depth - 1)
 
 
 @dataclass(frozen=True, eq=False)
