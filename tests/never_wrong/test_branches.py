@@ -1,5 +1,8 @@
 """One run shows one side of a branch: the other stays right."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,7 +104,7 @@ def test_a_caught_error_is_a_branch() -> None:
     check(trained(Model(), IMAGE), IMAGE, others=(torch.randn(3, 4, 8, 8), torch.randn(2, 4, 6, 6)))
 
 
-def test_torch_cond_stays_right() -> None:
+def test_torch_where_stays_right() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
@@ -262,3 +265,39 @@ def test_a_method_that_norms_on_one_side_of_a_branch_only_stays_right() -> None:
 
     rows = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     check(trained(Model(), rows), rows, others=(rows * 4,), methods=("features_8",))
+
+
+class Conditioned(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.cond(x.sum() > 0, lambda t: self.bn(t), lambda t: t * 2, (y,))
+
+
+def test_torch_cond_stays_right_and_runs_while_recorded() -> None:
+    model = Conditioned().eval()
+    with torch.no_grad():
+        for inputs in (IMAGE.abs(), -IMAGE.abs()):
+            result = torchfuse.fuse(model, inputs)
+            assert result.plan.fusions == ()
+            assert [skip.modules for skip in result.plan.skips] == [("bn",)]
+            assert torch.equal(result.model(inputs), model(inputs))
+
+
+def test_a_model_that_loads_the_compiler_while_it_is_recorded_is_recorded_again() -> None:
+    code = """
+import sys, torch, torchfuse
+from torch import nn
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda t: t + 1, lambda t: t * 2, (self.bn(self.conv(x)),))
+
+assert "torch._dynamo" not in sys.modules
+model, x = Conditioned().eval(), torch.randn(2, 4, 5, 5)
+print(len(torchfuse.fuse(model, x).plan.fusions))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -350,3 +350,16 @@ def test_a_method_whose_source_is_not_there_is_judged_by_the_names_in_it() -> No
         trained(space["Made"](), IMAGE), IMAGE, because="features", methods=("features",)
     )
     assert_fuses(trained(space["Harmless"](), IMAGE), IMAGE, methods=("predict",))
+
+
+def test_a_method_that_only_the_forward_of_its_block_calls_is_named_in_the_scope_densenet() -> None:
+    class Layer(ConvBn):
+        def bn_function(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.bn_function(x))
+
+    model = nn.Sequential(nn.ReLU(), Layer())
+    scope = assert_fuses(trained(model, IMAGE), IMAGE).plan.scope
+    assert any("called from outside, 1.bn_function would see a folded" in line for line in scope)

@@ -54,13 +54,27 @@ _TRACED = frozenset({"conv", "conv_transpose", "linear", "batch_norm"})
 def record(model: nn.Module, cases: Sequence[Case]) -> Graph:
     """The graph of what `model` does on `cases`; the model and its inputs are left as they were."""
     with _ONE_AT_A_TIME:
-        recording = _Recording(model, cases)
-        for index, case in enumerate(cases):
-            recording._torchfuse_run(index, case)
+        compiler = "torch._dynamo" in sys.modules
+        try:
+            recording = _recorded(model, cases)
+        except CaptureError:
+            if compiler or "torch._dynamo" not in sys.modules:
+                raise
+            # The model loaded torch's compiler (`torch.cond` does), which stumbles over our modes
+            # unless it was there when the run began: `restored` then keeps it from compiling.
+            torch._dynamo.reset()
+            recording = _recorded(model, cases)
     graph = recording.graph
     if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
         graph.threads = True
     return graph
+
+
+def _recorded(model: nn.Module, cases: Sequence[Case]) -> _Recording:
+    recording = _Recording(model, cases)
+    for index, case in enumerate(cases):
+        recording._torchfuse_run(index, case)
+    return recording
 
 
 class _Recording:

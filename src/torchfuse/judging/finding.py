@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchfuse.capture.recorded_run import record
 from torchfuse.judging.branches import may_fork, mentioned_elsewhere
 from torchfuse.judging.dataflow import origin
-from torchfuse.judging.methods import reached_apart
+from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 
@@ -77,7 +77,7 @@ class Found:
         """The plan as plain data."""
         return FusionPlan(
             model=self.subject.graph.model,
-            scope=_scope(self.subject),
+            scope=(*_scope(self.subject), *_parts(self)),
             fusions=tuple(
                 _fusion(self.subject, rule, match, self.max_rel.get(match.second))
                 for rule, match in self.matches
@@ -104,6 +104,19 @@ def _scope(subject: Subject) -> tuple[str, ...]:
             "every side of its branches is fused."
         )
     return tuple(sentences)
+
+
+def _parts(found: Found) -> tuple[str, ...]:
+    """The sentence that names methods which are right only as parts of what was recorded."""
+    folds = [match for rule, match in found.matches if rule.merge is None]
+    parts = sorted({part for match in folds for part in parts_of_forward(found.subject, match)})
+    if not parts:
+        return ()
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return (
+        "Inner methods as the model itself calls them; called from outside, "
+        f"{', '.join(parts[:3])}{more} would see a folded layer.",
+    )
 
 
 def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Found:

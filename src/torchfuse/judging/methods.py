@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import CodeType, FunctionType
 
-__all__ = ["reached_apart"]
+__all__ = ["parts_of_forward", "reached_apart"]
 
 
 def reached_apart(subject: Subject, match: Match) -> Refusal | None:
@@ -70,6 +70,24 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
                 f'method="{caller.rpartition(".")[2]}")]; otherwise remove it.',
             )
     return None
+
+
+def parts_of_forward(subject: Subject, match: Match) -> Iterator[str]:
+    """Public methods of inner modules that return other values, if called from outside the model.
+
+    DenseNet's `bn_function`: its layer's forward calls it, and no other code of the model does.
+    """
+    pair = _Pair(subject, match)
+    for path in filter(None, _ancestors(match)):
+        by_name = _methods_of(subject.modules[path]).by_name
+        functions = {f for name in pair.names_towards(path) for f in by_name.get(name, ())}
+        for function in functions:
+            name = function.__name__
+            if name.startswith("_") or name == "forward" or pair.is_direct(path, function):
+                continue
+            reached = pair.reached_by(path, function)
+            if reached and not {match.first, match.second} <= reached:
+                yield f"{path}.{name}"
 
 
 def _reached_by_attached(subject: Subject, pair: _Pair) -> Refusal | None:
