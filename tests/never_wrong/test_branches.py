@@ -180,6 +180,12 @@ class ReadsTheWeightAsWell(ConvBn):
         return z * self.conv.weight.mean() if x.shape[0] == 5 else z
 
 
+class BranchesOnInput(ConvBn):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as torch's own modules name it
+        y = self.conv(input)
+        return y if len(input) > 2 else self.bn(y)
+
+
 class _Around(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -233,6 +239,7 @@ class PicksByItemUnderAnotherName(nn.Module):
 @pytest.mark.parametrize(
     "class_",
     [
+        BranchesOnInput,
         ReadsTheWeightAsWell,
         CallsTheConvAsWell,
         ReadsTheInnerWeightAsWell,

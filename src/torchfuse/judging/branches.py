@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from torchfuse.judging.sources import syntax_of
+from torchfuse.judging.sources import RESTLESS, syntax_of
 from torchfuse.rules import Match, Refusal, Subject
 
 if TYPE_CHECKING:
@@ -32,13 +32,6 @@ __all__ = ["has_other_ways", "is_direct", "may_fork", "mentioned_elsewhere"]
 
 _HINT = "Call the batch norm directly on the layer's output, or put both in nn.Sequential."
 
-# What a branch may ask for that changes between calls although no input does.
-_RESTLESS = frozenset(
-    {
-        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
-        *("requires_grad", "is_inference", "grad_fn", "random", "randint", "rand", "time"),
-    }
-)
 _BUILTINS = frozenset(vars(builtins))
 # Functions that answer from their arguments alone, and tell nothing of a tensor's values.
 _PLAIN = frozenset(
@@ -273,7 +266,7 @@ def _branching(code: CodeType, volatile: frozenset[str]) -> _Branching:
         return _Branching(one_way=False)
     tests = list(_tests(function))
     asked = {name for test in tests for name in _attributes_and_names(test)}
-    restless = sorted(asked & (_RESTLESS | volatile))
+    restless = sorted(asked & (RESTLESS | volatile))
     reader = _Reader(function, volatile)
     one_way = all(reader.is_configuration(test) for test in tests) and reader.chooses_nothing()
     nodes = list(ast.walk(function))
@@ -323,7 +316,8 @@ class _Reader:
             for node in nodes
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
         }
-        self.fixed = (names - stored - self.parameters) | {"self", "cls"} | _BUILTINS
+        # A parameter may well have the name of a builtin: `input`.
+        self.fixed = ((names | _BUILTINS) - stored - self.parameters) | {"self", "cls"}
         for node in nodes:
             if isinstance(node, (ast.For, ast.comprehension)) and self.is_fixed_loop(node.iter):
                 self.fixed |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
@@ -333,7 +327,7 @@ class _Reader:
         for node in ast.walk(value):
             if isinstance(node, ast.Name) and node.id not in self.fixed:
                 return False
-            if isinstance(node, ast.Attribute) and node.attr in self.volatile | _RESTLESS:
+            if isinstance(node, ast.Attribute) and node.attr in self.volatile | RESTLESS:
                 return False
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)

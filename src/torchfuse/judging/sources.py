@@ -102,10 +102,35 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 @lru_cache(maxsize=8192)
 def assigned_attributes(code: CodeType) -> frozenset[str]:
-    """The attributes that a function assigns."""
-    return frozenset(
+    """The attributes that a function assigns, or whose value it changes: `self.seen.append(x)`."""
+    assigned = {
         str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"
+    }
+    tree = syntax_of(code)
+    changed = [] if tree is None else map(_changed, ast.walk(tree))
+    return frozenset(
+        assigned | {value.attr for value in changed if isinstance(value, ast.Attribute)}
     )
+
+
+def _changed(node: ast.AST) -> ast.AST | None:
+    """What a container's own method, an assigned item, or `next` changes."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=container, attr=method)) if method in _CHANGING:
+            return container
+        case ast.Call(func=ast.Name(id="next"), args=[iterator, *_]):
+            return iterator
+        case ast.Subscript(value=container, ctx=ast.Store() | ast.Del()):
+            return container
+    return None
+
+
+_CHANGING = frozenset(
+    {
+        *("append", "appendleft", "extend", "insert", "pop", "popleft", "remove", "clear", "sort"),
+        *("reverse", "discard", "update", "setdefault", "popitem", "rotate"),
+    }
+)
 
 
 _SETUP = ("init", "initialize", "initialise", "initialized", "reset", "tie")
@@ -115,3 +140,12 @@ _SETUP_NAMES = frozenset({"extra_repr", "__repr__", "__init__", "__setstate__", 
 def is_setup(name: str) -> bool:
     """Whether a method of this name sets a model up or prints it, and computes no outputs."""
     return name in _SETUP_NAMES or any(word in _SETUP for word in name.split("_"))
+
+
+# What a branch may ask for that changes between calls although no input does.
+RESTLESS = frozenset(
+    {
+        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
+        *("requires_grad", "is_inference", "grad_fn", "random", "randint", "rand", "time"),
+    }
+)

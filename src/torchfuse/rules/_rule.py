@@ -8,7 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.judging.attached import Attached, attached, modules_in
-from torchfuse.judging.sources import assigned_attributes, functions_of, is_setup, names_in
+from torchfuse.judging.sources import (
+    RESTLESS,
+    assigned_attributes,
+    functions_of,
+    is_setup,
+    names_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +76,7 @@ class Subject:
 
     @cached_property
     def volatile(self) -> frozenset[str]:
-        """Attributes that the code that ran assigns, itself or in methods it names.
+        """Attributes that the code that ran changes, itself or in methods it names.
 
         They are state, not configuration. What only methods assign that did not run is changed
         from outside, like any configuration.
@@ -83,7 +89,15 @@ class Subject:
             for name, function in functions_of(class_)
             if name in called and not is_setup(name) and name != "train"
         }
-        return frozenset(name for code in ran for name in assigned_attributes(code))
+        changed = {name for code in ran for name in assigned_attributes(code)}
+        # Properties that answer from such state, or from what changes by itself
+        answers = {
+            name
+            for class_ in self.classes
+            for name, function in functions_of(class_)
+            if names_in(function.__code__) & (changed | RESTLESS)
+        }
+        return frozenset(changed | answers)
 
     @cached_property
     def mentions(self) -> dict[str, list[tuple[str, FunctionType]]]:
