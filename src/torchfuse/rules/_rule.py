@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torchfuse.graph import Call, Graph
 
-__all__ = ["Match", "Refusal", "Rule", "Subject"]
+__all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,12 @@ class Subject:
     def classes(self) -> frozenset[type]:
         """The classes of the model and of all modules in it."""
         return frozenset(type(module) for module in self.modules.values())
+
+
+def same_tensor(subject: Subject, name: str, layer: nn.Module, attribute: str) -> bool:
+    """Whether the parameter or buffer of this dotted name is `layer`'s own `attribute`."""
+    path, _, last = name.rpartition(".")
+    return subject.modules[path] is layer and last == attribute
 
 
 @dataclass(frozen=True, eq=False)
