@@ -498,6 +498,24 @@ def test_the_cost_of_keeping_originals_is_in_the_plan(net: Net) -> None:
     assert expected <= plan.originals_bytes <= expected + 64
 
 
+def test_a_model_without_values_is_planned_and_fused_but_not_compared() -> None:
+    with torch.device("meta"):
+        model = Net().eval()
+    assert len(torchfuse.plan(model, IMAGE.to("meta")).fusions) == 2
+    with pytest.raises(InputError, match=r"meta device.*verify=False"):
+        torchfuse.fuse(model, IMAGE.to("meta"))
+    fused = torchfuse.fuse(model, IMAGE.to("meta"), verify=False).model
+    assert fused.conv.weight.is_meta
+
+
+def test_another_default_device_is_no_obstacle(net: Net) -> None:
+    with torch.device("meta"):
+        result = torchfuse.fuse(net, IMAGE)
+    assert len(result.plan.fusions) == 2
+    assert result.check.passed
+    assert same_outputs(net, result.model)
+
+
 def test_fusing_a_fused_model_changes_nothing_more(net: Net, fused: Net) -> None:
     again = torchfuse.fuse(fused, IMAGE)
     assert again.plan.fusions == ()

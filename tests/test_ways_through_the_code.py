@@ -189,6 +189,56 @@ class ThroughAProperty(ConvBn):
         return y if self.learning else self.bn(y)
 
 
+class FlaggedByAHook(ConvBn):
+    def __init__(self):
+        super().__init__()
+        self.large = False
+        self.register_forward_pre_hook(note_size)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if self.large else self.bn(y)
+
+
+def note_size(module, args):
+    module.large = args[0].shape[0] > 8
+
+
+class SetByName(ConvBn):
+    def __init__(self):
+        super().__init__()
+        self.large = False
+
+    def forward(self, x):
+        setattr(self, "large", x.shape[0] > 8)  # noqa: B010  # it is about setattr
+        return self._normed(self.conv(x))
+
+    def _normed(self, y):
+        return y if self.large else self.bn(y)
+
+
+class SetInTheTable(SetByName):
+    def forward(self, x):
+        vars(self).update(large=x.shape[0] > 8)
+        return self._normed(self.conv(x))
+
+
+CALLS = []
+
+
+class CountingInAGlobal(ConvBn):
+    def forward(self, x):
+        CALLS.append(1)
+        y = self.conv(x)
+        return y if len(CALLS) > 99 else self.bn(y)
+
+
+class PickedFromAList(ConvBn):
+    def forward(self, x):
+        y = self.conv(x)
+        return [y, self.bn(y)][x.shape[0] < 9]
+
+
 class AsksForGradients(ConvBn):
     def forward(self, x):
         y = self.conv(x)
@@ -256,6 +306,11 @@ class AsksForRank(ConvBn):
         (CountingInADict(), "branches on counts, which may be another at the next call"),
         (Alternating(), "branches on turns, which may be another at the next call"),
         (ThroughAProperty(), "branches on learning, which may be another at the next call"),
+        (FlaggedByAHook(), "branches on large, which may be another at the next call"),
+        (SetByName(), "branches on large, which may be another at the next call"),
+        (SetInTheTable(), "branches on large, which may be another at the next call"),
+        (CountingInAGlobal(), "branches on CALLS, which may be another at the next call"),
+        (PickedFromAList(), "branch may depend on shapes"),
         (AsksForGradients(), "branches on is_grad_enabled"),
         (ThroughAHelper(), "branch may depend on shapes"),
         (ThroughAModule(), "branch may depend on shapes"),

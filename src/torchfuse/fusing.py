@@ -78,6 +78,12 @@ def fuse(
     With `keep_originals` the result can be unfused; the plan says how many bytes that takes.
     """
     check_model(model)
+    tensors = (*model.parameters(), *model.buffers())
+    if verify and tensors and all(tensor.is_meta for tensor in tensors):
+        raise InputError(
+            "The model is on the meta device, where there are no values to compare: load its "
+            "weights first, or pass verify=False."
+        )
     given = cases(example_inputs)
     found = find(model, given, _chosen(rules))
     old_keys = list(model.state_dict())

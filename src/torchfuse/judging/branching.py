@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from torchfuse.judging.sources import RESTLESS, syntax_of
+from torchfuse.judging.sources import ANY_NAME, RESTLESS, syntax_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,9 +105,13 @@ class _Reader:
     def is_fixed(self, value: ast.expr) -> bool:
         """Whether `value` is the same at every call."""
         for node in ast.walk(value):
-            if isinstance(node, ast.Name) and node.id not in self.fixed:
+            if isinstance(node, ast.Name) and (
+                node.id not in self.fixed or node.id in self.volatile
+            ):
                 return False
-            if isinstance(node, ast.Attribute) and node.attr in self.volatile | RESTLESS:
+            if isinstance(node, ast.Attribute) and (
+                node.attr in self.volatile | RESTLESS or ANY_NAME in self.volatile
+            ):
                 return False
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)

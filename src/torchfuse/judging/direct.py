@@ -87,6 +87,8 @@ def _uses_only(function: ast.FunctionDef, then: ast.stmt, outer: ast.Call, name:
         return False
     if any(isinstance(n, (ast.IfExp, ast.BoolOp, ast.Lambda)) for n in ast.walk(then.value)):
         return False
+    if _loads(then.value, name) != 1:  # `[y, self.bn(y)][…]`
+        return False
     again = isinstance(then, ast.Return) or any(
         isinstance(target, ast.Name) and target.id == name for target in then.targets
     )

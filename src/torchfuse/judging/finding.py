@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torchfuse.inputs import Case
     from torchfuse.proving import PairDifference
 
+# Operators that run functions of the model's own, as graphs.
+_HIGHER_ORDER = frozenset({"cond", "while_loop", "scan", "map_impl", "associative_scan"})
+
 __all__ = ["Found", "find", "not_after_a_layer"]
 
 
@@ -148,6 +151,10 @@ def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Foun
 
 
 def _maybe_a_branch(graph: Graph) -> str:
+    """Where else it may have run, in brackets; empty if there is no sign of that."""
+    higher = [call.target for call in graph.calls if call.target in _HIGHER_ORDER]
+    if higher:
+        return f" where it can be seen (perhaps inside torch.{higher[0]})"
     data = [read for read in graph.reads if read.kind == "data"]
     return f" (a branch may depend on the values read at {data[0].where})" if data else ""
 

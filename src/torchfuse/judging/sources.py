@@ -9,9 +9,12 @@ import inspect
 import textwrap
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "assigned_attributes",
@@ -102,15 +105,26 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 @lru_cache(maxsize=8192)
 def assigned_attributes(code: CodeType) -> frozenset[str]:
-    """The attributes that a function assigns, or whose value it changes: `self.seen.append(x)`."""
+    """The attributes that a function assigns, or whose value it changes: `self.seen.append(x)`.
+
+    So are global names, and those of a function around it.
+    """
     assigned = {
-        str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("STORE_ATTR", "STORE_GLOBAL")
+        or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)
     }
+    outside = {*code.co_names, *code.co_freevars} - {*code.co_varnames, *code.co_cellvars}
     tree = syntax_of(code)
-    changed = [] if tree is None else map(_changed, ast.walk(tree))
-    return frozenset(
-        assigned | {value.attr for value in changed if isinstance(value, ast.Attribute)}
-    )
+    for node in [] if tree is None else ast.walk(tree):
+        match _changed(node):
+            case ast.Attribute(attr=name):
+                assigned.add(name)
+            case ast.Name(id=name) if name in outside:
+                assigned.add(name)
+        assigned.update(_set_by_name(node))
+    return frozenset(assigned)
 
 
 def _changed(node: ast.AST) -> ast.AST | None:
@@ -123,6 +137,31 @@ def _changed(node: ast.AST) -> ast.AST | None:
         case ast.Subscript(value=container, ctx=ast.Store() | ast.Del()):
             return container
     return None
+
+
+ANY_NAME = "*"
+
+
+def _set_by_name(node: ast.AST) -> Iterator[str]:
+    """`setattr(self, "large", …)`, `self.__dict__["large"] = …`, `vars(self).update(large=…)`."""
+    match node:
+        case ast.Call(func=ast.Name(id="setattr"), args=[_, name, _]):
+            yield _text(name)
+        case ast.Subscript(value=table, slice=name, ctx=ast.Store()) if _is_table(table):
+            yield _text(name)
+        case ast.Call(func=ast.Attribute(value=table, attr="update")) if _is_table(table):
+            yield from (keyword.arg or ANY_NAME for keyword in node.keywords)
+            if node.args:
+                yield ANY_NAME
+
+
+def _text(name: ast.expr) -> str:
+    return str(name.value) if isinstance(name, ast.Constant) else ANY_NAME
+
+
+def _is_table(value: ast.expr) -> bool:
+    """Whether it is the dictionary of an object's attributes."""
+    return ast.unparse(value).endswith(".__dict__") or ast.unparse(value).startswith("vars(")
 
 
 _CHANGING = frozenset(

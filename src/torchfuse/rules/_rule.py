@@ -89,6 +89,7 @@ class Subject:
             for name, function in functions_of(class_)
             if name in called and not is_setup(name) and name != "train"
         }
+        ran |= {entry.function.__code__ for entry in self.attached if entry.is_hook}
         changed = {name for code in ran for name in assigned_attributes(code)}
         # Properties that answer from such state, or from what changes by itself
         answers = {
