@@ -88,7 +88,8 @@ class _Reader:
     def __init__(self, function: ast.FunctionDef, volatile: frozenset[str]) -> None:
         self.function = function
         self.volatile = volatile
-        self.parameters = {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
+        # Those of functions inside it, too
+        self.parameters = {a.arg for a in ast.walk(function) if isinstance(a, ast.arg)}
         nodes = list(ast.walk(function))
         names = {node.id for node in nodes if isinstance(node, ast.Name)}
         stored = {
@@ -137,7 +138,8 @@ class _Reader:
         if (
             isinstance(test, ast.Compare)
             and isinstance(test.left, ast.Name)
-            and test.left.id in self.parameters
+            and test.left.id
+            in {a.arg for a in ast.walk(self.function.args) if isinstance(a, ast.arg)}
             and all(isinstance(op, (ast.Is, ast.IsNot)) for op in test.ops)
         ):
             return True  # an argument that was given here is given in the plan's scope
