@@ -9,6 +9,7 @@ from torchfuse.judging.sources import (
     ANY_NAME,
     assigned_attributes,
     descriptors_of,
+    edits_modules,
     functions_of,
     is_setup,
     names_in,
@@ -147,3 +148,28 @@ def test_methods_that_set_up_compute_no_outputs(name):
 @pytest.mark.parametrize("name", ["initial", "forward", "features", "presets"])
 def test_other_methods_may_compute_outputs(name):
     assert not is_setup(name)
+
+
+class Editing:
+    """Never run: only their code counts."""
+
+    def fuse(self):
+        for module in self.modules():
+            delattr(module, "bn")
+
+    def switch_to_deploy(self):
+        self.__delattr__("bn")
+
+    def replaced(self):
+        self.forward = self.forward_fused
+
+    def taken_away(self):
+        del self.bn
+
+    def features(self, x):
+        return self.conv(x)
+
+
+def test_methods_that_take_modules_away_or_replace_forward_compute_no_outputs():
+    edits = {n for n, f in vars(Editing).items() if n[0] != "_" and edits_modules(f.__code__)}
+    assert edits == {"fuse", "switch_to_deploy", "replaced", "taken_away"}

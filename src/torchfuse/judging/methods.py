@@ -16,7 +16,13 @@ from torch import nn
 from torchfuse.judging.branches import has_other_ways
 from torchfuse.judging.mentions import BELOW, mentions_of
 from torchfuse.judging.pair import Pair, delegates
-from torchfuse.judging.sources import descriptors_of, functions_of, is_setup, names_in
+from torchfuse.judging.sources import (
+    descriptors_of,
+    edits_modules,
+    functions_of,
+    is_setup,
+    names_in,
+)
 from torchfuse.rules import Match, Refusal, Subject
 
 if TYPE_CHECKING:
@@ -210,6 +216,8 @@ def _methods(class_: type) -> _Methods:
     indexed = indexed or delegates(class_)
     for name, function in functions_of(class_):
         if is_setup(name) or (name.startswith("__") and name != "__call__"):
+            continue
+        if edits_modules(function.__code__):
             continue
         names = names_in(function.__code__)
         for mentioned in names:

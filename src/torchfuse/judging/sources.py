@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "assigned_attributes",
     "descriptors_of",
+    "edits_modules",
     "functions_of",
     "is_setup",
     "names_in",
@@ -153,6 +154,19 @@ def _set_by_name(node: ast.AST) -> Iterator[str]:
             yield from (keyword.arg or ANY_NAME for keyword in node.keywords)
             if node.args:
                 yield ANY_NAME
+
+
+@lru_cache(maxsize=8192)
+def edits_modules(code: CodeType) -> bool:
+    """Whether a function takes attributes away or replaces a forward, as a model's own `fuse` does.
+
+    Such a method changes the model, and computes no outputs.
+    """
+    steps = list(dis.get_instructions(code))
+    return bool({"delattr", "__delattr__"} & {*code.co_names}) or any(
+        step.opname == "DELETE_ATTR" or (step.opname == "STORE_ATTR" and step.argval == "forward")
+        for step in steps
+    )
 
 
 def _text(name: ast.expr) -> str:

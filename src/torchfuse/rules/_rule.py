@@ -11,6 +11,7 @@ from torchfuse.judging.attached import Attached, attached, modules_in
 from torchfuse.judging.sources import (
     RESTLESS,
     assigned_attributes,
+    edits_modules,
     functions_of,
     is_setup,
     names_in,
@@ -107,7 +108,7 @@ class Subject:
         for path, module in self.modules.items():
             class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
             for name, function in functions_of(class_):
-                if not is_setup(name):
+                if not is_setup(name) and not edits_modules(function.__code__):
                     for mentioned in names_in(function.__code__):
                         found[mentioned].append((path, function))
         return found
