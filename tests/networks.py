@@ -41,7 +41,9 @@ def doubled(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tens
 
 def noted(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     """Forward hook that keeps something of what the module returned, on the module."""
-    module.seen = output.detach().double().sum().item()
+    module.seen = (
+        output.detach().double().clone()
+    )  # not its sum, where rounding is all that is left
 
 
 def shifted(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
