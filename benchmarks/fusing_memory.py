@@ -3,7 +3,8 @@
     python benchmarks/fusing_memory.py --json fusing_memory.json
 
 The peak resident memory of a process that builds the model, runs it, and fuses it in place. Ends
-with status 1 if fusing takes more than twice the largest layer beyond what the pass took.
+with status 1 if fusing without keeping originals, verified or not, takes more than twice the
+largest layer beyond what the pass took.
 """
 
 import argparse
@@ -30,7 +31,7 @@ VARIANTS = {
     "keep_originals=False": {"keep_originals": False},
     "as by default": {},
 }
-JUDGED = "verify=False, keep_originals=False"
+JUDGED = ("verify=False, keep_originals=False", "keep_originals=False")
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     if options.json:
         report = {"torch": torch.__version__, "layer_bytes": LAYER_BYTES, "extra_bytes": extra}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
-    sys.exit(extra[JUDGED] > ALLOWED_LAYERS * LAYER_BYTES)
+    sys.exit(any(extra[name] > ALLOWED_LAYERS * LAYER_BYTES for name in JUDGED))
 
 
 def _measure(name: str) -> tuple[int, int]:

@@ -79,7 +79,7 @@ def _run(model: nn.Module, method: str, inputs: Tensor) -> dict[str, Tensor]:
     values = {f"output {index}": value for index, value in enumerate(outputs)}
     for name, module in model.named_modules():
         if hasattr(module, "seen"):
-            values[f"{name}.seen"] = torch.tensor(module.seen, dtype=torch.float64)
+            values[f"{name}.seen"] = module.seen
     if hasattr(model, "kept"):
         values["kept"] = model.kept
     return {name: value.detach().clone() for name, value in values.items()}

@@ -41,7 +41,9 @@ def doubled(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tens
 
 def noted(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     """Forward hook that keeps something of what the module returned, on the module."""
-    module.seen = output.detach().double().sum().item()
+    module.seen = (
+        output.detach().double().clone()
+    )  # not its sum, where rounding is all that is left
 
 
 def shifted(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
@@ -538,6 +540,32 @@ def _shared_buffer(draft: _Draft, current: str) -> str:
     return draft.let(f"{z} * self.{norms[-1]}.running_var.sum().sqrt() * 0.1")
 
 
+def _late_reader(draft: _Draft, current: str) -> str:
+    """Append conv → norm, and a use of the conv, or of its weight, for some inputs only."""
+    y = _producer(draft, current)
+    layer = next(reversed(dict(draft.model.named_children())))
+    weighted = getattr(getattr(draft.model, layer), "weight", None) is not None
+    z = _norm(draft, y)
+    name = draft.name("x")
+    use = f"self.{layer}({current}).mean()"
+    if weighted and draft.chance(0.5):
+        use = f"self.{layer}.weight.sum() * 0.1"
+    condition = draft.pick(f"{current}.shape[0] == 3", f"{current}.mean() > 0.3", "len(input) > 2")
+    draft.write(f"{name} = {z} + {use} if {condition} else {z}")
+    return name
+
+
+def _held(draft: _Draft, current: str) -> str:
+    """Append conv → norm, where a plain list holds the conv, and a method takes it from there."""
+    y = _producer(draft, current)
+    layer = next(reversed(dict(draft.model.named_children())))
+    attribute, method = draft.name("held_"), draft.name("features_")
+    setattr(draft.model, attribute, [getattr(draft.model, layer)])
+    before = draft.lines[: -sum(layer in line for line in draft.lines) or None]
+    draft.methods[method] = [*before, f"return self.{attribute}[0]({current})"]
+    return _norm(draft, y)
+
+
 def _pool(draft: _Draft, current: str) -> str:
     value = draft.values[current]
     dims = _dims(value)
@@ -609,6 +637,11 @@ def _nested(draft: _Draft, current: str) -> str:
         if getattr(inner.model, layer).bias is not None:
             uses.append(f"self.{{0}}({{1}}) + getattr(self.{{0}}, {layer!r}).bias.sum() * 0.1")
     y = draft.let(draft.random.choice(uses).format(name, current))
+    if layers and draft.chance(0.15):
+        z, layer = draft.name("x"), draft.random.choice(layers)
+        use = f"self.{name}.{layer}({current}).mean()"
+        draft.write(f"{z} = {y} + {use} if {current}.shape[0] == 3 else {y}")
+        y = z
     if inner.methods and draft.chance(0.5):
         method = draft.name("features_")
         call = f"return self.{name}.{next(iter(inner.methods))}({current})"
@@ -652,6 +685,8 @@ _SIMPLE_STEPS: tuple[tuple[int, _Step], ...] = (
     (2, _method),
     (1, _attribute),
     (1, _shared_buffer),
+    (2, _late_reader),
+    (1, _held),
     (3, _pool),
     (2, _sequence),
     (1, _mixed_dtype),

@@ -1,6 +1,8 @@
 """A fold that is 1 % off is found, rolled back and reported, even if only some inputs show it."""
 
+import copy
 import sys
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import torchfuse
 from fusing_checks import IMAGE, relative_difference, trained
+from torchfuse import rollback
 from torchfuse.folding import fold_into_weight
 from torchfuse.rules import RULES
 
@@ -66,13 +69,14 @@ PLANTS = {
 }
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["originals kept", "not kept"])
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_wrong_fold_is_rolled_back_and_reported(
-    name: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    name: str, keep: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(torchfuse.fuse(model, IMAGE).plan.fusions) == 2
     plant(monkeypatch, PLANTS[name])
-    result = torchfuse.fuse(model, IMAGE)
+    result = torchfuse.fuse(model, IMAGE, keep_originals=keep)
     assert result.plan.fusions == ()
     assert {skip.modules for skip in result.plan.skips} == {("conv1", "bn1"), ("conv2", "bn2")}
     assert torch.equal(result.model(IMAGE), model(IMAGE))
@@ -130,15 +134,63 @@ def test_without_verifying_nothing_is_found(
     assert relative_difference(model(IMAGE), result.model(IMAGE)) > 1e-3
 
 
+class Hidden(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        # Depends on what folding changes, where no recording sees it.
+        shift = float(self.conv1.weight.detach().double().numpy().sum())
+        return super().forward(x) * (1 + 0.003 * shift)
+
+
+class AsksLate(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        return output if hasattr(vars(self)["_modules"]["bn2"], "eps") else output * 1.01
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["originals kept", "not kept"])
+def test_what_only_the_whole_model_shows_is_rolled_back(keep: bool) -> None:
+    torch.manual_seed(0)
+    model = trained(AsksLate(), IMAGE)
+    before = copy.deepcopy(model.state_dict())
+    result = torchfuse.fuse(model, IMAGE, inplace=True, keep_originals=keep)
+    assert {fusion.modules for fusion in result.plan.fusions} <= {("conv1", "bn1")}
+    assert type(model.bn2) is nn.BatchNorm2d
+    assert torch.equal(model.conv2.weight, before["conv2.weight"])
+    assert result.check.passed
+
+
+def test_without_originals_one_layer_at_a_time_is_in_memory_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = trained(
+        nn.Sequential(*(layer for _ in range(3) for layer in (Two(), nn.Conv2d(6, 4, 1)))), IMAGE
+    )
+    folded: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def counted(weight: Tensor, bias: Tensor) -> Fold:
+        alive.append(sum(ref() is not None for ref in folded))
+        folded.append(weakref.ref(weight))
+        return weight, bias
+
+    checks: list[int] = []
+    original = rollback.apply
+
+    def applying(*args: object, **kwargs: object) -> object:
+        checks.append(max(alive))  # before anything is folded for good
+        return original(*args, **kwargs)
+
+    plant(monkeypatch, counted)
+    monkeypatch.setattr(rollback, "apply", applying)
+    result = torchfuse.fuse(model, IMAGE, inplace=True, keep_originals=False)
+    assert len(result.plan.fusions) == 6
+    assert checks[0] <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_small_error_that_only_the_whole_model_shows_is_seen_in_half_precision(
     dtype: torch.dtype,
 ) -> None:
-    class Hidden(Two):
-        def forward(self, x: Tensor) -> Tensor:
-            # Depends on what folding changes, where no recording sees it.
-            shift = float(self.conv1.weight.detach().double().numpy().sum())
-            return super().forward(x) * (1 + 0.003 * shift)
 
     torch.manual_seed(0)
     model = trained(Hidden(), IMAGE).to(dtype)

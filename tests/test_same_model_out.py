@@ -305,6 +305,48 @@ def test_an_old_checkpoint_with_a_missing_key_is_refused_and_changes_nothing(net
     assert all(torch.equal(before[key], value) for key, value in fused.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("head.weight", torch.zeros(5), r"head.weight has the shape \[5\], expected \[5, 8\]"),
+        ("bn.weight", torch.zeros(7), r"bn.weight has the shape \[7\], expected \[8\]"),
+        ("conv.weight", torch.zeros(8, 8, 1, 1), r"conv.weight has the shape"),
+        ("head.bias", "zeros", "Expected a tensor for head.bias, got str"),
+        ("bn.bias", 0.0, "Expected a tensor for bn.bias, got float"),
+        ("more", torch.zeros(1), "not in it: more"),
+    ],
+)
+def test_an_old_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
+    key: str, value: object, message: str, net: Net, fused: Net
+) -> None:
+    before = copy.deepcopy(fused.state_dict())
+    with pytest.raises(InputError, match=message):
+        torchfuse.load_unfused_state_dict(fused, {**net.state_dict(), key: value})
+    assert all(torch.equal(before[key], value) for key, value in fused.state_dict().items())
+
+
+def test_what_is_no_checkpoint_at_all_is_refused(fused: Net) -> None:
+    with pytest.raises(InputError, match="Expected a state_dict, from key to tensor, got list"):
+        torchfuse.load_unfused_state_dict(fused, [("conv.weight", torch.zeros(1))])
+
+
+def test_extra_state_is_loaded_with_an_old_checkpoint() -> None:
+    class WithState(Net):
+        state = 1
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"state": self.state}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            self.state = state["state"]
+
+    model = trained(WithState(), IMAGE)
+    fused = torchfuse.fuse(model, IMAGE).model
+    model.state = 7
+    torchfuse.load_unfused_state_dict(fused, model.state_dict())
+    assert fused.state == 7
+
+
 def test_a_fused_checkpoint_is_not_mistaken_for_an_old_one(net: Net, fused: Net) -> None:
     with pytest.raises(TorchfuseError, match=r"bn\."):
         torchfuse.load_unfused_state_dict(copy.deepcopy(fused), fused.state_dict())
@@ -375,6 +417,50 @@ def test_unfuse_refuses_if_fused_weights_changed(fused: Net) -> None:
         torchfuse.unfuse(fused)
 
 
+def test_a_refused_unfuse_in_place_leaves_all_of_the_model_fused(fused: Net) -> None:
+    with torch.no_grad():
+        fused.stem[0].weight.mul_(2)  # the first pair: the others could be undone
+    before = copy.deepcopy(fused.state_dict())
+    with pytest.raises(FusionError, match=r"stem.0.*changed"):
+        torchfuse.unfuse(fused, inplace=True)
+    after = fused.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class TwoNorms(nn.Module):
+    """The second batch norm follows a layer only once the first is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.conv(x)))
+
+
+def test_what_two_calls_folded_into_one_layer_can_be_undone_and_loaded_into() -> None:
+    model = trained(TwoNorms(), IMAGE)
+    once = torchfuse.fuse(model, IMAGE)
+    twice = torchfuse.fuse(once.model, IMAGE)
+    assert [len(result.plan.fusions) for result in (once, twice)] == [1, 1]
+    assert same_outputs(model, twice.model)
+    assert identical(torchfuse.unfuse(twice.model), model)
+    other = trained(TwoNorms(), IMAGE * 2 + 1)
+    torchfuse.load_unfused_state_dict(twice.model, other.state_dict())
+    assert same_outputs(other, twice.model)
+    assert identical(torchfuse.unfuse(twice.model), other)
+
+
+def test_a_compiled_model_can_be_fused_and_unfused(net: Net) -> None:
+    compiled = torch.compile(net, backend="eager")
+    fused = torchfuse.fuse(compiled, IMAGE).model
+    assert same_outputs(net, fused)
+    assert type(fused._orig_mod.bn) is nn.Identity
+    assert identical(torchfuse.unfuse(fused)._orig_mod, net)
+
+
 def test_unfuse_refuses_after_loading_a_fused_checkpoint(fused: Net) -> None:
     other = torchfuse.fuse(trained(Net(), IMAGE + 1), IMAGE).model
     fused.load_state_dict(other.state_dict())
@@ -410,6 +496,24 @@ def test_the_cost_of_keeping_originals_is_in_the_plan(net: Net) -> None:
     kept += [net.stem[1].running_mean, net.stem[1].running_var]
     expected = sum(tensor.numel() * tensor.element_size() for tensor in kept)
     assert expected <= plan.originals_bytes <= expected + 64
+
+
+def test_a_model_without_values_is_planned_and_fused_but_not_compared() -> None:
+    with torch.device("meta"):
+        model = Net().eval()
+    assert len(torchfuse.plan(model, IMAGE.to("meta")).fusions) == 2
+    with pytest.raises(InputError, match=r"meta device.*verify=False"):
+        torchfuse.fuse(model, IMAGE.to("meta"))
+    fused = torchfuse.fuse(model, IMAGE.to("meta"), verify=False).model
+    assert fused.conv.weight.is_meta
+
+
+def test_another_default_device_is_no_obstacle(net: Net) -> None:
+    with torch.device("meta"):
+        result = torchfuse.fuse(net, IMAGE)
+    assert len(result.plan.fusions) == 2
+    assert result.check.passed
+    assert same_outputs(net, result.model)
 
 
 def test_fusing_a_fused_model_changes_nothing_more(net: Net, fused: Net) -> None:

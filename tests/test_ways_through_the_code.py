@@ -1,5 +1,7 @@
 """What the source of a model says about ways that were not taken."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,98 @@ class Counting(ConvBn):
         return y if self.calls > 2 else self.bn(y)
 
 
+class CountingInAList(ConvBn):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        y = self.conv(x)
+        return y if len(self.calls) > 2 else self.bn(y)
+
+
+class CountingInADict(ConvBn):
+    def __init__(self):
+        super().__init__()
+        self.counts = {"calls": 0}
+
+    def forward(self, x):
+        self.counts["calls"] += 1
+        y = self.conv(x)
+        return y if self.counts["calls"] > 2 else self.bn(y)
+
+
+class Alternating(ConvBn):
+    def __init__(self):
+        super().__init__()
+        self.turns = itertools.cycle([True, False])
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if next(self.turns) else y
+
+
+class ThroughAProperty(ConvBn):
+    @property
+    def learning(self):
+        return torch.is_grad_enabled()
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if self.learning else self.bn(y)
+
+
+class FlaggedByAHook(ConvBn):
+    def __init__(self):
+        super().__init__()
+        self.large = False
+        self.register_forward_pre_hook(note_size)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if self.large else self.bn(y)
+
+
+def note_size(module, args):
+    module.large = args[0].shape[0] > 8
+
+
+class SetByName(ConvBn):
+    def __init__(self):
+        super().__init__()
+        self.large = False
+
+    def forward(self, x):
+        setattr(self, "large", x.shape[0] > 8)  # noqa: B010  # it is about setattr
+        return self._normed(self.conv(x))
+
+    def _normed(self, y):
+        return y if self.large else self.bn(y)
+
+
+class SetInTheTable(SetByName):
+    def forward(self, x):
+        vars(self).update(large=x.shape[0] > 8)
+        return self._normed(self.conv(x))
+
+
+CALLS = []
+
+
+class CountingInAGlobal(ConvBn):
+    def forward(self, x):
+        CALLS.append(1)
+        y = self.conv(x)
+        return y if len(CALLS) > 99 else self.bn(y)
+
+
+class PickedFromAList(ConvBn):
+    def forward(self, x):
+        y = self.conv(x)
+        return [y, self.bn(y)][x.shape[0] < 9]
+
+
 class AsksForGradients(ConvBn):
     def forward(self, x):
         y = self.conv(x)
@@ -208,6 +302,15 @@ class AsksForRank(ConvBn):
     ("model", "reason"),
     [
         (Counting(), "branches on calls, which may be another at the next call"),
+        (CountingInAList(), "branches on calls, which may be another at the next call"),
+        (CountingInADict(), "branches on counts, which may be another at the next call"),
+        (Alternating(), "branches on turns, which may be another at the next call"),
+        (ThroughAProperty(), "branches on learning, which may be another at the next call"),
+        (FlaggedByAHook(), "branches on large, which may be another at the next call"),
+        (SetByName(), "branches on large, which may be another at the next call"),
+        (SetInTheTable(), "branches on large, which may be another at the next call"),
+        (CountingInAGlobal(), "branches on CALLS, which may be another at the next call"),
+        (PickedFromAList(), "branch may depend on shapes"),
         (AsksForGradients(), "branches on is_grad_enabled"),
         (ThroughAHelper(), "branch may depend on shapes"),
         (ThroughAModule(), "branch may depend on shapes"),

@@ -1,9 +1,12 @@
 """Whether fusing is worth it depends on what the target does on its own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from as_if_trained import as_if_trained
 from torchfuse.planning import Fusion, FusionPlan
 from torchfuse.worth import TARGETS, worth
 
@@ -91,3 +94,64 @@ def test_torchscript_frozen_folds_none_of_them(rule: str) -> None:
     traced = torch.jit.trace(_Block(layer, norm).eval(), inputs)
     frozen = torch.jit.freeze(traced, optimize_numerics=False)
     assert ("batch_norm" not in str(frozen.inlined_graph)) == (rule in TARGETS["torchscript"].folds)
+
+
+@pytest.mark.filterwarnings("ignore")  # OpenVINO's own
+@pytest.mark.parametrize("rule", BLOCKS)
+def test_openvino_folds_by_itself_what_the_table_says(rule: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    layer, norm, inputs = BLOCKS[rule]
+    model = as_if_trained(_Block(layer, norm), lambda m: [m(torch.randn(4, *inputs.shape[1:]))])
+    converted = openvino.convert_model(model, example_input=inputs)
+    compiled = openvino.Core().compile_model(converted, "CPU")
+    run = {
+        node.get_rt_info()["layerType"].astype(str)
+        for node in compiled.get_runtime_model().get_ordered_ops()
+    }
+    layers = run & {"Convolution", "Deconvolution", "FullyConnected"}
+    assert len(layers) == 1
+    rest = run - layers - {"Input", "Output", "Const", "Reorder", "Reshape"}
+    assert (not rest) == (rule in TARGETS["openvino"].folds), run
+
+
+def _onnx_nodes(rule: str) -> tuple[list[object], dict[str, Tensor]]:
+    """The nodes of layer and batch norm as an ONNX graph has them, and their constants."""
+    from onnx import helper
+
+    layer, norm, _ = BLOCKS[rule]
+    values = {"w": layer.weight, "b": layer.bias}
+    values |= {"gamma": norm.weight, "beta": norm.bias}
+    values |= {"mean": torch.randn(norm.num_features), "var": torch.rand(norm.num_features) + 0.5}
+    kind, options = {
+        "conv_bn": ("Conv", {}),
+        "conv_transpose_bn": ("ConvTranspose", {"group": 2, "strides": [1, 1]}),
+        "linear_bn": ("Gemm", {"transB": 1}),
+    }[rule]
+    return [
+        helper.make_node(kind, ["x", "w", "b"], ["h"], **options),
+        helper.make_node("BatchNormalization", ["h", "gamma", "beta", "mean", "var"], ["y"]),
+    ], values
+
+
+@pytest.mark.parametrize("rule", BLOCKS)
+def test_onnx_runtime_folds_by_itself_what_the_table_says(rule: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    from onnx import helper, numpy_helper
+
+    nodes, values = _onnx_nodes(rule)
+    inputs = BLOCKS[rule][2]
+    tensors = [numpy_helper.from_array(v.detach().numpy(), name) for name, v in values.items()]
+    given, made = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", list(inputs.shape)), ("y", None))
+    )
+    graph = helper.make_graph(nodes, "block", [given], [made], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    left = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert ("BatchNormalization" not in left) == (rule in TARGETS["onnxruntime"].folds), left

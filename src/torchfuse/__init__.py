@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchfuse.artifacts import Artifact
     from torchfuse.checking import verify
+    from torchfuse.checkpoints import load_unfused_state_dict
     from torchfuse.comparing import compare
     from torchfuse.comparison import Comparison
     from torchfuse.delegation import Delegation, DelegationWarning
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from torchfuse.fusing import (
         FusionResult,
         fuse,
-        load_unfused_state_dict,
         plan,
         unfuse,
     )
@@ -126,7 +126,7 @@ _HOME = {
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
     "load": "exporting",
-    "load_unfused_state_dict": "fusing",
+    "load_unfused_state_dict": "checkpoints",
     "measure": "timing",
     "plan": "fusing",
     "convert_qat": "quantizing.training",

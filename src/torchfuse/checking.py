@@ -18,7 +18,14 @@ from torchfuse.restoring import restored
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Equivalence", "OutputDifference", "compare_outputs", "tolerance", "verify"]
+__all__ = [
+    "Equivalence",
+    "OutputDifference",
+    "compare_outputs",
+    "copied_leaves",
+    "tolerance",
+    "verify",
+]
 
 # What rounding alone may do to max|a − b| / max|a|, over a whole model.
 _RELATIVE = {
@@ -79,12 +86,16 @@ def run(model: Callable[..., Any], case: Case) -> dict[str, Any]:
     called = model if case.method == "forward" else getattr(model, case.method)
     args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
     with restored(model):
-        output = called(*args, **kwargs)
         # Copied before anything is put back: an output may be a view of what the model keeps.
-        return {
-            name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-            for name, leaf in named_leaves(output)
-        }
+        return copied_leaves(called(*args, **kwargs))
+
+
+def copied_leaves(output: Any) -> dict[str, Any]:
+    """The tensors (copies of them) and numbers in a model's output, by name."""
+    return {
+        name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+        for name, leaf in named_leaves(output)
+    }
 
 
 def copy_tensors(value: Any) -> Any:
@@ -212,7 +223,9 @@ def _as_tensor(leaf: Any) -> Tensor | None:
             plain = plain.dequantize()
         return plain.to_dense() if plain.layout is not torch.strided else plain
     if isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool):
-        return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
+        return torch.tensor(
+            leaf, dtype=torch.float64 if isinstance(leaf, float) else None, device="cpu"
+        )
     if type(leaf).__module__ == "numpy" and hasattr(leaf, "shape"):
         try:
             return torch.as_tensor(leaf)

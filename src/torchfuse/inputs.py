@@ -1,4 +1,4 @@
-"""Example inputs as a list of cases: what one call of the model is given."""
+"""What verbs are given: a model, and example inputs as a list of cases, one per call of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchfuse.errors import InputError
 
-__all__ = ["Case", "cases"]
+__all__ = ["Case", "cases", "check_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,19 @@ def cases(example_inputs: Any) -> list[Case]:
             raise InputError("example_inputs is an empty list; give at least one case to run.")
         return [_case(entry, f"example_inputs[{i}]") for i, entry in enumerate(example_inputs)]
     return [_case(example_inputs, "example_inputs")]
+
+
+def check_model(model: Any) -> None:
+    """Raises InputError if `model` is nothing that can be edited."""
+    if not isinstance(model, nn.Module):
+        hint = ""
+        if type(model).__name__ == "ExportedProgram":
+            hint = " Use torchfuse.fuse_exported for an ExportedProgram."
+        raise InputError(f"Expected a torch.nn.Module, got {type(model).__name__}.{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "A scripted or traced module cannot be edited; fuse the nn.Module it was made from."
+        )
 
 
 def _case(entry: Any, where: str) -> Case:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchfuse.checking import compare_outputs, copy_tensors, run
+from torchfuse.checking import compare_outputs, copied_leaves, copy_tensors, run
 from torchfuse.equivalence import Equivalence
 from torchfuse.inputs import Case
 from torchfuse.restoring import restored
@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from torchfuse.equivalence import OutputDifference
     from torchfuse.rules import Match, Rule
 
+    _Rewrite = Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]]
+
 __all__ = [
     "PairDifference",
+    "PairProof",
     "compare",
     "is_blurred",
     "is_finite",
     "other_inputs",
     "outputs_of",
-    "pair_differences",
     "variations",
     "widened",
 ]
@@ -44,7 +46,7 @@ _WORSE = 4.0
 
 def other_inputs(case: Case, seed: int) -> Case:
     """A case like `case` with other values: random floats of like spread, integers permuted."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def other(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -52,9 +54,10 @@ def other_inputs(case: Case, seed: int) -> Case:
                 return value.clone()
             if value.is_floating_point():
                 spread, centre = torch.std_mean(value.float(), correction=0)
-                noise = torch.randn(value.shape, generator=generator) * (spread + 1e-3) + centre
-                return torch.empty_like(value).copy_(noise)
-            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+                noise = torch.randn(value.shape, generator=generator, device="cpu")
+                return torch.empty_like(value).copy_(noise).mul_(spread + 1e-3).add_(centre)
+            order = torch.randperm(value.numel(), generator=generator, device="cpu")
+            order = order.to(value.device)
             return torch.empty_like(value).copy_(value.flatten()[order].reshape(value.shape))
         if type(value) in (list, tuple):
             return type(value)(other(entry) for entry in value)
@@ -142,26 +145,6 @@ def compare(expected: Sequence[dict[str, Any]], actual: Sequence[dict[str, Any]]
     return Equivalence(tuple(records))
 
 
-def pair_differences(
-    model: nn.Module, matches: Sequence[tuple[Rule, Match]], cases: Sequence[Case]
-) -> dict[int, PairDifference]:
-    """For each match, by position, the largest difference that was found at its layer.
-
-    The original model runs; where a layer runs, the folded layer runs beside it on the same input,
-    and is compared with the layer's output after the batch norm. One pair is in memory at a time.
-    """
-    found: dict[int, PairDifference] = {}
-    for case in cases:
-        args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
-        with restored(model):
-            for position, (rule, match) in enumerate(matches):
-                if rule.rewrite is not None:
-                    _watch(model, position, rule, match, found)  # `restored` takes the hooks off
-            called = model if case.method == "forward" else getattr(model, case.method)
-            called(*args, **kwargs)
-    return found
-
-
 @dataclass(frozen=True)
 class PairDifference:
     """How far a folded layer is from the layer and the batch norm."""
@@ -170,38 +153,79 @@ class PairDifference:
     problem: str | None  # None: within rounding
 
 
-def _watch(
-    model: nn.Module, position: int, rule: Rule, match: Match, found: dict[int, PairDifference]
-) -> None:
-    layer = model.get_submodule(match.first)
-    norm = model.get_submodule(match.second)
-    assert isinstance(norm, _BatchNorm)
-    assert rule.rewrite is not None
-    rewrite = rule.rewrite
-    busy: list[bool] = []
+class PairProof:
+    """Runs the original model, and compares each match where it runs: layer and norm, and folded.
 
-    def after_layer(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if busy:
-            return
-        busy.append(True)
-        try:
-            plain = plain_layer(layer)
-            weight, bias = rewrite(plain, norm)
-            fused = folded_layer(plain, weight, bias)(*args, **kwargs)
-            judged = _judged(plain, norm, rewrite, args, kwargs, output, fused)
-        finally:
-            busy.clear()
-        worst = found.get(position)
-        if worst is None or (not worst.problem and judged.max_rel > worst.max_rel):
-            found[position] = judged
+    Where a layer runs, the folded layer runs beside it on the same input, and is compared with the
+    layer's output after the batch norm. With `keep`, folded weights are computed once, and stay in
+    `weights` to be used; otherwise one pair is in memory at a time.
+    """
 
-    layer.register_forward_hook(after_layer, with_kwargs=True)
+    def __init__(
+        self, model: nn.Module, matches: Sequence[tuple[Rule, Match]], *, keep: bool
+    ) -> None:
+        self.model = model
+        self.matches = matches
+        self.keep = keep
+        self.found: dict[str, PairDifference] = {}  # by the batch norm's path, the largest
+        self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # likewise
+
+    def run(self, case: Case, *, if_finite: bool = False) -> dict[str, Any] | None:
+        """What the model returns on `case`; with `if_finite` None, and nothing found, if it is not.
+
+        Nothing is left changed.
+        """
+        found: dict[str, PairDifference] = {}
+        args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
+        with restored(self.model):
+            for rule, match in self.matches:
+                if rule.rewrite is not None:
+                    self._watch(rule.rewrite, match, found)  # `restored` takes the hooks off
+            model = self.model
+            called = model if case.method == "forward" else getattr(model, case.method)
+            output = copied_leaves(called(*args, **kwargs))
+        if if_finite and not is_finite(output):
+            return None
+        for path, difference in found.items():
+            self.found[path] = _worse(self.found.get(path), difference)
+        return output
+
+    def _watch(self, rewrite: _Rewrite, match: Match, found: dict[str, PairDifference]) -> None:
+        layer = self.model.get_submodule(match.first)
+        norm = self.model.get_submodule(match.second)
+        assert isinstance(norm, _BatchNorm)
+        busy: list[bool] = []
+
+        def after_layer(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if busy:
+                return
+            busy.append(True)
+            try:
+                plain = plain_layer(layer)
+                weights = self.weights.get(match.second)
+                if weights is None:
+                    weights = rewrite(plain, norm)
+                    if self.keep:
+                        self.weights[match.second] = weights
+                fused = folded_layer(plain, *weights)(*args, **kwargs)
+                judged = _judged(plain, norm, rewrite, args, kwargs, output, fused)
+            finally:
+                busy.clear()
+            found[match.second] = _worse(found.get(match.second), judged)
+
+        layer.register_forward_hook(after_layer, with_kwargs=True)
+
+
+def _worse(a: PairDifference | None, b: PairDifference) -> PairDifference:
+    if a is None or (not a.problem and (b.problem or b.max_rel > a.max_rel)):
+        return b
+    return a
 
 
 def _judged(
     layer: nn.Module,
     norm: _BatchNorm,
-    rewrite: Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]],
+    rewrite: _Rewrite,
     args: Any,
     kwargs: Any,
     output: Tensor,

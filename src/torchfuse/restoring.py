@@ -37,6 +37,8 @@ class CopyOnWrite(TorchDispatchMode):
     first write, and not the whole model beforehand, is what keeps a pass over a large model cheap.
     """
 
+    supports_higher_order_operators = True  # torch.cond and the like, each as one operator
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would import its compiler just to keep it off this mode
@@ -57,11 +59,14 @@ class CopyOnWrite(TorchDispatchMode):
 
     def back_up(self, func: Any, args: tuple[Any, ...]) -> None:
         """Copies what `func` is about to write, unless it was made under this mode."""
-        for tensor in self.written(func, args):
+        written = self.written(func, args) if hasattr(func, "_schema") else _flat(args)
+        for tensor in written:
             self._copy(tensor)
 
     def written(self, func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
-        """The tensors among `args` that `func` writes to."""
+        """The tensors among `args` that `func` writes to (none, for a higher-order operator)."""
+        if not hasattr(func, "_schema"):
+            return []
         positions = self._positions.get(func)
         if positions is None:
             positions = self._positions[func] = _written_arguments(func)

@@ -32,8 +32,10 @@ __all__ = [
     "Fusions",
     "Merged",
     "attach",
+    "check_unchanged",
     "fold_in",
     "folded_layer",
+    "folded_while_called",
     "forget_fusions",
     "fusions_of",
     "merge_in",
@@ -106,12 +108,21 @@ def forget_fusions(model: nn.Module) -> None:
 
 
 def fold_in(
-    model: nn.Module, rule: Rule, first: Sequence[str], second: Sequence[str], *, keep: bool
+    model: nn.Module,
+    rule: Rule,
+    first: Sequence[str],
+    second: Sequence[str],
+    *,
+    keep: bool,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> Folded:
-    """Folds the batch norm at the paths `second` into the layer at the paths `first`, in place."""
+    """Folds the batch norm at the paths `second` into the layer at the paths `first`, in place.
+
+    `weights` are what the rule gives for them, if that is known.
+    """
     layer, norm = model.get_submodule(first[0]), model.get_submodule(second[0])
     assert rule.rewrite is not None
-    weight, bias = rule.rewrite(plain_layer(layer), norm)
+    weight, bias = rule.rewrite(plain_layer(layer), norm) if weights is None else weights
     folded = Folded(
         rule=rule.name,
         first=tuple(first),
@@ -128,6 +139,50 @@ def fold_in(
         layer._parameters["bias"] = nn.Parameter(bias, requires_grad=bias_trains)
     _put(model, second, _without_norm(norm))
     return folded
+
+
+@contextmanager
+def folded_while_called(
+    model: nn.Module, rule: Rule, first: Sequence[str], second: Sequence[str]
+) -> Iterator[None]:
+    """A context in which the batch norm is folded into the layer, whenever that is called.
+
+    Between calls there is only the original weight, so that of many layers only one is in memory
+    twice. A layer whose weight is computed is folded for as long as the context lasts.
+    """
+    layer: Any = model.get_submodule(first[0])
+    norm = model.get_submodule(second[0])
+    if not unparametrized(layer):
+        folded = fold_in(model, rule, first, second, keep=True)
+        try:
+            yield
+        finally:
+            take_back(model, folded)
+        return
+    originals = (layer._parameters["weight"], layer._parameters["bias"])
+    rewrite = rule.rewrite
+    assert rewrite is not None
+
+    def fold(*_: Any) -> None:
+        weights = rewrite(layer, norm)
+        for name, tensor in zip(("weight", "bias"), weights, strict=True):
+            layer._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def put_back(*_: Any) -> None:
+        layer._parameters["weight"], layer._parameters["bias"] = originals
+
+    handles = (
+        layer.register_forward_pre_hook(fold),
+        layer.register_forward_hook(put_back, always_call=True),
+    )
+    _put(model, second, _without_norm(norm))
+    try:
+        yield
+    finally:
+        _put(model, second, norm)
+        put_back()
+        for handle in handles:
+            handle.remove()
 
 
 def merge_in(model: nn.Module, rule: Rule, first: Sequence[str], second: Sequence[str]) -> Merged:
@@ -166,26 +221,47 @@ def separated(model: nn.Module) -> Iterator[None]:
             _put(model, merged.second, other)
 
 
-def take_back(model: nn.Module, folded: Folded, *, check: bool = True) -> None:
-    """Undoes `fold_in`; refuses if the fused weights are no longer what folding gave."""
+def check_unchanged(model: nn.Module) -> None:
+    """Raises FusionError if originals are gone, or fused weights no longer what folding gave.
+
+    A layer that took in two batch norms, in two calls, is looked at from the last one back.
+    """
+    before: dict[str, nn.Module] = {}
+    with separated(model):
+        for done in reversed(fusions_of(model)):
+            for folded in reversed(done.folded):
+                path = folded.first[0]
+                layer = before.get(path, model.get_submodule(path))
+                before[path] = _check_fold(folded, layer)
+
+
+def _check_fold(folded: Folded, layer: Any) -> nn.Module:
+    """The layer as it was before the fold."""
     name = f"`{folded.first[0]}`"
     if folded.original_layer is None or folded.original_norm is None:
         raise FusionError(
             f"{name} was fused with keep_originals=False, so its original weights are gone; load "
             "them from a checkpoint into a new model."
         )
+    original = _shell(*folded.original_layer)
+    weight, bias = fold_batch_norm(plain_layer(original), folded.original_norm)
+    if not (_identical(layer.weight, weight) and _identical(layer.bias, bias)):
+        raise FusionError(
+            f"The fused weights of {name} have changed since fuse() (trained, loaded, or moved "
+            "to another dtype or device), so the originals no longer belong to them; unfuse "
+            "before changing them, or load an unfused checkpoint with "
+            "load_unfused_state_dict()."
+        )
+    return original
+
+
+def take_back(model: nn.Module, folded: Folded) -> None:
+    """Undoes `fold_in`, whatever became of the folded weights."""
     layer: Any = model.get_submodule(folded.first[0])
     norm = folded.original_norm
+    assert folded.original_layer is not None
+    assert norm is not None
     class_, attributes = folded.original_layer
-    if check:
-        weight, bias = fold_batch_norm(plain_layer(_shell(class_, attributes)), norm)
-        if not (_identical(layer.weight, weight) and _identical(layer.bias, bias)):
-            raise FusionError(
-                f"The fused weights of {name} have changed since fuse() (trained, loaded, or moved "
-                "to another dtype or device), so the originals no longer belong to them; unfuse "
-                "before changing them, or load an unfused checkpoint with "
-                "load_unfused_state_dict()."
-            )
     placeholder = model.get_submodule(folded.second[0])
     training = layer.training
     now, then = (

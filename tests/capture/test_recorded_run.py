@@ -73,7 +73,7 @@ def through_dlpack(y):
         (lambda y: y.add_(1).sum(), ["add", "sum"]),
         (scripted_sum, ["unseen"]),
         (to_numpy_and_back, ["numpy", "unseen", "sum"]),
-        (through_dlpack, ["sum"]),
+        (through_dlpack, ["unseen", "sum"]),
         (lambda y: torch.func.vmap(lambda row: row.sum())(y), ["sum"]),
         (lambda y: bool(y.sum() > 0), ["sum"]),
     ],

@@ -123,3 +123,55 @@ def test_a_batch_norm_with_a_forward_or_call_of_its_own_is_left_alone() -> None:
     patched.forward = lambda x: original(x) * 2  # type: ignore[method-assign]
     for norm in (Called(4), patched):
         assert_left_alone(trained(ConvBn(None, norm), IMAGE), IMAGE, because="(of its own|forward)")
+
+
+class TimmBatchNormAct2d(nn.BatchNorm2d):
+    """timm's forward as it is: torch's, copied, then an activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
+        x = F.batch_norm(
+            x,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var if not self.training or self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            batch_statistics,
+            factor,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+def test_a_subclass_that_normalises_by_itself_keeps_its_activation_timm() -> None:
+    model = trained(ConvBn(bn=TimmBatchNormAct2d(4)), IMAGE)
+    assert_left_alone(model, IMAGE, because="subclass whose own forward does more")
+
+
+def test_a_subclass_that_calls_its_base_class_by_name_stays_right() -> None:
+    class Named(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(nn.BatchNorm2d.forward(self, x))
+
+    model = trained(ConvBn(bn=Named(4)), IMAGE)
+    assert_left_alone(model, IMAGE, because="subclass whose own forward does more")
+
+
+def test_extra_state_of_a_batch_norm_is_not_lost() -> None:
+    class WithState(nn.BatchNorm2d):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"version": 3}
+
+    model = trained(ConvBn(bn=WithState(4)), IMAGE)
+    result = assert_left_alone(model, IMAGE, because="extra state")
+    assert result.model.state_dict()["bn._extra_state"] == {"version": 3}

@@ -1,5 +1,8 @@
 """One run shows one side of a branch: the other stays right."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,7 +104,7 @@ def test_a_caught_error_is_a_branch() -> None:
     check(trained(Model(), IMAGE), IMAGE, others=(torch.randn(3, 4, 8, 8), torch.randn(2, 4, 6, 6)))
 
 
-def test_torch_cond_stays_right() -> None:
+def test_torch_where_stays_right() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
@@ -169,3 +172,139 @@ def test_a_random_branch_stays_right() -> None:
         expected = model(IMAGE)
         torch.manual_seed(seed)
         torch.testing.assert_close(result.model(IMAGE), expected)
+
+
+class ReadsTheWeightAsWell(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.bn(self.conv(x))
+        return z * self.conv.weight.mean() if x.shape[0] == 5 else z
+
+
+class BranchesOnInput(ConvBn):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as torch's own modules name it
+        y = self.conv(input)
+        return y if len(input) > 2 else self.bn(y)
+
+
+class _Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = ConvBn()
+
+
+class CallsTheConvAsWell(_Around):
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.block(x)
+        if x.shape[0] == 5:
+            z = z + self.block.conv(x)
+        return z
+
+
+class ReadsTheInnerWeightAsWell(_Around):
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.block(x)
+        return z * self.block.conv.weight.mean() if x.mean() > 0.5 else z
+
+
+class CallsTheNormAlone(_Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block.bn(x) if x.mean() > 0.5 else self.block(x)
+
+
+class _Head(nn.Module):
+    def forward(self, z: Tensor, x: Tensor, block: nn.Module) -> Tensor:
+        return z + block.conv(x) if x.shape[0] == 5 else z
+
+
+class HandsTheBlockOn(_Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = _Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x), x, self.block)
+
+
+class PicksByItemUnderAnotherName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+    def forward(model, x: Tensor) -> Tensor:  # noqa: N805  # it may be called anything
+        y = model.conv(x)
+        return model.norms[int(x.mean() > 0.5)](y)
+
+
+@pytest.mark.parametrize(
+    "class_",
+    [
+        BranchesOnInput,
+        ReadsTheWeightAsWell,
+        CallsTheConvAsWell,
+        ReadsTheInnerWeightAsWell,
+        CallsTheNormAlone,
+        HandsTheBlockOn,
+        PicksByItemUnderAnotherName,
+    ],
+)
+def test_a_use_on_the_other_side_of_a_branch_elsewhere_is_seen(class_: type[nn.Module]) -> None:
+    others = (IMAGE + 2, torch.randn(5, 4, 8, 8))
+    assert_left_alone(trained(class_(), IMAGE), IMAGE, because="branch", others=others)
+
+
+def test_a_method_that_norms_on_one_side_of_a_branch_only_stays_right() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear2, self.bn4 = nn.Linear(12, 12), nn.BatchNorm1d(8)
+            self.linear6, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x3 = self.linear2(x)
+            x5 = self.bn4(x3) if x.abs().max() < 3 else F.relu(x3)
+            return self.norm(self.linear6(x5)) * 2
+
+        def features_8(self, x: Tensor) -> Tensor:
+            x3 = self.linear2(x)
+            x5 = self.bn4(x3) if x.abs().max() < 3 else F.relu(x3)
+            return self.norm(self.linear6(x5))
+
+    rows = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    check(trained(Model(), rows), rows, others=(rows * 4,), methods=("features_8",))
+
+
+class Conditioned(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.cond(x.sum() > 0, lambda t: self.bn(t), lambda t: t * 2, (y,))
+
+
+def test_torch_cond_stays_right_and_runs_while_recorded() -> None:
+    model = Conditioned().eval()
+    with torch.no_grad():
+        for inputs in (IMAGE.abs(), -IMAGE.abs()):
+            result = torchfuse.fuse(model, inputs)
+            assert result.plan.fusions == ()
+            assert [skip.modules for skip in result.plan.skips] == [("bn",)]
+            assert torch.equal(result.model(inputs), model(inputs))
+
+
+def test_a_model_that_loads_the_compiler_while_it_is_recorded_is_recorded_again() -> None:
+    code = """
+import sys, torch, torchfuse
+from torch import nn
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda t: t + 1, lambda t: t * 2, (self.bn(self.conv(x)),))
+
+assert "torch._dynamo" not in sys.modules
+model, x = Conditioned().eval(), torch.randn(2, 4, 5, 5)
+print(len(torchfuse.fuse(model, x).plan.fusions))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -1,8 +1,16 @@
 """Other public methods than `forward` stay right."""
 
+from collections.abc import Iterator
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
+import torchfuse
 from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, check, trained
 
 
@@ -184,3 +192,174 @@ def test_a_method_that_names_the_model_otherwise_or_puts_it_in_a_list_is_seen() 
 
     for model in (Renamed(), Listed(), ByDict()):
         assert_left_alone(trained(model, IMAGE), IMAGE, because="features", methods=("features",))
+
+
+class _Item:
+    """Stands in a class in place of a method, and reaches a module of the object."""
+
+    def __get__(self, model: nn.Module, owner: type) -> object:
+        return lambda x: model.conv(x)
+
+
+class HeldInATuple(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tap = (self.conv,)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.tap[0](x)
+
+
+class HeldInAnObject(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tools = SimpleNamespace(stem=self.conv)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.tools.stem(x)
+
+
+class BoundMethod(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = self.conv.forward
+
+
+class ByItem(ConvBn):
+    def __getitem__(self, index: int) -> nn.Module:
+        return [self.conv, self.bn][index]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+class Unpacked(ConvBn):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self.conv, self.bn])
+
+    def features(self, x: Tensor) -> Tensor:
+        first, _ = self
+        return first(x)
+
+
+class Matched(ConvBn):
+    def features(self, x: Tensor) -> Tensor:
+        match self:
+            case ConvBn(conv=found):
+                return found(x)
+
+
+class Described(ConvBn):
+    features = _Item()
+
+
+class ChosenNames(ConvBn):
+    def features(self, x: Tensor) -> Tensor:
+        model = self if x.dim() else None
+        return model.conv(x)
+
+
+class _OnlyConv(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class PastTheOverride(_OnlyConv):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(super().forward(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class FoundDeepDown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = ConvBn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        return dict(self.named_modules())["block.conv"](x)
+
+
+class WeightsOfAll(ConvBn):
+    def features(self, x: Tensor) -> Tensor:
+        return sum(m.weight * 2 for m in self.modules() if isinstance(m, nn.Conv2d))
+
+
+class PartsOfAComputedWeight(ConvBn):
+    def __init__(self) -> None:
+        super().__init__(parametrizations.weight_norm(nn.Conv2d(4, 4, 1)))
+
+    def features(self, x: Tensor) -> Tensor:
+        return x * self.conv.parametrizations.weight.original0.mean()
+
+
+@pytest.mark.parametrize(
+    "class_",
+    [
+        HeldInATuple,
+        HeldInAnObject,
+        BoundMethod,
+        ByItem,
+        Unpacked,
+        Matched,
+        Described,
+        ChosenNames,
+        PastTheOverride,
+        FoundDeepDown,
+        WeightsOfAll,
+        PartsOfAComputedWeight,
+    ],
+)
+def test_other_ways_to_a_layer_are_seen(class_: type[nn.Module]) -> None:
+    model = trained(class_(), IMAGE)
+    assert_left_alone(model, IMAGE, because="conv|bn", methods=("features",))
+
+
+def test_a_function_in_an_attribute_that_reaches_the_conv_is_seen() -> None:
+    def stem(model: nn.Module, x: Tensor) -> Tensor:
+        return model.conv(x)
+
+    bound, closed, closed_over_the_conv = (trained(ConvBn(), IMAGE) for _ in range(3))
+    bound.stem = MethodType(stem, bound)
+    closed.stem = lambda x: closed.conv(x)
+    conv = closed_over_the_conv.conv
+    closed_over_the_conv.stem = lambda x: conv(x)
+    for model in (bound, closed, closed_over_the_conv):
+        expected = model.stem(IMAGE)
+        result = torchfuse.fuse(model, IMAGE, inplace=True, verify=False)
+        assert any("`stem`" in skip.reason for skip in result.plan.skips), str(result.plan)
+        assert torch.equal(model.stem(IMAGE), expected)
+
+
+def test_a_method_whose_source_is_not_there_is_judged_by_the_names_in_it() -> None:
+    space: dict[str, Any] = {"ConvBn": ConvBn, "__name__": __name__}
+    exec(
+        "class Made(ConvBn):\n"
+        "    def features(self, x):\n"
+        "        return self.conv(x)\n"
+        "class Harmless(ConvBn):\n"
+        "    def predict(self, x):\n"
+        "        return self(x).argmax(1)\n",
+        space,
+    )
+    assert_left_alone(
+        trained(space["Made"](), IMAGE), IMAGE, because="features", methods=("features",)
+    )
+    assert_fuses(trained(space["Harmless"](), IMAGE), IMAGE, methods=("predict",))
+
+
+def test_a_method_that_only_the_forward_of_its_block_calls_is_named_in_the_scope_densenet() -> None:
+    class Layer(ConvBn):
+        def bn_function(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.bn_function(x))
+
+    model = nn.Sequential(nn.ReLU(), Layer())
+    scope = assert_fuses(trained(model, IMAGE), IMAGE).plan.scope
+    assert any("called from outside, 1.bn_function would see a folded" in line for line in scope)

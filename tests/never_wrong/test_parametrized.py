@@ -2,10 +2,10 @@
 
 import pytest
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_left_alone, check, trained
+from fusing_checks import IMAGE, ROW, ConvBn, assert_fuses, assert_left_alone, check, trained
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
@@ -43,3 +43,18 @@ def test_a_conv_with_a_computed_weight_that_is_called_apart_as_well_is_left_alon
 
     model = CalledTwice(parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
     assert_left_alone(trained(model, IMAGE), IMAGE, because="called more than once")
+
+
+def test_a_parametrization_that_looks_at_its_own_result_is_baked_in() -> None:
+    linear = parametrizations.orthogonal(nn.Linear(5, 3))
+    assert_fuses(trained(ConvBn(linear, nn.BatchNorm1d(3)), ROW), ROW)
+
+
+def test_a_pruned_conv_is_left_alone_and_says_how_to_make_it_permanent() -> None:
+    model = ConvBn()
+    prune.random_unstructured(model.conv, "weight", 0.5)
+    model = trained(model, IMAGE)
+    (skip,) = assert_left_alone(model, IMAGE, because="pruned").plan.skips
+    assert "prune.remove" in skip.hint
+    prune.remove(model.conv, "weight")
+    assert_fuses(model, IMAGE)

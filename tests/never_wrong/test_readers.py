@@ -3,8 +3,11 @@
 The numbers are upstream issues: pt is pytorch/pytorch, ao pytorch/ao.
 """
 
+import _thread
+import queue
 import threading
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -227,3 +230,123 @@ def test_an_output_changed_by_a_custom_autograd_function_before_the_batch_norm_i
             return self.bn(Double.apply(self.conv(x)))
 
     check_not_folded(Model())
+
+
+class Worker:
+    """A thread that was there before, and takes the mean of what it is given."""
+
+    def __init__(self) -> None:
+        self.given, self.wanted, self.done = None, threading.Event(), threading.Event()
+        self.tasks: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self.wait_for_event, daemon=True).start()
+        threading.Thread(target=self.wait_for_task, daemon=True).start()
+
+    def wait_for_event(self) -> None:
+        while True:
+            self.wanted.wait()
+            self.wanted.clear()
+            self.given = self.given.mean().item()
+            self.done.set()
+
+    def wait_for_task(self) -> None:
+        while True:
+            tensor, answer = self.tasks.get()
+            answer.append(tensor.mean().item())
+            self.done.set()
+
+    def by_event(self, y: Tensor) -> float:
+        self.given = y
+        self.wanted.set()
+        self.done.wait()
+        self.done.clear()
+        return self.given
+
+
+WORKER = Worker()
+
+
+class ReadByEvent(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.bn(y) + WORKER.by_event(y)
+
+
+class ReadFromAQueue(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y, answer = self.conv(x), []
+        WORKER.tasks.put((y, answer))
+        WORKER.done.wait()
+        WORKER.done.clear()
+        return self.bn(y) + answer[0]
+
+
+class ReadInARawThread(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y, answer, done = self.conv(x), [], threading.Event()
+
+        def read() -> None:
+            answer.append(y.mean().item())
+            done.set()
+
+        _thread.start_new_thread(read, ())
+        done.wait()
+        return self.bn(y) + answer[0]
+
+
+@pytest.mark.parametrize("class_", [ReadByEvent, ReadFromAQueue, ReadInARawThread])
+def test_an_output_handed_to_a_thread_that_is_there_already_is_seen(
+    class_: type[nn.Module],
+) -> None:
+    assert_left_alone(trained(class_(), IMAGE), IMAGE, because="another thread")
+
+
+def test_an_output_handed_to_another_library_by_dlpack_is_seen() -> None:
+    class Capsule:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def __dlpack__(self, **options: object) -> object:
+            return torch.utils.dlpack.to_dlpack(self.tensor)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (1, 0)
+
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + float(numpy.from_dlpack(Capsule(y)).mean())
+
+    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="DLPack")
+
+
+def test_models_that_run_in_other_threads_meanwhile_are_no_obstacle() -> None:
+    mine, other, stop = trained(ConvBn(), IMAGE), trained(ConvBn(), IMAGE), threading.Event()
+
+    def serve() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                other(IMAGE)
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    try:
+        for _ in range(3):
+            assert_fuses(mine, IMAGE)
+    finally:
+        stop.set()
+        serving.join()
+
+
+def test_two_threads_can_plan_at_the_same_time() -> None:
+    models = [trained(ConvBn(), IMAGE) for _ in range(3)]
+    call, found = nn.Module.__call__, []
+    threads = [
+        threading.Thread(target=lambda m=model: found.append(torchfuse.plan(m, IMAGE)))
+        for model in models
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(plan.fusions) for plan in found] == [1, 1, 1]
+    assert nn.Module.__call__ is call

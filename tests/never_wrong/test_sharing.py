@@ -3,10 +3,12 @@
 The numbers are upstream issues: pt is pytorch/pytorch, ao pytorch/ao.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusing_checks import IMAGE, ROW, ConvBn, assert_left_alone, check, trained
+import torchfuse
+from fusing_checks import IMAGE, ROW, ConvBn, assert_fuses, assert_left_alone, check, trained
 
 
 def test_a_conv_called_twice_is_left_alone_pt104593() -> None:
@@ -151,3 +153,23 @@ def test_statistics_shared_with_another_batch_norm_stay_right() -> None:
     model = trained(Model(), IMAGE)
     result = check(model, IMAGE)
     assert result.model.alone.running_mean is not None
+
+
+def test_parameters_that_lie_in_one_vector_are_not_tied() -> None:
+    model = nn.Sequential(ConvBn(), ConvBn())
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    assert_fuses(trained(model, IMAGE), IMAGE, times=2)
+
+
+def test_a_view_of_the_whole_vector_reads_every_parameter_in_it() -> None:
+    class Penalised(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            whole = torch.empty(0).set_(self.bn.bias.detach().untyped_storage())
+            return self.bn(self.conv(x)) + whole.mean()
+
+    model = Penalised()
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    (skip,) = torchfuse.plan(trained(model, IMAGE), IMAGE).skips
+    assert "a view of several parameters" in skip.reason

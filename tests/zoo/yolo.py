@@ -21,6 +21,10 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
 
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        """Return what `forward` does once `YOLO.fuse` has put the batch norm into the conv."""
+        return self.act(self.conv(x))
+
 
 class Bottleneck(nn.Module):
     """Two 3×3 convs and a shortcut."""
@@ -93,3 +97,12 @@ class YOLO(nn.Module):
         p4 = self.neck2(torch.cat((F.interpolate(p5, scale_factor=2.0), p4), 1))
         p3 = self.neck1(torch.cat((F.interpolate(p4, scale_factor=2.0), p3), 1))
         return [head(p) for head, p in zip(self.heads, (p3, p4, p5), strict=True)]
+
+    def fuse(self) -> "YOLO":
+        """Fold every batch norm in place, as the original's own method does."""
+        for module in self.modules():
+            if isinstance(module, Conv) and hasattr(module, "bn"):
+                module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
+                delattr(module, "bn")
+                module.forward = module.forward_fuse
+        return self

@@ -9,18 +9,15 @@ in no recorded function at all (scripted code), is a reader too.
 from __future__ import annotations
 
 import gc
-import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +30,8 @@ from torchfuse.capture.kinds import (
     name_of,
     roles,
 )
+from torchfuse.capture.memory import Memory, storage_key
+from torchfuse.capture.threads import handing_over
 from torchfuse.errors import CaptureError
 from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
 from torchfuse.nesting import named_leaves
@@ -44,16 +43,38 @@ if TYPE_CHECKING:
 
 __all__ = ["record"]
 
+# While a model runs, module calls are watched by wrapping a method of a class, for all threads.
+_ONE_AT_A_TIME = threading.RLock()
+# Methods of queues and locks that are not written in Python, and cannot be watched.
+_SIGNALS = frozenset({"put", "put_nowait", "release"})
 # The kinds whose way from the module's call is remembered: rules ask who passed their arguments.
 _TRACED = frozenset({"conv", "conv_transpose", "linear", "batch_norm"})
 
 
 def record(model: nn.Module, cases: Sequence[Case]) -> Graph:
     """The graph of what `model` does on `cases`; the model and its inputs are left as they were."""
+    with _ONE_AT_A_TIME:
+        compiler = "torch._dynamo" in sys.modules
+        try:
+            recording = _recorded(model, cases)
+        except CaptureError:
+            if compiler or "torch._dynamo" not in sys.modules:
+                raise
+            # The model loaded torch's compiler (`torch.cond` does), which stumbles over our modes
+            # unless it was there when the run began: `restored` then keeps it from compiling.
+            torch._dynamo.reset()
+            recording = _recorded(model, cases)
+    graph = recording.graph
+    if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
+        graph.threads = True
+    return graph
+
+
+def _recorded(model: nn.Module, cases: Sequence[Case]) -> _Recording:
     recording = _Recording(model, cases)
     for index, case in enumerate(cases):
         recording._torchfuse_run(index, case)
-    return recording.finish()
+    return recording
 
 
 class _Recording:
@@ -62,12 +83,7 @@ class _Recording:
     def __init__(self, model: nn.Module, cases: Sequence[Case]) -> None:
         self.model = model
         self.graph = Graph(type(model).__name__, tuple(map(str, cases)))
-        self.ids: dict[int, int] = {}  # address of a storage → value
-        # A weak reference frees the memory but keeps the address from being used again.
-        self.weak: list[StorageWeakRef | None] = []
-        self.ranges: list[tuple[int, int]] = []
-        self.twins: list[StorageWeakRef] = []
-        self.kept: list[Tensor] = []  # tensors without storage, identified as objects
+        self.memory = Memory(self.graph.values)
         self.case = 0
         self.current: _Open | None = None
         self.running = False
@@ -89,6 +105,16 @@ class _Recording:
         names: dict[int, list[str]] = {}
         attributes: dict[int, list[str]] = {}
         seen: set[int] = set()
+        self.memory.divide(
+            tensor
+            for module in self.model.modules()
+            for tensor in (
+                *module._parameters.values(),
+                *module._buffers.values(),
+                *(tensor for _, tensor in _plain_attributes(module)),
+            )
+            if tensor is not None and not is_lazy(tensor)
+        )
         for path, module in self.model.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -101,12 +127,9 @@ class _Recording:
                     names.setdefault(self.value_of(tensor, "model"), []).append(prefix + name)
             if id(module) not in seen:
                 seen.add(id(module))
-                for name, value in vars(module).items():
-                    if type(value) in _PLAIN or name in MODULE_TABLES:
-                        continue
-                    for tensor in _tensors(value):
-                        index = self.value_of(tensor, "model")
-                        attributes.setdefault(index, []).append(prefix + name)
+                for name, tensor in _plain_attributes(module):
+                    index = self.value_of(tensor, "model")
+                    attributes.setdefault(index, []).append(prefix + name)
         for index in {*names, *attributes}:
             self.graph.values[index] = Value(
                 index, "model", tuple(names.get(index, ())), tuple(attributes.get(index, ()))
@@ -116,58 +139,16 @@ class _Recording:
 
     def value_of(self, tensor: Tensor, origin: str) -> int:
         """The value that `tensor` views; a new one, of the given origin, if it is not known."""
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse, functorch wrappers, …
-            known = self.ids.get(-id(tensor))
-            if known is None:
-                self.kept.append(tensor)
-                known = self._new_value(-id(tensor), None, (0, 0), "unknown")
-            return known
-        key = storage._cdata
-        known = self.ids.get(key)
-        if known is not None:
-            return known
-        start = storage.data_ptr()
-        extent = (start, start + storage.nbytes())
-        if origin == "unknown" and (twin := self._overlapping(extent)) is not None:
-            # The same memory behind another storage (DLPack, numpy): the same value.
-            self.ids[key] = twin
-            self.twins.append(StorageWeakRef(storage))
-            return twin
-        return self._new_value(key, StorageWeakRef(storage), extent, origin)
-
-    def _new_value(
-        self, key: int, weak: StorageWeakRef | None, extent: tuple[int, int], origin: str
-    ) -> int:
-        index = len(self.graph.values)
-        self.ids[key] = index
-        self.weak.append(weak)
-        self.ranges.append(extent)
-        self.graph.values.append(Value(index, origin))
-        return index
-
-    def _overlapping(self, extent: tuple[int, int]) -> int | None:
-        start, end = extent
-        if start == 0:
-            return None
-        for index in range(len(self.ranges) - 1, -1, -1):
-            low, high = self.ranges[index]
-            weak = self.weak[index]
-            if start < high and low < end and weak is not None and not weak.expired():
-                return index
-        return None
+        value = self.memory.value_of(tensor, origin)
+        for values in self.memory.spanned:  # a view of several parameters reads each of them
+            self.add("unseen", "a view of several parameters", values, self.module_path())
+        self.memory.spanned.clear()
+        return value
 
     def operand(self, tensor: Tensor, origin: str) -> Operand:
-        index = self.value_of(tensor, origin)
-        shape: tuple[int, ...] = ()
-        stride: tuple[int, ...] = ()
-        offset = 0
-        if not tensor.is_nested:  # one of those has no shape
-            shape = tuple(tensor.shape)
-            if tensor.layout is torch.strided:
-                stride, offset = tuple(tensor.stride()), int(tensor.storage_offset())
-        return Operand(index, shape, stride, offset, str(tensor.dtype)[len("torch.") :])
+        """`tensor` as a call sees it."""
+        self.value_of(tensor, origin)
+        return self.memory.operand(tensor, origin)
 
     # Calls
 
@@ -214,29 +195,18 @@ class _Recording:
             stack.close()
             returned = self.values_in([leaf for _, leaf in named_leaves(output)])
             self.add("output", "output", returned, "")
-            self.ids = {key: index for key, index in self.ids.items() if key >= 0}
-            self.kept.clear()
+            self.memory.forget_objects()
             # What is alive now is held by something outside, or by the output in other ways.
             self._note_held(before, set(returned))
             del output
 
     def _note_held(self, before: int, returned: set[int]) -> None:
         """Marks what outlives the pass (before attributes are put back) as read."""
-        held = self._alive(before)
+        held = self.memory.alive(before)
         if set(held) - returned:
             gc.collect()  # a reference cycle is nobody's; what is older than the pass is frozen
-            held = self._alive(before)
+            held = self.memory.alive(before)
         self.add("held", "held after the pass", [v for v in held if v not in returned], None)
-
-    def _alive(self, before: int) -> list[int]:
-        return [
-            index
-            for index in range(before, len(self.weak))
-            if (weak := self.weak[index]) is not None and not weak.expired()
-        ]
-
-    def finish(self) -> Graph:
-        return self.graph
 
 
 class _Open:
@@ -314,7 +284,7 @@ class _Functions(TorchFunctionMode):
                 module_path=around,
                 operands=named,
                 results=results,
-                written=frozenset(recording.ids[key] for key in current.written),
+                written=frozenset(current.written),
                 attributes=attributes,
                 function=func,
                 args=seen_args,
@@ -360,15 +330,15 @@ class _Operators(CopyOnWrite):
         elif not current.ignored:  # (no function mode is active here)
             known = current.known
             for tensor in _tensors((args, kwargs)):
-                key = _key(tensor)
+                key = storage_key(tensor)
                 if key not in known:
                     known.add(key)
                     current.extra.append(recording.operand(tensor, "unknown"))
             for tensor in _tensors(result):
-                known.add(_key(tensor))
+                known.add(storage_key(tensor))
             for tensor in self.written(func, args):
-                if (key := _key(tensor)) in recording.ids:
-                    current.written.add(key)
+                if storage_key(tensor) in known:
+                    current.written.add(recording.value_of(tensor, "unknown"))
         return result
 
     def _unseen(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -418,45 +388,31 @@ def _frozen() -> Iterator[None]:
 
 @contextmanager
 def _patched(recording: _Recording) -> Iterator[None]:
-    """Watches module calls, and work handed to other threads, by wrapping the entry points."""
+    """Watches module calls, and what is handed to other threads and libraries."""
     original = nn.Module.__call__
     thread = threading.get_ident()
 
     def _torchfuse_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         path = recording.path_of.get(id(module))
-        if threading.get_ident() != thread:
+        if path is not None and threading.get_ident() != thread:
             recording.graph.threads = True
             return original(module, *args, **kwargs)
         if path is None or recording.current is not None:
             return original(module, *args, **kwargs)
         return _module_call(recording, original, module, path, args, kwargs)
 
-    def watched(function: Any) -> Any:
-        def handed_over(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                recording.graph.threads = True
-            return function(*args, **kwargs)
+    def to_thread() -> None:
+        recording.graph.threads = True
 
-        return handed_over
+    def to_library(tensor: Tensor) -> None:
+        recording.add("unseen", "DLPack", recording.values_in(tensor), recording.module_path())
 
-    entries: list[tuple[Any, str]] = [
-        (threading.Thread, "start"),
-        (ThreadPoolExecutor, "submit"),
-        (queue.Queue, "put"),
-    ]
-    if (pools := sys.modules.get("multiprocessing.pool")) is not None:
-        names = ("apply_async", "_map_async", "imap", "imap_unordered")
-        entries += [(pools.Pool, name) for name in names]
-    originals = [(owner, name, getattr(owner, name)) for owner, name in entries]
-    nn.Module.__call__ = _torchfuse_call  # type: ignore[method-assign]  # put back below
-    for owner, name, function in originals:
-        setattr(owner, name, watched(function))
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]  # as it was
-        for owner, name, function in originals:
-            setattr(owner, name, function)
+    with handing_over(to_thread, to_library):
+        nn.Module.__call__ = _torchfuse_call  # type: ignore[method-assign]  # put back below
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]  # as it was
 
 
 def _module_call(
@@ -524,17 +480,18 @@ def _frames(frame: Any) -> tuple[Frame, ...]:
     return tuple(frames)
 
 
-def _key(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return -id(tensor)
-
-
 # What most arguments and attributes are, and what certainly holds no tensor.
 _PLAIN = frozenset(
     {int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout}
 )
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a module's attributes that are neither parameters nor buffers, by name."""
+    for name, value in vars(module).items():
+        if type(value) not in _PLAIN and name not in MODULE_TABLES:
+            for tensor in _tensors(value):
+                yield name, tensor
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -560,7 +517,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 def _replaced(value: Any, recording: _Recording, known: set[int], operands: dict[str, Any]) -> Any:
     """`value` with operands in place of tensors; notes their memory in `known`."""
     if isinstance(value, Tensor):
-        known.add(_key(value))
+        known.add(storage_key(value))
         return recording.operand(value, "unknown")
     if isinstance(value, (list, tuple)):
         entries = [_replaced(entry, recording, known, operands) for entry in value]

@@ -19,31 +19,23 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
-from torchfuse.checking import verify as compare
 from torchfuse.errors import FusionError, InputError
 from torchfuse.exported.judging import judge
+from torchfuse.exported.proving import Pair, pair_differences, whole_difference
 from torchfuse.fusing import FusionResult
-from torchfuse.inputs import Case
 from torchfuse.planning import Fusion, FusionPlan
-from torchfuse.proving import other_inputs
-from torchfuse.quieting import quiet
 from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from torchfuse.equivalence import Equivalence
     from torchfuse.exported.judging import FoldInProgram
     from torchfuse.planning import Skip
 
 __all__ = ["Folded", "fold", "fuse_exported"]
 
 aten = torch.ops.aten
-
-# What rounding may do to max|a − b| / max|a| at one batch norm.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def fuse_exported(
             "torchfuse.fuse for a module."
         )
     folded = fold(exported_program, prove=verify, rules=_known(rules))
-    check = _compared(exported_program, folded.program) if verify else None
+    check = whole_difference(exported_program, folded.program) if verify else None
     if check is not None and not check.passed:
         raise FusionError(
             f"The fused program differs from the given one ({check.problems[0]}), although each "
@@ -94,25 +86,6 @@ def _known(rules: Collection[str] | None) -> Collection[str] | None:
     return rules
 
 
-def _compared(old: ExportedProgram, new: ExportedProgram) -> Equivalence:
-    """Return how far `new` is from `old` on the example inputs, and on others of their sizes."""
-    if old.example_inputs is None:
-        raise _no_example_inputs()
-    args, kwargs = old.example_inputs
-    case = Case(tuple(args), dict(kwargs))
-    with quiet():
-        # Copies: running a program may change its buffers.
-        before, after = copy.deepcopy(old).module(), copy.deepcopy(new).module()
-        return compare(before, after, [case, other_inputs(case, seed=0)])
-
-
-def _no_example_inputs() -> InputError:
-    return InputError(
-        "The exported program holds no example inputs to prove the fusions on; export it with "
-        "them, or pass verify=False."
-    )
-
-
 def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None = None) -> Folded:
     """Return `program` without the batch norms that `rules` (None: all) can fold.
 
@@ -127,19 +100,11 @@ def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None
     while True:
         edit = _Edit(program, refuted, rules)
         folded = edit.folded()
-        differences = _differences(program, folded.program, edit.pairs) if prove else {}
+        differences = pair_differences(program, folded.program, edit.pairs) if prove else {}
         wrong = {name: value for name, value in differences.items() if not value <= 1}
         if not wrong:
             return folded
         refuted |= wrong
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Names in the new graph, for a batch norm of the old one."""
-
-    layer: str  # the call that took it in
-    stands: str  # the node whose value is what the batch norm put out
 
 
 class _Edit:
@@ -156,7 +121,7 @@ class _Edit:
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         self.order = [spec.arg.name for spec in program.graph_signature.input_specs]
         self.state: dict[str, Tensor] = dict(program.state_dict)
-        self.pairs: dict[str, _Pair] = {}  # by the batch norm's name
+        self.pairs: dict[str, Pair] = {}  # by the batch norm's name
         self.taken_in: dict[str, str] = {}  # old key → new key of what took it in
         self.fusions: list[Fusion] = []
         self.skips: list[Skip] = []
@@ -217,7 +182,7 @@ class _Edit:
         stands = _args(norm)[0].name
         # Two batch norms in a row: what the first put out is no longer there to compare.
         self.pairs = {n: pair for n, pair in self.pairs.items() if pair.stands != stands}
-        self.pairs[norm.name] = _Pair(layer.name, stands)
+        self.pairs[norm.name] = Pair(layer.name, stands)
         elements, size = _elements(norm), values[weight].element_size()
         self.fusions.append(
             Fusion(
@@ -375,74 +340,3 @@ def _scope(program: ExportedProgram) -> tuple[str, ...]:
         upper = "any size" if bounds.upper > 1 << 40 else bounds.upper
         sentences.append(f"{symbol}, a declared dynamic size, from {bounds.lower} to {upper}.")
     return tuple(sentences)
-
-
-# ── the proof ────────────────────────────────────────────────────────────────────────────────────
-
-
-def _differences(
-    old: ExportedProgram, new: ExportedProgram, pairs: Mapping[str, _Pair]
-) -> dict[str, float]:
-    """Return per batch norm how far its output moved, in units of what rounding explains."""
-    if not pairs:
-        return {}
-    if old.example_inputs is None:
-        raise _no_example_inputs()
-    before = _Recorder(old, outputs=set(pairs), inputs={pair.layer for pair in pairs.values()})
-    # Each folded layer is given what it was given before, so that only its own fold can differ.
-    after = _Recorder(
-        new, outputs={pair.stands for pair in pairs.values()}, replacements=before.inputs
-    )
-    return {
-        norm: _difference(before.outputs[norm], after.outputs[pair.stands])
-        for norm, pair in pairs.items()
-    }
-
-
-class _Recorder(torch.fx.Interpreter):
-    """One pass over a program's example inputs, and what some of its nodes were given and gave."""
-
-    def __init__(
-        self,
-        program: ExportedProgram,
-        outputs: set[str],
-        inputs: frozenset[str] | set[str] = frozenset(),
-        replacements: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(program.graph_module)
-        self._wanted_outputs, self._wanted_inputs = outputs, inputs
-        self._replacements = replacements or {}
-        self.outputs: dict[str, Tensor] = {}
-        self.inputs: dict[str, Tensor] = {}
-        with torch.no_grad():
-            self.run(*_example_arguments(program), enable_io_processing=False)
-
-    def run_node(self, n: Node) -> Any:
-        if n.name in self._wanted_inputs:
-            self.inputs[n.name] = self.env[_args(n)[0]].clone()  # it may be changed in place later
-        if n.name in self._replacements:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            assert callable(n.target)
-            value = n.target(self._replacements[n.name], *args[1:], **kwargs)
-        else:
-            value = super().run_node(n)
-        if n.name in self._wanted_outputs:
-            self.outputs[n.name] = value.clone()
-        return value
-
-
-def _example_arguments(program: ExportedProgram) -> list[Any]:
-    """Return copies of what the graph's inputs are on the program's example inputs, in order."""
-    assert program.example_inputs is not None
-    given = iter(tree_leaves(copy.deepcopy(program.example_inputs)))
-    stored = {**program.constants, **program.state_dict}
-    return [
-        next(given) if spec.kind is InputKind.USER_INPUT else copy.deepcopy(stored[spec.target])
-        for spec in program.graph_signature.input_specs
-    ]
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    tolerance = _TOLERANCE[a.dtype]
-    scale = a.double().abs().max().clamp(min=torch.finfo(a.dtype).tiny)
-    return ((a.double() - b.double()).abs().max() / scale / tolerance).item()

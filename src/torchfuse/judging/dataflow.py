@@ -75,7 +75,7 @@ def _filled(value: Any, call: Call, current: dict[Operand, Tensor]) -> Any:
         if value in current:
             return current[value]
         if call.target in SHAPE_ONLY:
-            return torch.empty(value.shape, dtype=getattr(torch, value.dtype))
+            return torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="cpu")
         raise ValueError(f"{call.target} reads another tensor.")
     if isinstance(value, (list, tuple)):
         entries = [_filled(entry, call, current) for entry in value]
@@ -97,9 +97,9 @@ def keeps_channels(first: Call, between: Sequence[Call], last: Call, axis: int) 
         return False
     if not between:
         return axis == 1
-    numbers = torch.arange(channels, dtype=torch.float32)
+    numbers = torch.arange(channels, dtype=torch.float32, device="cpu")
     column = numbers.reshape(-1, *[1] * (len(made.shape) - axis - 1))
-    probe = torch.empty_strided(made.shape, made.stride, dtype=torch.float32)
+    probe = torch.empty_strided(made.shape, made.stride, dtype=torch.float32, device="cpu")
     probe.copy_(column.expand(made.shape))
     # A reshape may keep the channels apart only at this size: N×C×1×1 to (−1, C).
     larger = [size if i == axis else size + 1 for i, size in enumerate(made.shape)]

@@ -10,18 +10,21 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.capture.recorded_run import record
-from torchfuse.judging.branches import may_fork
+from torchfuse.judging.branches import may_fork, mentioned_elsewhere
 from torchfuse.judging.dataflow import origin
-from torchfuse.judging.methods import reached_apart
+from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torchfuse.graph import Call, Graph
     from torchfuse.inputs import Case
     from torchfuse.proving import PairDifference
+
+# Operators that run functions of the model's own, as graphs.
+_HIGHER_ORDER = frozenset({"cond", "while_loop", "scan", "map_impl", "associative_scan"})
 
 __all__ = ["Found", "find", "not_after_a_layer"]
 
@@ -45,14 +48,14 @@ class Found:
         hint = "Please report it: a fold that does not hold is a defect of torchfuse or of torch."
         self.skip(match.modules, Refusal(reason, hint), rule.name)
 
-    def drop_unproved(self, found: dict[int, PairDifference]) -> None:
-        """Keeps the matches whose pair was compared and agrees; the rest becomes skips."""
+    def drop_unproved(self, found: Mapping[str, PairDifference]) -> None:
+        """Keeps the matches whose pair (by the norm's path) agrees; the rest becomes skips."""
         kept = []
-        for position, (rule, match) in enumerate(self.matches):
+        for rule, match in self.matches:
             if rule.merge is not None:  # changes no arithmetic; the whole model is compared
                 kept.append((rule, match))
                 continue
-            pair = found.get(position)
+            pair = found.get(match.second)
             if pair is None or pair.problem is not None:
                 why = "it did not run while comparing." if pair is None else pair.problem
                 self.reject((rule, match), f"The fold did not pass its proof: {why}")
@@ -77,7 +80,7 @@ class Found:
         """The plan as plain data."""
         return FusionPlan(
             model=self.subject.graph.model,
-            scope=_scope(self.subject),
+            scope=(*_scope(self.subject), *_parts(self)),
             fusions=tuple(
                 _fusion(self.subject, rule, match, self.max_rel.get(match.second))
                 for rule, match in self.matches
@@ -104,6 +107,19 @@ def _scope(subject: Subject) -> tuple[str, ...]:
             "every side of its branches is fused."
         )
     return tuple(sentences)
+
+
+def _parts(found: Found) -> tuple[str, ...]:
+    """The sentence that names methods which are right only as parts of what was recorded."""
+    folds = [match for rule, match in found.matches if rule.merge is None]
+    parts = sorted({part for match in folds for part in parts_of_forward(found.subject, match)})
+    if not parts:
+        return ()
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return (
+        "Inner methods as the model itself calls them; called from outside, "
+        f"{', '.join(parts[:3])}{more} would see a folded layer.",
+    )
 
 
 def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Found:
@@ -135,6 +151,10 @@ def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Foun
 
 
 def _maybe_a_branch(graph: Graph) -> str:
+    """Where else it may have run, in brackets; empty if there is no sign of that."""
+    higher = [call.target for call in graph.calls if call.target in _HIGHER_ORDER]
+    if higher:
+        return f" where it can be seen (perhaps inside torch.{higher[0]})"
     data = [read for read in graph.reads if read.kind == "data"]
     return f" (a branch may depend on the values read at {data[0].where})" if data else ""
 
@@ -247,7 +267,12 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
 
 def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
     """What was recorded first, then what the source says about other ways and other methods."""
-    return rule.check(subject, match) or may_fork(subject, match) or reached_apart(subject, match)
+    return (
+        rule.check(subject, match)
+        or may_fork(subject, match)
+        or mentioned_elsewhere(subject, match)
+        or reached_apart(subject, match)
+    )
 
 
 def not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:

@@ -9,11 +9,22 @@ import inspect
 import textwrap
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-__all__ = ["assigned_attributes", "functions_of", "is_setup", "names_in", "syntax_of"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "assigned_attributes",
+    "descriptors_of",
+    "edits_modules",
+    "functions_of",
+    "is_setup",
+    "names_in",
+    "syntax_of",
+]
 
 
 @lru_cache(maxsize=4096)
@@ -47,6 +58,26 @@ def functions_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=4096)
+def descriptors_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
+    """What runs for objects in a class that are no functions, but have `__get__` or `__call__`."""
+    found: list[tuple[str, FunctionType]] = []
+    for base in class_.__mro__:
+        if base is nn.Module or base.__module__.startswith("torch.") or base is object:
+            continue
+        for name, member in vars(base).items():
+            kind = type(member)
+            if isinstance(member, type) or _function(member) is not None:
+                continue
+            if kind.__module__.partition(".")[0] in ("torch", "builtins", "functools"):
+                continue
+            for special in ("__get__", "__call__"):
+                function = getattr(kind, special, None)
+                if isinstance(function, FunctionType):
+                    found.append((name, function))
+    return tuple(found)
+
+
 def _function(member: Any) -> FunctionType | None:
     if isinstance(member, property):
         member = member.fget
@@ -75,16 +106,99 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 @lru_cache(maxsize=8192)
 def assigned_attributes(code: CodeType) -> frozenset[str]:
-    """The attributes that a function assigns."""
-    return frozenset(
-        str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"
+    """The attributes that a function assigns, or whose value it changes: `self.seen.append(x)`.
+
+    So are global names, and those of a function around it.
+    """
+    assigned = {
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("STORE_ATTR", "STORE_GLOBAL")
+        or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)
+    }
+    outside = {*code.co_names, *code.co_freevars} - {*code.co_varnames, *code.co_cellvars}
+    tree = syntax_of(code)
+    for node in [] if tree is None else ast.walk(tree):
+        match _changed(node):
+            case ast.Attribute(attr=name):
+                assigned.add(name)
+            case ast.Name(id=name) if name in outside:
+                assigned.add(name)
+        assigned.update(_set_by_name(node))
+    return frozenset(assigned)
+
+
+def _changed(node: ast.AST) -> ast.AST | None:
+    """What a container's own method, an assigned item, or `next` changes."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=container, attr=method)) if method in _CHANGING:
+            return container
+        case ast.Call(func=ast.Name(id="next"), args=[iterator, *_]):
+            return iterator
+        case ast.Subscript(value=container, ctx=ast.Store() | ast.Del()):
+            return container
+    return None
+
+
+ANY_NAME = "*"
+
+
+def _set_by_name(node: ast.AST) -> Iterator[str]:
+    """`setattr(self, "large", …)`, `self.__dict__["large"] = …`, `vars(self).update(large=…)`."""
+    match node:
+        case ast.Call(func=ast.Name(id="setattr"), args=[_, name, _]):
+            yield _text(name)
+        case ast.Subscript(value=table, slice=name, ctx=ast.Store()) if _is_table(table):
+            yield _text(name)
+        case ast.Call(func=ast.Attribute(value=table, attr="update")) if _is_table(table):
+            yield from (keyword.arg or ANY_NAME for keyword in node.keywords)
+            if node.args:
+                yield ANY_NAME
+
+
+@lru_cache(maxsize=8192)
+def edits_modules(code: CodeType) -> bool:
+    """Whether a function takes attributes away or replaces a forward, as a model's own `fuse` does.
+
+    Such a method changes the model, and computes no outputs.
+    """
+    steps = list(dis.get_instructions(code))
+    return bool({"delattr", "__delattr__"} & {*code.co_names}) or any(
+        step.opname == "DELETE_ATTR" or (step.opname == "STORE_ATTR" and step.argval == "forward")
+        for step in steps
     )
 
 
-_SETUP = ("init", "initialize", "initialise", "reset")
+def _text(name: ast.expr) -> str:
+    return str(name.value) if isinstance(name, ast.Constant) else ANY_NAME
+
+
+def _is_table(value: ast.expr) -> bool:
+    """Whether it is the dictionary of an object's attributes."""
+    return ast.unparse(value).endswith(".__dict__") or ast.unparse(value).startswith("vars(")
+
+
+_CHANGING = frozenset(
+    {
+        *("append", "appendleft", "extend", "insert", "pop", "popleft", "remove", "clear", "sort"),
+        *("reverse", "discard", "update", "setdefault", "popitem", "rotate"),
+    }
+)
+
+
+_SETUP = ("init", "initialize", "initialise", "initialized", "reset", "tie")
 _SETUP_NAMES = frozenset({"extra_repr", "__repr__", "__init__", "__setstate__", "__getstate__"})
 
 
 def is_setup(name: str) -> bool:
     """Whether a method of this name sets a model up or prints it, and computes no outputs."""
     return name in _SETUP_NAMES or any(word in _SETUP for word in name.split("_"))
+
+
+# What a branch may ask for that changes between calls although no input does.
+RESTLESS = frozenset(
+    {
+        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
+        *("requires_grad", "is_inference", "grad_fn", "random", "randint", "rand", "time"),
+    }
+)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from torchfuse.judging.dataflow import other_readers
-from torchfuse.rules._exactness import read_by
 from torchfuse.rules._rule import Match, Refusal, Rule, Subject
+from torchfuse.rules._unshared import read_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import CellType, FunctionType, MethodType
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from torchfuse.judging.sources import assigned_attributes, functions_of, is_setup, names_in
+from torchfuse.judging.attached import Attached, attached, modules_in
+from torchfuse.judging.sources import (
+    RESTLESS,
+    assigned_attributes,
+    edits_modules,
+    functions_of,
+    is_setup,
+    names_in,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from types import CodeType, FunctionType
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from torchfuse.graph import Call, Graph
 
-__all__ = ["Match", "Refusal", "Rule", "Subject"]
+__all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +45,39 @@ class Subject:
     modules: dict[str, nn.Module]  # by every path
 
     @cached_property
-    def holders(self) -> dict[int, str]:
-        """Modules (by id) that a plain attribute holds, beside or within a container: its name."""
-        found: dict[int, str] = {}
+    def attached(self) -> tuple[Attached, ...]:
+        """Hooks, and functions in plain attributes that know a module of the model."""
+        return attached(self.modules)
+
+    @cached_property
+    def held(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """The paths of the modules that a plain attribute (module's path, name) holds."""
+        paths: dict[int, str] = {}
         for path, module in self.modules.items():
+            paths.setdefault(id(module), path)
+        found: dict[tuple[str, str], tuple[str, ...]] = {}
+        for path, module in self.modules.items():
+            if type(module).__module__.startswith("torch._dynamo."):
+                continue  # a compiled module holds the one that it was made from
             for name, value in vars(module).items():
-                if name != "_modules":
-                    for inner in _modules_in(value, 3):
-                        found.setdefault(id(inner), f"{path}.{name}" if path else name)
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    inner = [paths[id(m)] for m in modules_in(value) if id(m) in paths]
+                    if inner:
+                        found[path, name] = tuple(dict.fromkeys(inner))
         return found
 
     @cached_property
+    def holders(self) -> dict[str, str]:
+        """The name of a plain attribute that holds the module of this path, for those held so."""
+        return {
+            inner: f"{path}.{name}" if path else name
+            for (path, name), held in self.held.items()
+            for inner in held
+        }
+
+    @cached_property
     def volatile(self) -> frozenset[str]:
-        """Attributes that the code that ran assigns, itself or in methods it names.
+        """Attributes that the code that ran changes, itself or in methods it names.
 
         They are state, not configuration. What only methods assign that did not run is changed
         from outside, like any configuration.
@@ -64,7 +90,16 @@ class Subject:
             for name, function in functions_of(class_)
             if name in called and not is_setup(name) and name != "train"
         }
-        return frozenset(name for code in ran for name in assigned_attributes(code))
+        ran |= {entry.function.__code__ for entry in self.attached if entry.is_hook}
+        changed = {name for code in ran for name in assigned_attributes(code)}
+        # Properties that answer from such state, or from what changes by itself
+        answers = {
+            name
+            for class_ in self.classes
+            for name, function in functions_of(class_)
+            if names_in(function.__code__) & (changed | RESTLESS)
+        }
+        return frozenset(changed | answers)
 
     @cached_property
     def mentions(self) -> dict[str, list[tuple[str, FunctionType]]]:
@@ -73,10 +108,17 @@ class Subject:
         for path, module in self.modules.items():
             class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
             for name, function in functions_of(class_):
-                if not is_setup(name):
+                if not is_setup(name) and not edits_modules(function.__code__):
                     for mentioned in names_in(function.__code__):
                         found[mentioned].append((path, function))
         return found
+
+    @cached_property
+    def forwards(self) -> frozenset[CodeType]:
+        """The code of the forward functions that ran, torch's own apart."""
+        ran: set[Any] = {type(self.modules[call.path]) for call in self.graph.module_calls}
+        functions = [function for class_ in ran for function in functions_of(class_)]
+        return frozenset(f.__code__ for name, f in functions if name == "forward")
 
     @cached_property
     def classes(self) -> frozenset[type]:
@@ -84,21 +126,10 @@ class Subject:
         return frozenset(type(module) for module in self.modules.values())
 
 
-def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, MethodType):
-        yield from _modules_in(value.__self__, depth)
-    elif isinstance(value, FunctionType) and depth:
-        yield from _modules_in((value.__defaults__, value.__kwdefaults__), depth)
-        for cell in value.__closure__ or ():
-            if cell != CellType():  # an empty cell has no contents
-                yield from _modules_in(cell.cell_contents, depth - 1)
-    elif isinstance(value, partial) and depth:
-        yield from _modules_in((value.func, value.args, value.keywords), depth)
-    elif isinstance(value, (list, tuple, set, dict)) and depth:
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(entry, depth - 1)
+def same_tensor(subject: Subject, name: str, layer: nn.Module, attribute: str) -> bool:
+    """Whether the parameter or buffer of this dotted name is `layer`'s own `attribute`."""
+    path, _, last = name.rpartition(".")
+    return subject.modules[path] is layer and last == attribute
 
 
 @dataclass(frozen=True, eq=False)

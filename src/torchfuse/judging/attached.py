@@ -1,0 +1,112 @@
+"""Functions that hang on modules beside their classes' methods: hooks, lambdas, bound methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["Attached", "attached", "modules_in"]
+
+# How deep containers, closures and plain objects are entered.
+_DEPTH = 3
+_HOOKS = frozenset(
+    {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One function in an attribute, and a module of the model that it knows."""
+
+    where: str  # the attribute: "block.stem"
+    function: FunctionType
+    path: str  # of the module that it knows
+    owner: str | None  # by which name; None: as its first argument
+    is_hook: bool
+
+
+def attached(modules: Mapping[str, nn.Module]) -> tuple[Attached, ...]:
+    """Every hook, and every function in a plain attribute that knows a module of the model."""
+    paths: dict[int, str] = {}
+    for path, module in modules.items():
+        paths.setdefault(id(module), path)
+    return tuple(
+        entry
+        for path, module in modules.items()
+        if paths[id(module)] == path
+        for entry in _attached_to(path, module, paths)
+    )
+
+
+def _attached_to(path: str, module: nn.Module, paths: dict[int, str]) -> Iterator[Attached]:
+    for name, value in vars(module).items():
+        is_hook = name in _HOOKS
+        if not is_hook and (name in _TABLES or name == "forward"):
+            continue  # (a forward of its own is what runs; that was recorded)
+        where = f"{path}.{name}" if path else name
+        for function, bound_to in _functions_in(value, _DEPTH):
+            if function.__module__.startswith("torch."):
+                continue
+            if id(bound_to) in paths:
+                if not hasattr(type(bound_to), function.__name__):  # else it is one of its methods
+                    yield Attached(where, function, paths[id(bound_to)], None, is_hook)
+            elif is_hook and bound_to is None:
+                yield Attached(where, function, path, None, is_hook)
+            for owner, known in _closure(function):
+                if id(known) in paths:
+                    yield Attached(where, function, paths[id(known)], owner, is_hook)
+
+
+# Dictionaries that every module has: parameters, submodules, hooks.
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+
+
+def _functions_in(value: Any, depth: int) -> Iterator[tuple[FunctionType, Any]]:
+    """Functions in a value, each with what it is bound to."""
+    if isinstance(value, FunctionType):
+        yield value, None
+    elif isinstance(value, MethodType) and isinstance(value.__func__, FunctionType):
+        yield value.__func__, value.__self__
+    elif isinstance(value, partial) and depth:
+        yield from _functions_in(value.func, depth - 1)
+    elif isinstance(value, (list, tuple, set, dict)) and depth:
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _functions_in(entry, depth - 1)
+
+
+def _closure(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if cell != CellType():  # an empty cell has no contents
+            yield name, cell.cell_contents
+
+
+def modules_in(value: Any, depth: int = _DEPTH) -> Iterator[nn.Module]:
+    """The modules that a value holds: within containers, closures, bound methods, plain objects."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (str, bytes, int, float, type, Tensor, ModuleType)):
+        return
+    elif isinstance(value, MethodType):
+        yield from modules_in(value.__self__, depth)
+    elif isinstance(value, FunctionType):
+        if depth:
+            yield from modules_in((value.__defaults__, value.__kwdefaults__), depth)
+            for _, known in _closure(value):
+                yield from modules_in(known, depth - 1)
+    elif isinstance(value, partial):
+        if depth:
+            yield from modules_in((value.func, value.args, value.keywords), depth)
+    elif isinstance(value, (list, tuple, set, dict)):
+        if depth:
+            for entry in value.values() if isinstance(value, dict) else value:
+                yield from modules_in(entry, depth - 1)
+    elif depth and isinstance(getattr(value, "__dict__", None), dict):
+        for entry in vars(value).values():
+            yield from modules_in(entry, depth - 1)

@@ -1,0 +1,110 @@
+"""Whether code calls one module right on the output of another, with no way around it."""
+
+from __future__ import annotations
+
+import ast
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from torchfuse.judging.sources import syntax_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import CodeType
+
+__all__ = ["is_direct"]
+
+
+def is_direct(code: CodeType | None, first: str, second: str) -> bool:
+    """Whether the code calls `second` on the output of `first` with no way around it.
+
+    `self.second(self.first(x))`, or `y = self.first(x)`, `z = self.second(y)` one after the other
+    in one block, where no other statement mentions y before it is assigned again.
+    """
+    function = None if code is None else syntax_of(code)
+    if function is None:
+        return False
+    outers = [n for n in ast.walk(function) if _calls(n, second)]
+    if len(outers) != 1 or sum(_calls(n, first) for n in ast.walk(function)) != 1:
+        return False
+    (outer,) = outers
+    assert isinstance(outer, ast.Call)
+    if not outer.args:
+        return False
+    source = _unmoved(outer.args[0])
+    if _calls(source, first):
+        return True
+    if not isinstance(source, ast.Name):
+        return False
+    return any(
+        _assigns(one, source.id, first) and _uses_only(function, then, outer, source.id)
+        for block in _blocks(function)
+        for one, then in pairwise(block)
+    )
+
+
+def _unmoved(value: ast.expr) -> ast.expr:
+    """`y` of `y.flatten(0, 1)`: what a chain of tensor methods starts from."""
+    while (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Attribute)
+        and not (isinstance(value.func.value, ast.Name) and value.func.value.id == "self")
+        and isinstance(value.func.value, (ast.Call, ast.Name))
+        and not _is_torch(value.func.value)
+    ):
+        value = value.func.value
+    return value
+
+
+def _is_torch(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id in ("torch", "F", "nn")
+
+
+def _calls(node: ast.AST, attribute: str) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == attribute
+    )
+
+
+def _assigns(statement: ast.stmt, name: str, first: str) -> bool:
+    """Whether the statement is `name = self.first(…)`, moved or not."""
+    return (
+        isinstance(statement, ast.Assign)
+        and len(statement.targets) == 1
+        and isinstance(statement.targets[0], ast.Name)
+        and statement.targets[0].id == name
+        and _calls(_unmoved(statement.value), first)
+    )
+
+
+def _uses_only(function: ast.FunctionDef, then: ast.stmt, outer: ast.Call, name: str) -> bool:
+    """Whether `then` calls the batch norm on every way, and `name` is not used after it."""
+    if not isinstance(then, (ast.Return, ast.Assign)) or then.value is None:
+        return False
+    if all(node is not outer for node in ast.walk(then.value)):
+        return False
+    if any(isinstance(n, (ast.IfExp, ast.BoolOp, ast.Lambda)) for n in ast.walk(then.value)):
+        return False
+    if _loads(then.value, name) != 1:  # `[y, self.bn(y)][…]`
+        return False
+    again = isinstance(then, ast.Return) or any(
+        isinstance(target, ast.Name) and target.id == name for target in then.targets
+    )
+    return again or _loads(function, name) == _loads(then, name)
+
+
+def _blocks(function: ast.AST) -> Iterable[list[ast.stmt]]:
+    for node in ast.walk(function):
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if isinstance(block, list) and block:
+                yield block
+
+
+def _loads(tree: ast.AST, name: str) -> int:
+    return sum(
+        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+        for node in ast.walk(tree)
+    )

@@ -1,0 +1,223 @@
+"""Can the two modules of a fold be edited? Each reason why not.
+
+What a class, a hook, or an attribute adds to a layer or a batch norm must not be lost with it.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+
+from torchfuse.judging.sources import names_in, syntax_of
+from torchfuse.parametrized import is_state_dict_hook_of_torch
+from torchfuse.rules._rule import Match, Refusal, Subject, same_tensor
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+    from torchfuse.graph import Call
+
+__all__ = ["layer_is_a_module", "no_hook_renames_keys", "norm_is_a_module"]
+
+_LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+_REWRITE_ONLY = "Use torchfuse.fuse_exported, which can rewrite function calls, or use a module."
+
+
+def norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
+    norm = subject.modules[match.second]
+    if not isinstance(norm, _BatchNorm) or any(
+        call.module_path != match.second for call in match.seconds
+    ):
+        return Refusal(
+            f"The batch norm in `{match.seconds[0].module_path or 'the model'}` is a function "
+            "call; only rewriting the graph could remove it.",
+            _REWRITE_ONLY,
+        )
+    if (held := _held_elsewhere(subject, match.second)) is not None:
+        return held
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
+        return Refusal(
+            f"A hook of `{match.second}` sees its input, which folding changes.",
+            "Remove the hook, or put it on what follows.",
+        )
+    if _has_state_dict_hooks(norm):
+        return Refusal(f"`{match.second}` has state_dict hooks, which would be lost.")
+    own = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    added = [*norm._modules, *sorted({*norm._parameters, *norm._buffers} - own)]
+    if type(norm).get_extra_state is not nn.Module.get_extra_state:
+        added.append("extra state")
+    if parametrize.is_parametrized(norm):
+        return Refusal(
+            f"`{match.second}` is parametrized.",
+            "Remove the parametrization first (torch.nn.utils.parametrize).",
+        )
+    for name in ("forward", "__call__"):
+        if name in vars(norm) or (
+            name == "__call__" and type(norm).__call__ is not nn.Module.__call__
+        ):
+            return Refusal(
+                f"`{match.second}` has a {name} of its own, which would be lost.",
+                "Move what it adds into a module of its own.",
+            )
+    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return _subclass(subject, match, norm)
+    if added:
+        return Refusal(f"`{match.second}` also holds {added[0]}, which would be lost.")
+    return None
+
+
+def _held_elsewhere(subject: Subject, path: str) -> Refusal | None:
+    if path not in subject.holders:
+        return None
+    return Refusal(
+        f"`{path}` is also held by the plain attribute `{subject.holders[path]}`, through which it "
+        "would still be called.",
+        "Hold it only as a submodule.",
+    )
+
+
+def _has_state_dict_hooks(module: nn.Module) -> bool:
+    return bool(_state_dict_hooks(module))
+
+
+def _state_dict_hooks(module: nn.Module) -> list[Any]:
+    """Those that are not of torch's own weight norms, which go when these are baked in."""
+    hooks = [
+        *module._state_dict_hooks.values(),
+        *module._state_dict_pre_hooks.values(),
+        *module._load_state_dict_pre_hooks.values(),
+        *module._load_state_dict_post_hooks.values(),
+    ]
+    return [hook for hook in hooks if not is_state_dict_hook_of_torch(hook)]
+
+
+def no_hook_renames_keys(subject: Subject, match: Match) -> Refusal | None:
+    """No state_dict hook of a module around the two names a key of theirs."""
+    for path in match.modules:
+        around = path
+        while around:
+            around = around.rpartition(".")[0]
+            own = path.removeprefix(f"{around}.").rpartition(".")[2]
+            for hook in _state_dict_hooks(subject.modules[around]):
+                hook = getattr(hook, "hook", hook)  # torch wraps some
+                code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+                words = {w for text in names_in(code) for w in text.split(".")} if code else {own}
+                if own in words:
+                    return Refusal(
+                        f"A state_dict hook of `{around or 'the model'}` handles keys of `{path}`, "
+                        "which folding changes.",
+                        "Remove the hook.",
+                    )
+    return None
+
+
+def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | None:
+    """A subclass keeps what it adds, if it calls torch's own forward and nothing of the norm's."""
+    hint = "Let it call super().forward(x), or move what it adds into a module of its own."
+    forward = type(norm).forward
+    reaches_super = all(
+        any(f.code is _BatchNorm.forward.__code__ for f in call.frames) for call in match.seconds
+    )
+    names = {*forward.__code__.co_names} & {
+        *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps"),
+        *("num_features", "affine", "momentum"),
+    }
+    own = [f for call in match.seconds for f in call.frames if not f.module.startswith("torch.")]
+    bases = {base.__name__ for base in type(norm).__mro__}
+    past = any("super" not in f.code.co_names or bases & {*f.code.co_names} for f in own)
+    if not reaches_super or names or past:
+        return Refusal(
+            f"`{match.second}` is a {type(norm).__name__}, a subclass whose own forward does more "
+            "than a batch norm.",
+            hint,
+        )
+    for call in match.seconds:
+        inside = [c for c in subject.graph.module_calls_of(match.second) if c.case == call.case]
+        if not any(call.operands["input"].value in c.inputs for c in inside):
+            return Refusal(
+                f"`{match.second}` is a {type(norm).__name__}, a subclass that changes its input "
+                "before it normalises it.",
+                hint,
+            )
+    return None
+
+
+def layer_is_a_module(subject: Subject, match: Match) -> Refusal | None:
+    layer = subject.modules[match.first]
+    if _is_pruned(layer):
+        return Refusal(
+            f"The weight of `{match.first}` is pruned anew, by a hook, at every call.",
+            "Make the pruning permanent first: torch.nn.utils.prune.remove(layer, 'weight').",
+        )
+    for call in match.firsts:
+        if not isinstance(layer, _LAYERS) or call.module_path != match.first:
+            return Refusal(
+                f"The {call.kind} in `{call.module_path or 'the model'}` is a function call; only "
+                "rewriting the graph could add the bias that folding needs.",
+                _REWRITE_ONLY,
+            )
+        if not _passes_bias(subject, layer, call):
+            return Refusal(
+                f"`{match.first}` ({type(layer).__name__}) does not pass its bias on as it is, and "
+                "folding needs one.",
+                "Pass self.bias in its forward.",
+            )
+    if (held := _held_elsewhere(subject, match.first)) is not None:
+        return held
+    if _has_state_dict_hooks(layer):
+        return Refusal(f"`{match.first}` has state_dict hooks, which may not fit a folded layer.")
+    return None
+
+
+def _is_pruned(layer: nn.Module) -> bool:
+    return any(isinstance(hook, BasePruningMethod) for hook in layer._forward_pre_hooks.values())
+
+
+def _passes_bias(subject: Subject, layer: Any, call: Call) -> bool:
+    """Whether a bias that the layer has, or is given, reaches the function just as it is."""
+    if layer.bias is not None:
+        operand = call.operands.get("bias")
+        if operand is None:
+            return False
+        names = subject.graph.values[operand.value].names
+        return any(same_tensor(subject, name, layer, "bias") for name in names)
+    own = [frame.code for frame in call.frames if not frame.module.startswith("torch.")]
+    handed = [_hands_bias_on(code) for code in own if "bias" in names_in(code)]
+    if not all(handed):
+        return False
+    # torch's own forward, by itself or through super(), hands it on too
+    torchs = any(frame.module.startswith("torch.nn.modules.") for frame in call.frames)
+    return torchs or bool(handed)
+
+
+def _hands_bias_on(code: CodeType) -> bool:
+    """Whether every mention of a bias is an argument, or in `self.bias if … is None else …`."""
+    tree = syntax_of(code)
+    if tree is None:
+        return False
+    handed = [
+        argument
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for argument in (*node.args, *(keyword.value for keyword in node.keywords))
+    ]
+    for choice in [node for node in handed if isinstance(node, ast.IfExp)]:
+        handed += [choice.body, choice.orelse]
+        if isinstance(choice.test, ast.Compare):
+            handed.append(choice.test.left)
+    mentions = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "bias"]
+    return bool(mentions) and all(any(m is h for h in handed) for m in mentions)

@@ -1,0 +1,175 @@
+"""What functions name and change, and which functions a class has."""
+
+import functools
+
+import pytest
+from torch import nn
+
+from torchfuse.judging.sources import (
+    ANY_NAME,
+    assigned_attributes,
+    descriptors_of,
+    edits_modules,
+    functions_of,
+    is_setup,
+    names_in,
+)
+
+SEEN = []
+
+
+class Changing:
+    """Never run: only their source counts."""
+
+    def assigns(self, x):
+        self.kept = x
+
+    def counts(self):
+        self.calls += 1
+
+    def appends(self, x):
+        self.history.append(x)
+
+    def stores_an_item(self, x):
+        self.cache["x"] = x
+
+    def takes_the_next(self):
+        return next(self.turns)
+
+    def sets_by_name(self, x):
+        setattr(self, "large", x)  # noqa: B010  # it is about setattr
+
+    def sets_any(self, name, x):
+        setattr(self, name, x)
+
+    def updates_its_table(self, x):
+        vars(self).update(large=x)
+
+    def changes_a_global(self, x):
+        SEEN.append(x)
+
+    def changes_only_a_local(self, x):
+        outputs = []
+        outputs.append(x)
+        return outputs
+
+    def reads(self, x):
+        return self.cache["x"] + self.counts[0] + x
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("assigns", {"kept"}),
+        ("counts", {"calls"}),
+        ("appends", {"history"}),
+        ("stores_an_item", {"cache"}),
+        ("takes_the_next", {"turns"}),
+        ("sets_by_name", {"large"}),
+        ("sets_any", {ANY_NAME}),
+        ("updates_its_table", {"large"}),
+        ("changes_a_global", {"SEEN"}),
+        ("changes_only_a_local", set()),
+        ("reads", set()),
+    ],
+)
+def test_a_function_changes(method, names):
+    assert assigned_attributes(getattr(Changing, method).__code__) == names
+
+
+def test_names_are_those_of_inner_functions_and_strings_too():
+    def outer(self):
+        def inner():
+            return self.conv, "bn"
+
+        return inner
+
+    assert {"conv", "bn"} <= names_in(outer.__code__)
+
+
+class Base(nn.Module):
+    def overridden(self):
+        return self.conv
+
+    def extended(self):
+        return self.conv
+
+    @property
+    def stem(self):
+        return self.conv
+
+    @staticmethod
+    def helper(conv):
+        return conv
+
+
+class Derived(Base):
+    def overridden(self):
+        return self.bn
+
+    def extended(self):
+        return super().extended()
+
+    @functools.cached_property
+    def cached(self):
+        return self.conv
+
+
+def test_functions_are_those_of_all_bases_unless_they_are_overridden_for_good():
+    names = [name for name, _ in functions_of(Derived)]
+    assert sorted(names) == sorted(
+        ["overridden", "extended", "cached", "extended", "stem", "helper"]
+    )
+
+
+class Reaching:
+    def __get__(self, model, owner):
+        return model.conv
+
+
+class WithObjects(nn.Module):
+    found = Reaching()
+    limit = 3
+    kind = nn.Conv2d
+    partial = functools.partial(print, 1)
+
+
+def test_objects_of_classes_of_their_own_that_stand_for_a_method():
+    assert [(name, function.__name__) for name, function in descriptors_of(WithObjects)] == [
+        ("found", "__get__")
+    ]
+
+
+@pytest.mark.parametrize("name", ["init_weights", "_reset_parameters", "tie_weights", "extra_repr"])
+def test_methods_that_set_up_compute_no_outputs(name):
+    assert is_setup(name)
+
+
+@pytest.mark.parametrize("name", ["initial", "forward", "features", "presets"])
+def test_other_methods_may_compute_outputs(name):
+    assert not is_setup(name)
+
+
+class Editing:
+    """Never run: only their code counts."""
+
+    def fuse(self):
+        for module in self.modules():
+            delattr(module, "bn")
+
+    def switch_to_deploy(self):
+        self.__delattr__("bn")
+
+    def replaced(self):
+        self.forward = self.forward_fused
+
+    def taken_away(self):
+        del self.bn
+
+    def features(self, x):
+        return self.conv(x)
+
+
+def test_methods_that_take_modules_away_or_replace_forward_compute_no_outputs():
+    edits = {n for n, f in vars(Editing).items() if n[0] != "_" and edits_modules(f.__code__)}
+    assert edits == {"fuse", "switch_to_deploy", "replaced", "taken_away"}
