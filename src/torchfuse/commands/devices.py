@@ -29,6 +29,7 @@ def command(hosts: tuple[str, ...], json_path: Path | None) -> None:
 
     if json_path is not None:
         check_destination(json_path)
+    hosts = tuple(host.removeprefix("ssh:") for host in hosts)  # as --device takes them
     devices, problems = listed(hosts)
     show(devices)
     for device in devices:
