@@ -127,7 +127,6 @@ def interrupted(
     """The report of a run that Ctrl-C ended after three of fifteen rounds."""
     saved = tmp_path / "out.json"
     with monkeypatch.context() as patched:
-        patched.setattr("torchfuse.commands.bench._SAVE_AND_SHOW_EVERY_S", 0.0)
 
         def ctrl_c(_progress: object, _device: str, step: str) -> None:
             if step == "round 4 of 15":
@@ -137,7 +136,11 @@ def interrupted(
         status, _, errors = bench(
             *map(model_files, ("third.pt", "third.pte")), DIMS, "--iter=30", f"--json={saved}"
         )
-    assert (status, errors.splitlines()[-1]) == (1, "Aborted!")
+    assert (status, errors) == (
+        130,
+        f"torchfuse: interrupted; the rounds until then are in '{saved}', and --resume goes on "
+        "with them.\n",
+    )
     return saved
 
 
@@ -405,3 +408,82 @@ def test_help_names_every_flag_and_needs_no_torch() -> None:
     for flag in ("--model", "--input_dims", "--pytext_len", "--vulkan", "--threads", "--json"):
         assert flag in child.stdout
     assert "torchfuse bench plain.pt fused.pt model.pte --input_dims=1,3,224,224\n" in child.stdout
+
+
+def test_a_run_by_other_versions_is_not_gone_on_with(
+    bench: Bench, model_files: Files, interrupted: Path
+) -> None:
+    report = json.loads(interrupted.read_text())
+    report["versions"]["torch"] = "1.0"
+    interrupted.write_text(json.dumps(report))
+    paths = [model_files("third.pt"), model_files("third.pte")]
+    message = failure(bench(*paths, DIMS, "--iter=30", f"--json={interrupted}", "--resume"))
+    assert "cannot be gone on with, since its versions differ: " in message
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", '{"settings": [], "versions": {}, "runs": []}', "{", "\0", ""]
+)
+def test_what_is_no_report_is_not_gone_on_with(
+    bench: Bench, model_files: Files, tmp_path: Path, text: str
+) -> None:
+    saved = tmp_path / "out.json"
+    saved.write_text(text)
+    words = [model_files("third.pt"), DIMS, f"--json={saved}", "--resume"]
+    assert "but it is something else" in failure(bench(*words))
+    assert saved.read_text() == text
+
+
+def test_a_process_that_ends_amid_the_rounds_leaves_what_was_measured(
+    bench: Bench, model_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "out.json"
+
+    def killed(_progress: object, _device: str, step: str) -> None:
+        if step == "round 4 of 30":
+            (nursery,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            workers = Path(f"/proc/{nursery}/task/{nursery}/children").read_text().split()
+            os.kill(int(workers[0]), signal.SIGKILL)
+
+    monkeypatch.setattr("torchfuse.commands.bench._Progress.show", killed)
+    path = model_files("third.pt")
+    status, printed, errors = bench(path, DIMS, "--iter=30", f"--json={saved}")
+    assert status == 1
+    assert f"{path} ran here, but not in a process of its own: its process ended by signal 9" in (
+        errors
+    )
+    assert re.search(r"\n  \d runs after", printed)
+    (run,) = json.loads(saved.read_text())["runs"]
+    assert 4 <= len(run["results"][0]["samples_s"]) < 30
+    assert "by signal 9 (SIGKILL)" in run["error"]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e300"])
+def test_a_timeout_that_no_device_can_take_is_an_error(
+    bench: Bench, model_files: Files, seconds: str
+) -> None:
+    message = failure(bench(model_files("third.pt"), DIMS, f"--timeout={seconds}"))
+    assert "--timeout must be more than 0 seconds and at most 86400, got " in message
+
+
+def test_one_file_for_two_reports_is_an_error(
+    bench: Bench, model_files: Files, tmp_path: Path
+) -> None:
+    words = [f"--json={tmp_path}/out", f"--csv={tmp_path}/./out"]
+    assert "got one twice" in failure(bench(model_files("third.pt"), DIMS, *words))
+
+
+def test_noise_is_not_judged_where_the_tool_measures(bench: Bench, model_files: Files) -> None:
+    words = [f"--model={model_files('third.pt')}", DIMS, "--input_type=float", "--fail-on-noise"]
+    assert "--fail-on-noise goes with ARTIFACT names" in failure(bench(*words))
+
+
+def test_no_folder_for_temporary_files_is_a_one_line_error(
+    bench: Bench, model_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("torchfuse.temporary.tempfile.TemporaryDirectory", none)
+    message = failure(bench(model_files("third.pt"), DIMS))
+    assert message.startswith("torchfuse: error: No temporary folder can be made: No usable")

@@ -17,6 +17,9 @@ from devices.processes import marked
 from devices.sshd import Sshd
 
 Files = Callable[[str], str]
+SAID = (
+    "torchfuse: interrupted; the rounds until then are in '{}', and --resume goes on with them.\n"
+)
 MARK = "INTERRUPTED_TEST=x"
 
 
@@ -89,13 +92,38 @@ def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
         process.kill()
         process.wait()
     assert (process.returncode, printed) == (130, "")
-    assert errors == (
-        f"torchfuse: interrupted; the rounds until then are in '{saved}', and --resume goes on "
-        "with them.\n"
-    )
+    assert errors == SAID.format(saved)
     assert list(there.tmp.iterdir()) == []
     assert there.processes() == []
     assert marked(MARK) == []
     assert list(temporary.iterdir()) == []
     results = [result for run in json.loads(saved.read_text())["runs"] for result in run["results"]]
     assert [len(r["samples_s"]) for r in results] == ([5] if stage == "rounds" else [])
+
+
+def test_a_run_on_this_machine_that_is_interrupted_leaves_no_process(
+    model_files: Files, tmp_path: Path
+) -> None:
+    saved = tmp_path / "out.json"
+    words = [model_files("third.pt"), "--input_dims=1,3,4,4", "--iter=100000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torchfuse", "bench", *words, "--warmup=1", f"--json={saved}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path), **dict([MARK.split("=")])},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (saved.exists() and '"samples_s"' in saved.read_text()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, printed, errors) == (130, "", SAID.format(saved))
+    assert marked(MARK) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]

@@ -22,17 +22,16 @@ def command(hosts: tuple[str, ...], json_path: Path | None) -> None:
 
     What a device does not say is left empty.
     """
-    from rich.console import Console
-
     from torchfuse.artifacts import check_destination, write_atomically
     from torchfuse.devices.listing import listed
-    from torchfuse.render.devices import table
+    from torchfuse.render.devices import show
     from torchfuse.render.json import to_json
 
     if json_path is not None:
         check_destination(json_path)
+    hosts = tuple(host.removeprefix("ssh:") for host in hosts)  # as --device takes them
     devices, problems = listed(hosts)
-    Console().print(table(devices))
+    show(devices)
     for device in devices:
         if device.advice is not None:
             click.echo(f"{device.name}: {device.advice}.", err=True)

@@ -20,7 +20,11 @@ def run_from_record(path: Path) -> DeviceRun:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InputError(
+            f"Expected what 'python3 -m torchfuse.runner --save' wrote, but '{path}' cannot be "
+            f"read: {reason}."
+        ) from error
     try:
         job = next(event for event in map(read_event, lines) if event is not None)
         names = [ArtifactName(a["name"], a["size_bytes"], a["sha256"]) for a in job["artifacts"]]

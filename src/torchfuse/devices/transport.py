@@ -346,6 +346,11 @@ class Transport(abc.ABC):
             raise DeviceError(f"{self.name}: stopped.")
         printed = output.text(), errors.text()
         for failed in (output.error, errors.error):
+            if isinstance(failed, _TooMuchError):
+                raise DeviceError(
+                    f"{self.name}: the device printed more than {_MOST_CHARACTERS:,} characters, "
+                    "which no runner does; see what it runs."
+                ) from failed
             if failed is not None:
                 raise failed
         if status == -signal.SIGKILL and time.monotonic() - started >= timeout_s:
@@ -386,6 +391,10 @@ def _kill_group(process: "subprocess.Popen[Any]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+class _TooMuchError(Exception):
+    """More was printed than can be meant."""
+
+
 class _Reader(threading.Thread):
     """Reads a stream to its end, beside another, so that neither fills up and blocks its writer.
 
@@ -411,10 +420,7 @@ class _Reader(threading.Thread):
                 while line := self._stream.readline(left + 1):
                     left -= len(line)
                     if left < 0:
-                        raise DeviceError(
-                            f"The device printed more than {_MOST_CHARACTERS:,} characters, which "
-                            "no runner does; see what it runs."
-                        )
+                        raise _TooMuchError
                     self._lines.append(line)
                     self._on_line(line.rstrip("\r\n"))
         except Exception as error:  # noqa: BLE001  # raised by who waits for the writer

@@ -148,6 +148,8 @@ def _row(m: Measurement, fastest: Measurement) -> str:
 
 
 def _times(found: Ratio) -> str:
+    if found.low is None:
+        return "too few runs to say"
     if not found.measurable:
         return "no measurable difference"
     return f"{found.value:.2f} ({found.low:.2f} … {found.high:.2f})"

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from torchfuse.devices.facts import DeviceFacts
 
-__all__ = ["described", "table"]
+__all__ = ["blocks", "described", "show", "table"]
+
+_AS_WIDE_AS_IT_NEEDS = 10_000
 
 
 def described(device: DeviceFacts) -> str:
@@ -20,16 +23,43 @@ def described(device: DeviceFacts) -> str:
     return ", ".join(dict.fromkeys(known)) or "nothing known"
 
 
+def show(devices: Sequence[DeviceFacts]) -> None:
+    """Print a table, a line a device; lines one below the other in a terminal too narrow for it."""
+    console, shown = Console(), table(devices)
+    wide = console.options.update(max_width=_AS_WIDE_AS_IT_NEEDS)
+    needed = console.measure(shown, options=wide).maximum
+    if console.is_terminal and needed > console.width:
+        console.print(Text(blocks(devices)))
+    else:
+        Console(width=needed).print(shown)
+
+
+def blocks(devices: Sequence[DeviceFacts]) -> str:
+    """Return what the table has, a line a fact."""
+    lines = []
+    for device in devices:
+        name, *cells = _cells(device)
+        lines.append(name)
+        facts = zip(_COLUMNS[1:], cells, strict=True)
+        lines += [f"  {f'{what}:':<11}{cell}" for what, cell in facts if cell]
+    return "\n".join(lines)
+
+
 def table(devices: Sequence[DeviceFacts]) -> Table:
     """Return one row a device; what to do about those that are not ready is not in it."""
     shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    for name in ("device", "state", "model", "processor", "cores", "memory", "system", "governor"):
-        shown.add_column(name, overflow="fold", justify="right" if name == "cores" else "left")
-    shown.add_column("battery", justify="right")
-    shown.add_column("heat", justify="right")
+    for name in _COLUMNS:
+        is_number = name in ("cores", "memory", "battery", "heat")
+        shown.add_column(name, overflow="fold", justify="right" if is_number else "left")
     for device in devices:
         shown.add_row(*map(Text, _cells(device)))  # a name in brackets is no markup
     return shown
+
+
+_COLUMNS = (
+    "device", "state", "model", "processor", "cores", "memory", "system", "governor", "battery",
+    "heat",
+)  # fmt: skip
 
 
 def _cells(device: DeviceFacts) -> list[str]:
