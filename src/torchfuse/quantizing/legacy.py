@@ -7,7 +7,7 @@ wants in the model's source are put in by its FX mode, which traces the model in
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -20,16 +20,22 @@ from torchfuse.quieting import quiet
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
 
-__all__ = ["ENGINES", "quantized"]
+__all__ = ["ENGINES", "Made", "quantized"]
 
 ENGINES = ("qnnpack", "x86", "fbgemm", "onednn")
 _COMPUTING = ("conv", "linear", "matmul")
 
 
-def quantized(
-    model: nn.Module, example: Case, data: list[Case], engine: str
-) -> tuple[fx.GraphModule, tuple[QuantizedLayer, ...], float | None]:
-    """Return `model` in int8 for `engine`, its layers, and how late its ranges still grew.
+class Made(NamedTuple):
+    """A model in int8 for one of torch's engines."""
+
+    model: fx.GraphModule
+    layers: tuple[QuantizedLayer, ...]
+    late_growth: float | None  # how late its ranges still grew
+
+
+def quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> Made:
+    """Return `model` in int8 for `engine`.
 
     The engine is torch's while this runs, and must be where the result runs.
 
@@ -49,9 +55,7 @@ def quantized(
         torch.backends.quantized.engine = before
 
 
-def _quantized(
-    model: nn.Module, example: Case, data: list[Case], engine: str
-) -> tuple[fx.GraphModule, tuple[QuantizedLayer, ...], float | None]:
+def _quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> Made:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -67,7 +71,7 @@ def _quantized(
         ) from error
     growth = calibrate(prepared, data)
     converted = convert_fx(prepared)
-    return converted, tuple(_layers(converted)), growth
+    return Made(converted, tuple(_layers(converted)), growth)
 
 
 def _layers(converted: fx.GraphModule) -> list[QuantizedLayer]:

@@ -24,6 +24,7 @@ from torchfuse.targets import executorch
 __all__ = [
     "LAYERS",
     "QuantizedLayer",
+    "argument_names",
     "by_argument_name",
     "converted",
     "float_graph",
@@ -32,6 +33,7 @@ __all__ = [
     "layers_of",
     "module_path",
     "prepared",
+    "widest",
 ]
 
 LAYERS = {
@@ -72,18 +74,29 @@ def float_graph(
         CalibrationError: the model cannot run on the largest of the cases.
         UnsupportedError: torch.export cannot capture the model.
     """
-    traced = example
-    if dynamic_shapes is None:
-        # The batch of the largest case, since torch.export takes a size of 1 for a constant.
-        traced = max([example, *data], key=elements)
-        _require_runs(model, traced)
-        dynamic_shapes = _differing_sizes(model, traced, [example, *data])
+    traced, dynamic_shapes = widest(model, example, data, dynamic_shapes)
     program = executorch.capture(model, traced, dynamic_shapes)
     with quiet():
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)
     keep_integers(graph)
     return graph
+
+
+def widest(
+    model: nn.Module, example: Case, data: list[Case], dynamic_shapes: Any
+) -> tuple[Case, Any]:
+    """Return the case to trace `model` on, and the dynamic shapes, so that all of `data` fits.
+
+    Raises:
+        CalibrationError: the model cannot run on the largest of the cases.
+    """
+    if dynamic_shapes is not None:
+        return example, dynamic_shapes
+    # The batch of the largest case, since torch.export takes a size of 1 for a constant.
+    traced = max([example, *data], key=elements)
+    _require_runs(model, traced)
+    return traced, _differing_sizes(model, traced, [example, *data])
 
 
 def keep_integers(graph: fx.GraphModule) -> None:
@@ -249,9 +262,10 @@ def _differing_sizes(model: nn.Module, traced: Case, others: list[Case]) -> Any:
         if other_spec != spec:
             continue  # running the case will say what is wrong with it
         for position, (ours, theirs) in enumerate(zip(leaves, other_leaves, strict=True)):
-            if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            tensors = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+            if tensors and ours.dim() == theirs.dim():
                 for dim, (size, theirs_size) in enumerate(
-                    zip(ours.shape, theirs.shape, strict=False)
+                    zip(ours.shape, theirs.shape, strict=True)
                 ):
                     if size != theirs_size:
                         free[position] = (free[position] or {}) | {dim: torch.export.Dim.AUTO}
@@ -259,6 +273,14 @@ def _differing_sizes(model: nn.Module, traced: Case, others: list[Case]) -> Any:
         return None
     args, kwargs = pytree.tree_unflatten(free, spec)
     return by_argument_name(model, args, kwargs)
+
+
+def argument_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of forward's arguments, in order; none where they are not to be known."""
+    try:
+        return tuple(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def by_argument_name(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
