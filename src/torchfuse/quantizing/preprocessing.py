@@ -89,8 +89,8 @@ class Preprocessing:
 class WithPreprocessing(nn.Module):
     """The model behind its preprocessing: takes uint8 pixels `[N, height, width, 3]`.
 
-    In the file it cannot be got wrong on the phone. It is an operation of its own, x · a + b in
-    float: folded into the first convolution, b would be missing where that pads with zeros.
+    In the file it cannot be got wrong on the phone. In float it is x · a + t, an operation of its
+    own; static int8 folds it into the convolutions that read it (`normalisation.py`).
     """
 
     factor: Tensor

@@ -18,6 +18,8 @@ from torchfuse.checking import run
 from torchfuse.errors import CalibrationError, first_line
 from torchfuse.inputs import Case
 from torchfuse.quantizing.calibration import elements
+from torchfuse.quantizing.normalisation import FLOAT, fold_normalisation
+from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quieting import quiet
 from torchfuse.targets import executorch
 
@@ -80,6 +82,8 @@ def float_graph(
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)
     keep_integers(graph)
+    if isinstance(model, WithPreprocessing):
+        fold_normalisation(graph)
     return graph
 
 
@@ -156,7 +160,9 @@ def prepared(
                 observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
             )
             config = dataclasses.replace(config, input_activation=spec, output_activation=spec)
-        quantizer = _quantizer(config, lambda node: node.name not in {*keep_float, *last})
+        quantizer = _quantizer(
+            config, lambda node: node.name not in {*keep_float, *last} and FLOAT not in node.meta
+        )
         if last:
             dynamic = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
             quantizer = ComposableQuantizer(
