@@ -47,7 +47,7 @@ def test_what_is_folded_computes_the_same_up_to_the_border(model: nn.Module) -> 
     torch.manual_seed(0)
     whole = WithPreprocessing(model.eval(), EIGHT)
     graph = graph_of(whole, [pixels(0)])
-    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    assert graph.graph.find_nodes(op="call_function", target=torch.ops.aten.constant_pad_nd.default)
     for seed in range(3):
         assert torch.allclose(graph(pixels(seed)), whole(pixels(seed)), atol=2e-5)
 
@@ -79,11 +79,36 @@ def test_what_cannot_be_folded_stays_in_float(layout: str) -> None:
             assert not any("dequantize" in source.name for source in node.all_input_nodes)
 
 
-def test_int8_holds_every_pixel_as_it_is() -> None:
+@pytest.mark.parametrize("recovery", [(), ("careful_ranges",)])
+def test_int8_holds_every_pixel_as_it_is(recovery: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
     whole = WithPreprocessing(model.eval(), EIGHT)
-    data = [pixels(seed) // 2 for seed in range(12)]  # no bright ones among them
-    result = quantize(whole, data[0], data, recovery=["careful_ranges"])
-    first = next(n for n in result.model.graph.nodes if n.name == "quantize_per_tensor_default")
-    assert first.args[1:3] == (1.0, -128)  # scale, zero point
+    data = [pixels(seed, 16) // 2 for seed in range(12)]  # no bright ones among them
+    result = quantize(whole, data[0], data, recovery=recovery)
+    graph = result.model.graph
+    first = next(n for n in graph.nodes if n.name.startswith("quantize_per_tensor"))
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    seen = {}
+    interpreter = torch.fx.Interpreter(result.model)
+    run_node = interpreter.run_node
+    interpreter.run_node = lambda n: seen.setdefault(n.name, run_node(n))  # type: ignore[method-assign]
+    interpreter.run(levels.contiguous())
+    steps = seen[first.name][0, :3].flatten(1).sort().values.diff(dim=1)
+    assert (steps == 1).all()
+
+
+def test_the_weights_rounding_does_not_meet_the_mean() -> None:
+    """Pixels as they are, around 116, would be multiplied by it."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 16, 3, padding=1).eval()
+    whole = WithPreprocessing(model, Preprocessing(size=(8, 8)))
+    data = [pixels(seed) for seed in range(20)]
+    result = quantize(whole, data[0], data)
+    plain = [Preprocessing(size=(8, 8)).normalised(x) for x in data]
+    outside = quantize(model, plain[0], plain)
+    with torch.no_grad():
+        expected = torch.cat([model(x) for x in plain])
+        inside_noise = torch.cat([result.model(x) for x in data]) - expected
+        outside_noise = torch.cat([outside.model(x) for x in plain]) - expected
+    assert inside_noise.square().sum() < outside_noise.square().sum()

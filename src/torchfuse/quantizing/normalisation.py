@@ -1,11 +1,13 @@
 """The normalisation of pixels, folded into the convolution that reads them.
 
-    conv(W, (x·a + t) padded with 0)  =  conv([W·a, Σ_c W_c·t_c / 255], [x, 255] padded with 0)
+    conv(W, (x·a + t) padded with 0)
+    = conv([W·a/ā, Σ_c W_c·(t_c + a_c·m) / k], [(x − m)·ā, k] padded with 0)
 
 The mean cannot go into the bias where the convolution pads: its border would be that of black
-pixels. So it goes into the weights of one more channel, which is 255 inside the picture and 0 in
-the padding. In int8, 0…255 is a scale of 1: every pixel is held as it is, and nothing is rounded
-before the convolution. Its kernels read channels by fours, so the fourth costs nothing.
+pixels. So it goes into the weights of one more channel, which is k inside the picture and 0 in the
+padding. m is a whole number near the mean, so that what the weights are rounded by does not meet
+a mean, and ā one factor for all channels: then int8 has a step for every pixel, and holds each as
+it is. The kernels read channels by fours, so the fourth costs nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from torchfuse.quantizing.lockstep import attribute
+from torchfuse.quantizing.lockstep import attribute, set_attribute
 
-__all__ = ["FLOAT", "fold_normalisation"]
+__all__ = ["FLOAT", "RANGE", "fold_normalisation"]
 
 aten = torch.ops.aten
 
 FLOAT = "torchfuse_float"  # in a node's meta: it is to stay in float
-_WHITE = 255.0
+RANGE = "torchfuse_range"  # in a node's meta: the range that int8 has to hold
+_LARGEST_PIXEL = 255
 _MOVING = (aten.permute.default, aten.contiguous.default, aten.clone.default)
 
 
@@ -32,8 +35,6 @@ def fold_normalisation(graph_module: fx.GraphModule) -> bool:
     factor, term = (_reader(graph_module, name) for name in ("factor", "term"))
     if factor is None or term is None:
         return False
-    pixels = factor.args[0]
-    assert isinstance(pixels, fx.Node)
     moved, readers = _followed(term)
     if not readers or not all(_can_take(graph_module, node) for node in readers):
         factor.meta[FLOAT] = term.meta[FLOAT] = True
@@ -42,21 +43,29 @@ def fold_normalisation(graph_module: fx.GraphModule) -> bool:
         attribute(graph_module, n.args[1].target).double()  # type: ignore[union-attr]
         for n in (factor, term)
     )
+    middle = int((-shift / scale).mean().round().clamp(0, _LARGEST_PIXEL))
+    unit = float(scale.mean())
+    low, high = -middle * unit, (_LARGEST_PIXEL - middle) * unit
+    constant = high or -low
+    of_constant = (shift + scale * middle) / constant
     for number, node in enumerate(readers):
-        _fold_into(graph_module, node, scale, shift, f"_pixel_weight_{number}")
-    with graph_module.graph.inserting_after(pixels):
-        padded = graph_module.graph.call_function(
-            aten.constant_pad_nd.default, (pixels, [0, 1], _WHITE)
-        )
-    padded.meta = {**pixels.meta, "val": _with_one_more(pixels.meta["val"], -1)}
-    for node in (term, *moved):
+        _fold_into(graph_module, node, scale / unit, of_constant, f"_pixel_weight_{number}")
+    graph = graph_module.graph
+    set_attribute(graph_module, factor.args[1].target, torch.full_like(scale, unit))  # type: ignore[union-attr]
+    set_attribute(graph_module, term.args[1].target, torch.full_like(shift, low))  # type: ignore[union-attr]
+    with graph.inserting_after(term):
+        padded = graph.call_function(aten.constant_pad_nd.default, (term, [0, 1], constant))
+    factor.meta[FLOAT] = term.meta[FLOAT] = True
+    padded.meta = {**term.meta, "val": _with_one_more(term.meta["val"], -1)}
+    del padded.meta[FLOAT]
+    for node in (*moved, *readers):
         node.replace_input_with(term, padded)
-        if node is not term:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            node.meta["val"] = node.target(source.meta["val"], *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    for node in readers:
-        node.replace_input_with(term, padded)
+    for node in moved:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node.meta["val"] = node.target(source.meta["val"], *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    for node in (padded, *moved):
+        node.meta[RANGE] = (low, high)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return True
@@ -98,14 +107,14 @@ def _can_take(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _fold_into(
-    graph_module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: Tensor, name: str
+    graph_module: fx.GraphModule, node: fx.Node, scale: Tensor, of_constant: Tensor, name: str
 ) -> None:
     source = node.args[1]
     assert isinstance(source, fx.Node)
     weight = attribute(graph_module, source.target)
     double = weight.double()
-    of_white = (double * shift.reshape(1, -1, 1, 1)).sum(1, keepdim=True) / _WHITE
-    folded = torch.cat([double * scale.reshape(1, -1, 1, 1), of_white], 1).to(weight.dtype)
+    fourth = (double * of_constant.reshape(1, -1, 1, 1)).sum(1, keepdim=True)
+    folded = torch.cat([double * scale.reshape(1, -1, 1, 1), fourth], 1).to(weight.dtype)
     graph_module.register_parameter(name, nn.Parameter(folded, requires_grad=False))
     with graph_module.graph.inserting_before(source):
         replacement = graph_module.graph.get_attr(name)

@@ -18,7 +18,8 @@ from torchfuse.checking import run
 from torchfuse.errors import CalibrationError, first_line
 from torchfuse.inputs import Case
 from torchfuse.quantizing.calibration import elements
-from torchfuse.quantizing.normalisation import FLOAT, fold_normalisation
+from torchfuse.quantizing.lockstep import attribute
+from torchfuse.quantizing.normalisation import FLOAT, RANGE, fold_normalisation
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quieting import quiet
 from torchfuse.targets import executorch
@@ -49,6 +50,9 @@ LAYERS = {
     torch.ops.aten.matmul.default: "matmul",
 }
 
+# With `careful`; and how many steps of its scale a bias may be large, of 2³¹.
+_LEAST_SCALE = 2.0**-24
+_LARGEST_BIAS = 2.0**28
 
 _CLAMPS = {
     torch.ops.aten.hardtanh.default,
@@ -135,19 +139,23 @@ def _own_tensors(graph: fx.GraphModule) -> None:
 
 def prepared(
     graph: fx.GraphModule, keep_float: Collection[str] = (), *, careful: bool = False
-) -> nn.Module:
+) -> fx.GraphModule:
     """Return `graph` with observers where XNNPACK wants int8; `graph` is used up.
 
-    `keep_float` names nodes of the graph that stay in float. With `careful` ranges are as wide as
-    what was seen, where a histogram would cut some off to be finer for the rest; and a linear layer
-    that makes an output makes it in float (weights in int8, inputs quantized as they come): on int8
-    scores, classes tie.
+    `keep_float` names nodes of the graph that stay in float. With `careful`
+
+    - ranges are as wide as what was seen, where a histogram would cut some off to be finer for the
+      rest;
+    - channels with small weights get scales as small: ExecuTorch's recipe takes none below 2⁻¹²,
+      so that of weights up to 0.003 nothing but the sign is left;
+    - a linear layer that makes an output makes it in float (weights in int8, inputs quantized as
+      they come): on int8 scores, classes tie.
     """
     with quiet():
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             get_symmetric_quantization_config,
         )
-        from torchao.quantization.pt2e import MinMaxObserver
+        from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
         from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
@@ -157,20 +165,50 @@ def prepared(
             last = {node.name for node in _output_linears(graph)} - set(keep_float)
             spec = dataclasses.replace(
                 config.input_activation,
-                observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
+                observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=_LEAST_SCALE),
             )
-            config = dataclasses.replace(config, input_activation=spec, output_activation=spec)
+            fine = dataclasses.replace(
+                config.weight,
+                observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=_LEAST_SCALE),
+            )
+            config = dataclasses.replace(
+                config, input_activation=spec, output_activation=spec, weight=fine
+            )
         quantizer = _quantizer(
             config, lambda node: node.name not in {*keep_float, *last} and FLOAT not in node.meta
         )
         if last:
-            dynamic = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+            dynamic = dataclasses.replace(
+                get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True), weight=fine
+            )
             quantizer = ComposableQuantizer(
                 [_quantizer(dynamic, lambda node: node.name in last), quantizer]
             )
         with _clamps_as_activations():
-            observed: nn.Module = prepare_pt2e(graph, quantizer)
+            observed: fx.GraphModule = prepare_pt2e(graph, quantizer)
+        _give_ranges(observed)
     return observed
+
+
+def _give_ranges(observed: fx.GraphModule) -> None:
+    """Exchange the observers of tensors whose range is known for some that have seen it."""
+    from torchao.quantization.pt2e import MinMaxObserver
+
+    for node in observed.graph.nodes:
+        for user in node.users if RANGE in node.meta else ():
+            if user.op != "call_module":
+                continue
+            given = observed.get_submodule(str(user.target))
+            exact = MinMaxObserver(
+                dtype=given.dtype,
+                qscheme=torch.per_tensor_affine,
+                quant_min=given.quant_min,
+                quant_max=given.quant_max,
+            )
+            low, high = node.meta[RANGE]
+            exact.min_val.fill_(low)
+            exact.max_val.fill_(high)
+            setattr(observed, str(user.target), exact)
 
 
 def _quantizer(config: Any, wanted: Callable[[fx.Node], bool]) -> Any:
@@ -194,13 +232,35 @@ def _output_linears(graph: fx.GraphModule) -> Iterator[fx.Node]:
             yield node
 
 
-def converted(calibrated: nn.Module) -> fx.GraphModule:
+def converted(calibrated: fx.GraphModule) -> fx.GraphModule:
     """Return a calibrated graph in int8; `calibrated` is used up."""
+    _leave_room_for_biases(calibrated)
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         int8: fx.GraphModule = convert_pt2e(calibrated)
     return int8
+
+
+def _leave_room_for_biases(calibrated: fx.GraphModule) -> None:
+    """Keep the scales of weights so large that the biases, in units of theirs, fit into int32."""
+    for node in calibrated.graph.nodes:
+        observers: list[Any] = [
+            calibrated.get_submodule(str(source.target))
+            for source in node.args[:2]
+            if isinstance(source, fx.Node) and source.op == "call_module"
+        ]
+        bias = node.args[2] if len(node.args) > 2 else None
+        if node.target not in LAYERS or len(observers) != 2 or not isinstance(bias, fx.Node):
+            continue
+        inputs, weights = observers
+        if bias.op != "get_attr" or not hasattr(inputs, "min_val"):
+            continue
+        values = attribute(calibrated, bias.target).abs()
+        if not hasattr(weights, "ch_axis") or len(values) != len(weights.min_val):
+            continue
+        scale, _ = inputs.calculate_qparams()
+        weights.eps = torch.maximum(weights.eps, values / (scale * _LARGEST_BIAS))
 
 
 @contextlib.contextmanager
