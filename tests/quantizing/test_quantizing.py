@@ -81,6 +81,22 @@ def test_a_layer_that_has_no_int8_form_is_listed_as_such() -> None:
     )
 
 
+def test_a_layer_that_is_called_twice_is_int8_both_times() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(torch.relu(self.conv(x)))
+
+    model = Twice().eval()
+    result = quantize(model, image(1, 3, 8, 8), images(), recovery=["equalization", "rounding"])
+    assert [layer.int8 for layer in result.layers] == [True, True]
+    assert verify(model, result.model, image(1, 3, 8, 8, seed=9), min_sqnr_db=25).passed
+
+
 def test_weights_have_a_scale_per_channel() -> None:
     conv = nn.Conv2d(1, 2, 1, bias=False).eval()
     with torch.no_grad():

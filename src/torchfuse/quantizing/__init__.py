@@ -138,6 +138,7 @@ def quantize(
             made = legacy.quantized(model, example, data.cases, backend)
             found = Recovered(made.model, made.late_growth)
             layers = made.layers
+            notes += made.notes
         else:
             found = _for_xnnpack(model, example, data, chosen, dynamic_shapes, wanted)
             layers = tuple(static.layers_of(found.model))
@@ -153,6 +154,11 @@ def quantize(
         recovery=found.steps,
         accuracy=found.accuracy,
         notes=(*notes, *found.notes),
+        in_float=tuple(
+            f"{layer.module or 'the model itself'} ({layer.operator})"
+            for layer in layers
+            if not layer.int8
+        ),
     )
     return QuantizationResult(found.model, layers, report)
 

@@ -85,6 +85,7 @@ def float_graph(
     with quiet():
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)
+    _read_once(graph)
     keep_integers(graph)
     if isinstance(model, WithPreprocessing):
         fold_normalisation(graph)
@@ -135,6 +136,21 @@ def _own_tensors(graph: fx.GraphModule) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = own.setdefault(id(buffer), buffer.detach().clone())
+
+
+def _read_once(graph: fx.GraphModule) -> None:
+    """Give each call of a layer that is called several times a reading of its weights of its own.
+
+    ExecuTorch's quantizer leaves all calls but the first in float.
+    """
+    for node in graph.graph.find_nodes(op="get_attr"):
+        layers = [user for user in node.users if user.target in LAYERS]
+        for user in layers[1:]:
+            with graph.graph.inserting_after(node):
+                again = graph.graph.get_attr(str(node.target))
+            again.meta = dict(node.meta)
+            user.replace_input_with(node, again)
+    graph.recompile()
 
 
 def prepared(

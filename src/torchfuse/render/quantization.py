@@ -44,6 +44,8 @@ def renderable(report: QuantizationReport) -> RenderableType:
         Text(f"{measure.measure}: {measure.before:.4g} before, {measure.after:.4g} after")
         for measure in report.accuracy
     ]
+    if report.in_float:
+        parts.append(Text(f"Computed in float: {', '.join(report.in_float)}"))
     parts += [Text(f"Note: {note}") for note in report.notes]
     return Group(*parts)
 
