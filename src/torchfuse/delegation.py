@@ -22,6 +22,10 @@ __all__ = [
 
 # Below this share of the work, what is left outside cannot cost much.
 _MATERIAL = 0.02
+_MOVING = {
+    "_clone_dim_order", "clone", "permute_copy", "slice_copy", "squeeze_copy", "unsqueeze_copy",
+    "view_copy",
+}  # fmt: skip
 
 
 class DelegationWarning(ExportWarning):
@@ -235,6 +239,8 @@ def _dequantized(graph_module: "torch.fx.GraphModule") -> "Iterator[torch.fx.Nod
             lowered = getattr(graph_module, str(node.args[0].args[0].target))  # type: ignore[union-attr]
             (output,) = lowered.original_module.graph.find_nodes(op="output")
             made = output.args[0][node.args[1]]
+            while made.op == "call_function" and _operator(made) in _MOVING:
+                made = made.all_input_nodes[0]
             if made.op == "call_function" and _operator(made).startswith("dequantize_per_tensor"):
                 yield node
         elif _operator(node).startswith("dequantize_per_tensor"):
@@ -250,11 +256,20 @@ def _to_be_quantized(graph_module: "torch.fx.GraphModule") -> "Iterator[torch.fx
             by_name = {placeholder.name: placeholder for placeholder in inner}
             for source in node.all_input_nodes[1:]:
                 placeholder = by_name.get(source.name)
-                users = [] if placeholder is None else list(placeholder.users)
-                if any(_operator(user).startswith("quantize_per_tensor") for user in users):
+                readers = [] if placeholder is None else _read_by(placeholder)
+                if any(_operator(user).startswith("quantize_per_tensor") for user in readers):
                     yield source
         elif _operator(node).startswith("quantize_per_tensor"):
             yield node.all_input_nodes[0]
+
+
+def _read_by(node: "torch.fx.Node") -> "Iterator[torch.fx.Node]":
+    """Yield what computes with the node's value, past what only moves it."""
+    for user in node.users:
+        if user.op == "call_function" and _operator(user) in _MOVING:
+            yield from _read_by(user)
+        elif user.op == "call_function":
+            yield user
 
 
 def _named(node: "torch.fx.Node") -> str:
