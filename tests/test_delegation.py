@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfuse.delegation import Delegation, OperatorDelegation
+from torchfuse.delegation import Conversion, Delegation, OperatorDelegation
 from torchfuse.inputs import Case
 from torchfuse.quantizing import quantize
 from torchfuse.targets.executorch import capture, lower
@@ -29,7 +29,7 @@ def operator(
 
 
 def delegation(*operators: OperatorDelegation, elements: int = 1000) -> Delegation:
-    return Delegation("XNNPACK", 1, operators, elements, 0)
+    return Delegation("XNNPACK", 1, operators, elements, ())
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,45 @@ def test_a_quantized_model_leaves_no_dequantization_outside() -> None:
     x = torch.randn(1, 3, 8, 8)
     quantized = quantize(model, x, torch.randn(4, 3, 8, 8)).model
     found = lower(capture(quantized, Case((x,)))).delegation
-    assert found.dequantizations_left == 0
+    assert found.conversions == ()
     assert found.calls_left == 0
     assert found.partitions == 1
+
+
+class LeavesInt8(nn.Module):
+    """Two convs with an operator in between that XNNPACK does not have."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, 4, 3, padding=1)
+        self.between = between
+        self.after = nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.asinh(self.between(self.before(x))))
+
+
+def lowered_int8(model: nn.Module) -> Delegation:
+    x = torch.randn(1, 3, 6, 6)
+    quantized = quantize(model.eval(), x, torch.randn(4, 3, 6, 6)).model
+    return lower(capture(quantized, Case((x,)))).delegation
+
+
+def test_where_int8_is_left_and_entered_again_is_counted_and_named() -> None:
+    found = lowered_int8(LeavesInt8(nn.Upsample(scale_factor=2)))
+    (conversion,) = found.conversions
+    assert conversion.around == ("upsample_nearest2d (between)", "asinh")
+    assert conversion.elements == 4 * 6 * 6 + 4 * 12 * 12
+    assert str(found).endswith(
+        "Between pieces int8 becomes float and int8 again once, around:\n"
+        "  upsample_nearest2d (between), asinh, 720 values"
+    )
+
+
+def test_leaving_int8_at_the_end_is_no_conversion_back() -> None:
+    found = lowered_int8(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2)))
+    assert found.calls_left
+    assert found.conversions == ()
 
 
 @pytest.mark.parametrize(
@@ -141,16 +177,17 @@ def test_reads_as_a_table_with_the_operators_left_on_top() -> None:
         operator("bmm", left=1, macs=1_000_000, elements_left=10),
     )
     assert str(found) == (
-        "operator     delegated  left  MMACs left  reason\n"
-        "bmm                  0     1         1.0  bmm: no kernel\n"
+        "operator     delegated  left  MMACs left  values left  reason\n"
+        "bmm                  0     1         1.0         1.0%  bmm: no kernel\n"
         "convolution          3\n"
-        "XNNPACK runs 3 of 4 operator calls, 75.0% of the MACs, in 1 piece; "
-        "0 dequantizations are left outside."
+        "XNNPACK runs 3 of 4 operator calls, 75.0% of the MACs, in 1 piece."
     )
 
 
 def test_survives_json() -> None:
-    found = delegation(operator("sin", left=1, elements_left=1))
+    found = Delegation(
+        "XNNPACK", 2, (operator("sin", left=1, elements_left=1),), 9, (Conversion(("sin",), 2),)
+    )
     assert Delegation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 

@@ -12,10 +12,20 @@ from torchfuse.errors import ExportWarning
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Delegation", "DelegationWarning", "OperatorDelegation", "delegation_of"]
+__all__ = [
+    "Conversion",
+    "Delegation",
+    "DelegationWarning",
+    "OperatorDelegation",
+    "delegation_of",
+]
 
 # Below this share of the work, what is left outside cannot cost much.
 _MATERIAL = 0.02
+_MOVING = {
+    "_clone_dim_order", "clone", "permute_copy", "slice_copy", "squeeze_copy", "unsqueeze_copy",
+    "view_copy",
+}  # fmt: skip
 
 
 class DelegationWarning(ExportWarning):
@@ -36,6 +46,18 @@ class OperatorDelegation:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """Where int8 becomes float and then int8 again, since something in between is not delegated."""
+
+    around: tuple[str, ...]  # the operators in between, each with the module that called it
+    elements: int  # that are converted, in both directions
+
+    def __str__(self) -> str:
+        """As in "softplus (act), 2,048 values"."""
+        return f"{', '.join(self.around) or 'two pieces'}, {self.elements:,} values"
+
+
+@dataclass(frozen=True)
 class Delegation:
     """What the delegate took of a program."""
 
@@ -43,7 +65,7 @@ class Delegation:
     partitions: int  # pieces the program is cut into; 1 when everything is delegated
     operators: tuple[OperatorDelegation, ...]
     elements: int  # written by all operators
-    dequantizations_left: int  # calls outside the delegate
+    conversions: tuple[Conversion, ...]  # dequantize and quantize left between the pieces
 
     @property
     def macs(self) -> int:
@@ -100,31 +122,43 @@ class Delegation:
             OperatorDelegation(**{**op, "reasons": tuple(op["reasons"])})
             for op in data["operators"]
         )
-        return cls(**{**data, "operators": operators})
+        conversions = tuple(
+            Conversion(tuple(conversion["around"]), conversion["elements"])
+            for conversion in data["conversions"]
+        )
+        return cls(**{**data, "operators": operators, "conversions": conversions})
 
     def __str__(self) -> str:
         """One line per operator, the ones left outside first, and a closing sentence."""
-        rows = [("operator", "delegated", "left", "MMACs left", "reason")]
+        rows = [("operator", "delegated", "left", "MMACs left", "values left", "reason")]
         for op in sorted(self.operators, key=lambda op: (-op.macs_left, -op.left, op.operator)):
             macs = f"{op.macs_left / 1e6:.1f}" if op.macs_left else ""
-            rows.append(
-                (op.operator, f"{op.delegated}", f"{op.left or ''}", macs, "; ".join(op.reasons))
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            values = f"{op.elements_left / max(self.elements, 1):.1%}" if op.left else ""
+            reasons = "; ".join(op.reasons)
+            rows.append((op.operator, f"{op.delegated}", f"{op.left or ''}", macs, values, reasons))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
             f"{row[0]:<{widths[0]}}  "
-            + "  ".join(f"{row[column]:>{widths[column]}}" for column in (1, 2, 3))
-            + f"  {row[4]}"
+            + "  ".join(f"{row[column]:>{widths[column]}}" for column in (1, 2, 3, 4))
+            + f"  {row[5]}"
             for row in rows
         ]
         calls = self.calls_delegated + self.calls_left
         of_macs = "" if self.macs_share is None else f", {self.macs_share:.1%} of the MACs"
         closing = (
             f"{self.delegate} runs {self.calls_delegated} of {calls} operator calls{of_macs}, in "
-            f"{self.partitions} {'piece' if self.partitions == 1 else 'pieces'}; "
-            f"{self.dequantizations_left} dequantizations are left outside."
+            f"{self.partitions} {'piece' if self.partitions == 1 else 'pieces'}."
         )
-        return "\n".join([line.rstrip() for line in lines] + [closing])
+        return "\n".join([line.rstrip() for line in lines] + [closing, *self._converting()])
+
+    def _converting(self) -> list[str]:
+        if not self.conversions:
+            return []
+        count = len(self.conversions)
+        times = "once" if count == 1 else f"{count} times"
+        return [f"Between pieces int8 becomes float and int8 again {times}, around:"] + [
+            f"  {conversion}" for conversion in self.conversions
+        ]
 
 
 def delegation_of(
@@ -149,7 +183,6 @@ def delegation_of(
             why[_operator(node)].add(
                 f"{_operator(node)}: {reasons[node.name]}" if node.name in reasons else no_rule
             )
-    quantizing = ("quantize_per_tensor", "quantize_per_channel")
     names = {name for name, _ in calls if name != "getitem"}
     operators = tuple(
         OperatorDelegation(
@@ -168,8 +201,82 @@ def delegation_of(
         partitions=partitions,
         operators=operators,
         elements=sum(sum(map(_elements, nodes)) for nodes in calls.values()),
-        dequantizations_left=sum(len(calls[f"de{name}", False]) for name in quantizing),
+        conversions=tuple(_conversions(graph_module)),
     )
+
+
+def _conversions(graph_module: "torch.fx.GraphModule") -> "Iterator[Conversion]":
+    """Yield each place where what was dequantized is quantized again outside a piece."""
+    order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
+    dequantized = set(_dequantized(graph_module))
+    for source in _to_be_quantized(graph_module):
+        between: set[torch.fx.Node] = set()
+        exits: set[torch.fx.Node] = set()
+        ahead = [source]
+        while ahead:
+            node = ahead.pop()
+            if node in dequantized:
+                exits.add(node)
+            elif node.op == "call_function" and node not in between and not _is_of_piece(node):
+                between.add(node)
+                ahead += node.all_input_nodes
+        if exits:
+            named = [_named(node) for node in sorted(between, key=order.__getitem__)]
+            elements = _elements(source) + sum(map(_elements, exits))
+            yield Conversion(tuple(dict.fromkeys(named)), elements)
+
+
+def _is_of_piece(node: "torch.fx.Node") -> bool:
+    """Whether the node is a call of the delegate, or one of its results."""
+    source = node.args[0] if _operator(node) == "getitem" else node
+    return _operator(source) == "executorch_call_delegate"  # type: ignore[arg-type]
+
+
+def _dequantized(graph_module: "torch.fx.GraphModule") -> "Iterator[torch.fx.Node]":
+    """Yield what comes out of a dequantization, at the end of a piece or outside of all."""
+    for node in _calls(graph_module):
+        if _operator(node) == "getitem" and _is_of_piece(node):
+            lowered = getattr(graph_module, str(node.args[0].args[0].target))  # type: ignore[union-attr]
+            (output,) = lowered.original_module.graph.find_nodes(op="output")
+            made = output.args[0][node.args[1]]
+            while made.op == "call_function" and _operator(made) in _MOVING:
+                made = made.all_input_nodes[0]
+            if made.op == "call_function" and _operator(made).startswith("dequantize_per_tensor"):
+                yield node
+        elif _operator(node).startswith("dequantize_per_tensor"):
+            yield node
+
+
+def _to_be_quantized(graph_module: "torch.fx.GraphModule") -> "Iterator[torch.fx.Node]":
+    """Yield what goes into a quantization, at the beginning of a piece or outside of all."""
+    for node in _calls(graph_module):
+        if _operator(node) == "executorch_call_delegate":
+            lowered = getattr(graph_module, str(node.args[0].target))  # type: ignore[union-attr]
+            inner = lowered.original_module.graph.find_nodes(op="placeholder")
+            by_name = {placeholder.name: placeholder for placeholder in inner}
+            for source in node.all_input_nodes[1:]:
+                placeholder = by_name.get(source.name)
+                readers = [] if placeholder is None else _read_by(placeholder)
+                if any(_operator(user).startswith("quantize_per_tensor") for user in readers):
+                    yield source
+        elif _operator(node).startswith("quantize_per_tensor"):
+            yield node.all_input_nodes[0]
+
+
+def _read_by(node: "torch.fx.Node") -> "Iterator[torch.fx.Node]":
+    """Yield what computes with the node's value, past what only moves it."""
+    for user in node.users:
+        if user.op == "call_function" and _operator(user) in _MOVING:
+            yield from _read_by(user)
+        elif user.op == "call_function":
+            yield user
+
+
+def _named(node: "torch.fx.Node") -> str:
+    """The operator, with the path of the module that called it if that is not the model itself."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = str(stack[-1][0]).removeprefix("L['self']").lstrip(".") if stack else ""
+    return f"{_operator(node)} ({path})" if path else _operator(node)
 
 
 def _calls(graph_module: "torch.fx.GraphModule") -> "Iterator[torch.fx.Node]":

@@ -190,6 +190,8 @@ def export(
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     """Return the model in the file, ready to be called: tensors in, tensors out.
 
+    Of a `.pte`, `.preprocessing` says how its input is made, if that was kept in the file.
+
     Raises:
         ArtifactError: the file is missing, damaged, or of a kind that its runtime cannot load.
     """
@@ -205,7 +207,9 @@ def loaded(file: CheckedFile) -> Callable[..., Any]:
     metadata = file.metadata or {}
     try:
         if file.format == "pte":
-            return executorch.ExecutorchModel(file.data, metadata.get("signature"))
+            return executorch.ExecutorchModel(
+                file.data, metadata.get("signature"), metadata.get("preprocessing")
+            )
         return torchscript.deserialize(file.data, file.format)
     except ArtifactError as error:
         raise ArtifactError(f"'{file.path}' cannot be loaded: {error}") from error

@@ -29,8 +29,8 @@ class Case:
         return f"{self.method}({', '.join(shown)})"
 
 
-def cases(example_inputs: Any) -> list[Case]:
-    """The cases that `example_inputs` stands for, at least one.
+def cases(example_inputs: Any, name: str = "example_inputs") -> list[Case]:
+    """The cases that `example_inputs` stands for, at least one; errors call it `name`.
 
     A tensor is the only positional argument, a tuple all positional arguments, a mapping with
     string keys all keyword arguments; a list is several such cases. A `Case` gives both kinds of
@@ -38,9 +38,9 @@ def cases(example_inputs: Any) -> list[Case]:
     """
     if isinstance(example_inputs, list):
         if not example_inputs:
-            raise InputError("example_inputs is an empty list; give at least one case to run.")
-        return [_case(entry, f"example_inputs[{i}]") for i, entry in enumerate(example_inputs)]
-    return [_case(example_inputs, "example_inputs")]
+            raise InputError(f"{name} is an empty list; give at least one case to run.")
+        return [_case(entry, f"{name}[{i}]") for i, entry in enumerate(example_inputs)]
+    return [_case(example_inputs, name)]
 
 
 def check_model(model: Any) -> None:

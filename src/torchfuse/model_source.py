@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any
 from torchfuse.errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import ModuleType
 
     import torch
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-__all__ = ["InputSpec", "LoadedModel", "ModelSource", "load", "parse_input", "parse_source"]
+__all__ = [
+    "InputSpec",
+    "LoadedModel",
+    "ModelSource",
+    "load",
+    "load_function",
+    "parse_input",
+    "parse_source",
+]
 
 DTYPES = (
     "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
@@ -152,15 +160,7 @@ def _build(text: str, source: ModelSource) -> tuple[nn.Module, Any]:
     """Return the model, and the example inputs that the callable gave with it, or None."""
     from torch import nn
 
-    module = _import(text, source)
-    assert source.attribute is not None
-    value: Any = module
-    for part in source.attribute.split("."):
-        if not hasattr(value, part):
-            public = [name for name in dir(value) if callable(getattr(value, name, None))]
-            where = f"'{text.rpartition(':')[0]}' has no '{source.attribute}'"
-            raise InputError(f"{where}{_near(part, public)}; name a callable that it defines.")
-        value = getattr(value, part)
+    value = _attribute(text, source)
     if not isinstance(value, nn.Module):
         value = _call(text, value)
     given = None
@@ -172,6 +172,34 @@ def _build(text: str, source: ModelSource) -> tuple[nn.Module, Any]:
             f"got {type(value).__name__}."
         )
     return value, given
+
+
+def _attribute(text: str, source: ModelSource) -> Any:
+    value: Any = _import(text, source)
+    assert source.attribute is not None
+    for part in source.attribute.split("."):
+        if not hasattr(value, part):
+            public = [name for name in dir(value) if callable(getattr(value, name, None))]
+            where = f"'{text.rpartition(':')[0]}' has no '{source.attribute}'"
+            raise InputError(f"{where}{_near(part, public)}; name a callable that it defines.")
+        value = getattr(value, part)
+    return value
+
+
+def load_function(text: str) -> Callable[..., Any]:
+    """Return the function that `path/to/file.py:function` or `package.module:function` names.
+
+    Raises:
+        InputError: it does not exist, or is no function.
+    """
+    source = parse_source(text)
+    value = None if source.attribute is None else _attribute(text, source)
+    if not callable(value):
+        raise InputError(
+            f"Expected a function, path/to/file.py:function or package.module:function, got "
+            f"'{text}'."
+        )
+    return value  # type: ignore[no-any-return]
 
 
 def _call(text: str, function: Any) -> Any:

@@ -35,6 +35,19 @@ def net():
     return Net(), torch.randn(1, 3, 8, 8)
 
 
+def closeness(model):
+    return 80 - (model(torch.ones(1, 3, 8, 8)) - Net()(torch.ones(1, 3, 8, 8))).abs().sum().detach()
+
+
+class Leaving(Net):
+    def forward(self, x):
+        return F.interpolate(self.conv(torch.asinh(self.conv(x)[:, :3])), scale_factor=2)
+
+
+def leaving():
+    return Leaving(), torch.randn(1, 3, 8, 8)
+
+
 def mlp():
     return nn.Sequential(nn.Linear(64, 64)), torch.randn(1, 64)
 """
@@ -94,6 +107,53 @@ def test_a_linear_model_needs_no_data(folder: Path, arguments: tuple[str], said:
     assert said in result.stdout
 
 
+def test_the_users_own_measure_is_named_by_its_file(folder: Path) -> None:
+    result = run(
+        folder, "net", "--data", folder / "pictures", *PICTURES, "--max-drop", "5",
+        "--evaluate", f"{folder / 'net.py'}:closeness",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "closeness: 80 before" in result.stdout
+
+
+@pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
+def test_what_runs_where_is_listed_with_the_conversions_in_between(folder: Path) -> None:
+    report = folder / "report.json"
+    result = run(
+        folder, "leaving", "--data", folder / "pictures", *PICTURES, "--no-recovery",
+        "--json", report,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "asinh: its partitioner has no rule for this operator" in result.stdout
+    assert "int8 becomes float and int8 again once, around:\n  asinh" in result.stdout
+    delegation = json.loads(report.read_text())["delegation"]
+    assert [conversion["around"] for conversion in delegation["conversions"]] == [["asinh"]]
+
+
+def test_labels_give_top_1(folder: Path) -> None:
+    np.save(folder / "labels.npy", np.arange(12) % 4)
+    given = ("--data", folder / "pictures", *PICTURES, "--no-recovery")
+    result = run(folder, "net", *given, "--labels", folder / "labels.npy")
+    assert result.exit_code == 0, result.output
+    assert "top-1: " in result.stdout
+    np.save(folder / "labels.npy", np.arange(11) % 4)
+    result = run(folder, "net", *given, "--labels", folder / "labels.npy")
+    assert "an integer label for each of the 12 calibration samples" in str(result.exception)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.* was traced:torchfuse.ExportWarning")
+def test_torchscript_files_are_made_for_an_engine(folder: Path) -> None:
+    given = ["quantize", f"{folder / 'net.py'}:net", "--data", str(folder / "pictures"), *PICTURES]
+    wanted = CliRunner().invoke(cli, [*given, "-o", str(folder / "out.pt"), "--backend", "x86"])
+    assert wanted.exit_code == 0, wanted.output
+    assert "Quantized: int8 for x86" in wanted.stdout
+    assert check(folder / "out.pt").metadata["precision"] == "int8"
+    forgotten = CliRunner().invoke(cli, [*given, "-o", str(folder / "out.pt")])
+    assert "ends in .pte for xnnpack, got" in str(forgotten.exception)
+    assert "or give --backend" in str(forgotten.exception)
+
+
 @pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
 def test_fp16_needs_no_data(folder: Path) -> None:
     result = run(folder, "net", "--scheme", "fp16")
@@ -109,6 +169,7 @@ def test_fp16_needs_no_data(folder: Path) -> None:
         (("--size", "8x8"), InputError, "Expected --size, --mean and --std together"),
         (("--recover", "rounding", "--no-recovery"), InputError, "got both"),
         (("--preprocess-inside",), InputError, "--preprocess-inside needs --size"),
+        (("--data", "random", "--evaluate", "nets.pt2"), InputError, "Expected a function"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(

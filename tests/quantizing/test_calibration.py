@@ -64,6 +64,86 @@ def test_a_data_loader_of_inputs_is_read_through() -> None:
     assert [len(case.args[0]) for case in data.cases] == [4, 4, 2]
 
 
+def test_a_data_loader_with_labels_gives_them_too() -> None:
+    samples = list(zip(torch.randn(10, 3, 6, 6), range(10), strict=True))
+    data = read_calibration(DataLoader(samples, batch_size=4), Case((X,)))
+    assert [len(case.args[0]) for case in data.cases] == [4, 4, 2]
+    assert data.labels.tolist() == list(range(10))
+
+
+def test_the_labels_of_a_data_loader_are_measured_by() -> None:
+    model = nn.Sequential(Net(), nn.Flatten()).eval()
+    loader = DataLoader(list(zip(torch.randn(10, 3, 6, 6), range(10), strict=True)))
+    assert quantize(model, X, loader).report.accuracy[0].measure == "top-1"
+
+
+def test_a_second_argument_is_no_label() -> None:
+    loader = DataLoader(list(zip(torch.randn(4, 3, 6, 6), range(4), strict=True)))
+    data = read_calibration(loader, Case((X, torch.zeros(1, dtype=torch.int64))))
+    assert data.labels is None
+    assert len(data.cases[0].args) == 2
+
+
+def test_labels_with_some_of_the_cases_only_are_an_error() -> None:
+    with pytest.raises(CalibrationError, match=r"with every .* got 1 labels for 2 cases"):
+        read_calibration([(X, 3), (X,)], Case((X,)))
+
+
+def test_arrays_are_taken_as_tensors_in_the_examples_precision() -> None:
+    samples = np.random.default_rng(0).normal(size=(5, 3, 6, 6))
+    for given in (samples, [samples[:2], samples[2:]], [(samples,)], samples.astype(">f4")):
+        data = read_calibration(given, Case((X,)))
+        assert sum(len(case.args[0]) for case in data.cases) == 5
+        assert data.cases[0].args[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_another_dtype_than_the_examples_is_an_error(dtype: torch.dtype) -> None:
+    given = (torch.rand(2, 3, 6, 6) * 255).to(dtype)
+    with pytest.raises(CalibrationError, match=r"case 0, .* holds .*, the example inputs float32"):
+        read_calibration(given, Case((X,)))
+
+
+def test_pixels_in_an_npy_file_do_not_become_floats_unseen(tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", np.arange(108, dtype=np.uint8).reshape(1, 3, 6, 6))
+    with pytest.raises(CalibrationError, match="holds uint8, the example inputs float32"):
+        read_calibration(tmp_path / "data.npy", Case((X,)))
+
+
+def test_positional_arguments_are_found_by_name_in_an_npz_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", mask=np.ones((2, 1)), x=np.random.randn(2, 3))
+    example = Case((torch.ones(1, 3), torch.ones(1, 1)))
+    first, _ = read_calibration(tmp_path / "data.npz", example, names=("x", "mask")).cases
+    assert [tuple(value.shape) for value in first.args] == [(1, 3), (1, 1)]
+    with pytest.raises(CalibrationError, match=r"holds mask, x; expected the names .* a, b"):
+        read_calibration(tmp_path / "data.npz", example, names=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.float32(3)}, "must hold arrays with samples along their first axis"),
+        ({"x": np.ones((2, 3)), "y": np.ones((3, 3))}, "as many samples in every array, got 2 in"),
+        (
+            {"x": np.ones((2, 3)), "y": np.ones((2, 3))},
+            r"holds 2 arrays \(x, y\); the model takes 1",
+        ),
+        ({"x": np.array(["a", "b"])}, "holds <U1 values, expected numbers"),
+    ],
+)
+def test_an_npz_file_that_does_not_fit_is_an_error(
+    arrays: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(CalibrationError, match=message):
+        read_calibration(tmp_path / "data.npz", Case((X,)))
+
+
+def test_hidden_files_are_no_pictures(pictures: Path) -> None:
+    (pictures / "._00.png").write_bytes(b"what some systems leave beside a picture")
+    assert len(read_calibration(pictures, Case((X,)), SIX).cases) == 12
+
+
 def test_a_folder_of_pictures_is_normalised_as_said(pictures: Path) -> None:
     data = read_calibration(pictures, Case((X,)), SIX)
     assert len(data.cases) == 12
@@ -100,7 +180,7 @@ def test_a_pickle_in_an_npy_file_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="empty"):
+    with pytest.raises(CalibrationError, match=r"got .*, which holds none"):
         read_calibration(tmp_path, Case((X,)), SIX)
 
 
@@ -136,5 +216,9 @@ def test_preprocessing_that_cannot_be_is_an_error() -> None:
         Preprocessing(mean=(0.5,))
     with pytest.raises(InputError, match="a positive size and std"):
         Preprocessing(std=(0.0, 1.0, 1.0))
+    with pytest.raises(InputError, match=r"a size of \(height, width\) in pixels, got 224"):
+        Preprocessing(size=224)
+    with pytest.raises(InputError, match="divide those of a scale of 0 to 255 by 255"):
+        Preprocessing(mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
     with pytest.raises(InputError, match="layout NCHW or NHWC"):
         Preprocessing(layout="HWC")

@@ -71,6 +71,30 @@ def test_recovery_is_for_static_int8() -> None:
         quantize(Mlp().eval(), X, scheme="int8_dynamic", recovery=["rounding"])
 
 
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int4"])
+def test_given_data_it_is_measured_as_static_int8_is(scheme: str) -> None:
+    data = [torch.randn(3, 64, generator=torch.Generator().manual_seed(i)) for i in range(9)]
+    labels = torch.cat([Mlp().eval()(x) for x in data]).argmax(1)
+    report = quantize(Mlp().eval(), X, data, scheme=scheme, explain=True, labels=labels).report
+    assert report.sqnr_db > 12
+    assert {error.module for error in report.layers} == {"first", "second"}
+    assert [accuracy.measure for accuracy in report.accuracy] == ["top-1", "agreement"]
+    assert "Measured on 9 given cases, 27 samples" in str(report)
+
+
+def test_measures_without_data_are_an_error() -> None:
+    with pytest.raises(InputError, match="explain is about inputs: give some as calibration"):
+        quantize(Mlp().eval(), X, scheme="int8_dynamic", explain=True)
+
+
+def test_what_int4_leaves_in_float_is_named() -> None:
+    model = nn.Sequential(nn.Linear(33, 64), nn.Linear(64, 8)).eval()
+    with pytest.warns(QuantizationWarning, match="0 stay in float: int4 takes linear layers"):
+        result = quantize(model, torch.randn(1, 33), scheme="int4")
+    assert [layer.int8 for layer in result.layers] == [False, True]
+    assert result.report.in_float == ("0 (linear)",)
+
+
 def test_a_computed_index_stays_an_integer() -> None:
     """ExecuTorch's quantizer makes the number in `positions + 1` a float tensor."""
 

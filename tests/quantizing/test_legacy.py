@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.errors import InputError, QuantizationWarning, UnsupportedError
 from torchfuse.quantizing import quantize
 from torchfuse.quantizing.legacy import ENGINES
 
@@ -81,8 +81,27 @@ def test_a_model_that_cannot_be_traced_is_an_error_that_names_the_ways_out() -> 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else -super().forward(x)
 
-    with pytest.raises(UnsupportedError, match=r"torch\.fx cannot trace Branching.*QuantStub"):
+    with pytest.raises(UnsupportedError, match=r"Branching cannot be traced.*QuantStub"):
         quantize(Branching().eval(), DATA[0], DATA, backend="x86")
+
+
+@pytest.mark.filterwarnings("ignore:.* was traced:torchfuse.ExportWarning")
+def test_what_torch_fx_cannot_trace_is_recorded_as_it_runs(tmp_path: Path) -> None:
+    class OverSizes(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            assert sum(int(size) for size in x.shape) > 0  # torch.fx cannot iterate over a shape
+            return super().forward(x)
+
+    model = OverSizes().eval()
+    with pytest.warns(QuantizationWarning, match="recorded as it runs on the example inputs"):
+        result = quantize(model, DATA[0], DATA, backend="x86")
+    assert [layer.int8 for layer in result.layers] == [True, True, True]
+    assert not any("batch_norm" in str(node.target) for node in result.model.graph.nodes)
+    assert any("quantized.add" in str(node.target) for node in result.model.graph.nodes)
+    artifact = torchfuse.export(result.model, DATA[0], tmp_path / "model.pt")
+    run = torchfuse.load(artifact.path)
+    expected = torch.cat([model(x) for x in DATA]).detach()
+    assert sqnr_db(expected, torch.cat([run(x) for x in DATA])) > 25
 
 
 def test_what_it_does_not_have_is_an_error() -> None:

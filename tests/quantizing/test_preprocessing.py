@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import torchfuse
 from torchfuse import Preprocessing, WithPreprocessing
 from torchfuse.artifacts import check
+from torchfuse.errors import InputError
 
 
 class Net(nn.Module):
@@ -82,3 +83,40 @@ def test_the_settings_are_kept_in_the_file(folder: Path) -> None:
     assert kept["size"] == [8, 8]
     assert kept["mean"] == list(EIGHT.mean)
     assert kept["layout"] == "NCHW"
+    loaded = torchfuse.load(artifact.path)
+    assert loaded.preprocessing == kept
+    assert "takes 1×3×8×8 float32; made by {'layout': 'NCHW'" in repr(loaded)
+    with pytest.raises(InputError, match=r"got 1×8×8×3 float32\. Its input is made by .*'mean'"):
+        loaded(torch.zeros(1, 8, 8, 3))
+
+
+def saved(folder: Path, pixels: np.ndarray) -> Tensor:
+    Image.fromarray(pixels).save(folder / "one.png")
+    return EIGHT.pixels(folder / "one.png")
+
+
+def test_pictures_of_other_kinds_are_seen_as_a_viewer_shows_them(tmp_path: Path) -> None:
+    grey = saved(tmp_path, np.full((8, 8), 100, np.uint8))
+    assert grey.unique().tolist() == [100]
+    transparent = saved(tmp_path, np.zeros((8, 8, 4), np.uint8))
+    assert transparent.unique().tolist() == [255]
+    sixteen_bits = saved(tmp_path, np.full((8, 8), 100 * 257, np.uint16))
+    assert sixteen_bits.unique().tolist() == [100]
+
+
+def test_a_picture_that_was_taken_sideways_is_turned(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    Image.fromarray(pixels).save(tmp_path / "one.png", exif=exif)
+    seen = EIGHT.pixels(tmp_path / "one.png")
+    assert seen[0, :, 4:].unique().tolist() == [255]
+    assert seen[0, :, :4].unique().tolist() == [0]
+
+
+def test_pictures_of_other_sizes_are_cut_to_the_middle(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert EIGHT.pixels(tmp_path / "wide.png").unique().tolist() == [255]

@@ -81,6 +81,22 @@ def test_a_layer_that_has_no_int8_form_is_listed_as_such() -> None:
     )
 
 
+def test_a_layer_that_is_called_twice_is_int8_both_times() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(torch.relu(self.conv(x)))
+
+    model = Twice().eval()
+    result = quantize(model, image(1, 3, 8, 8), images(), recovery=["equalization", "rounding"])
+    assert [layer.int8 for layer in result.layers] == [True, True]
+    assert verify(model, result.model, image(1, 3, 8, 8, seed=9), min_sqnr_db=25).passed
+
+
 def test_weights_have_a_scale_per_channel() -> None:
     conv = nn.Conv2d(1, 2, 1, bias=False).eval()
     with torch.no_grad():
@@ -88,6 +104,32 @@ def test_weights_have_a_scale_per_channel() -> None:
     quantized = quantize(conv, image(1, 1, 8, 8), image(8, 1, 8, 8)).model
     (weight,) = [t for t in quantized.state_dict().values() if t.dtype is torch.int8]
     assert weight.flatten().tolist() == [127, 127]  # with one scale for both: [127, 0]
+
+
+def test_channels_with_small_weights_have_scales_as_small_when_careful() -> None:
+    """ExecuTorch's recipe has none below 2⁻¹², which leaves a sign of weights up to 0.003."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, bias=False).eval()
+    with torch.no_grad():
+        conv.weight.mul_(1e-3)
+    data = [image(1, 3, 8, 8, seed=seed) for seed in range(12)]
+    plain = quantize(conv, data[0], data).model
+    careful = quantize(conv, data[0], data, recovery=["careful_ranges"]).model
+    assert not verify(conv, plain, data[:3], min_sqnr_db=10).passed
+    assert verify(conv, careful, data[:3], min_sqnr_db=25).passed
+
+
+def test_scales_leave_room_for_the_bias_in_int32() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 2, 3).eval()
+    with torch.no_grad():
+        conv.weight.mul_(1e-9)
+        conv.bias.copy_(torch.tensor([3.0, -40.0]))
+    data = [image(1, 3, 8, 8, seed=seed) for seed in range(12)]
+    careful = quantize(conv, data[0], data, recovery=["careful_ranges"]).model
+    lowered = lower(capture(careful, Case((data[0],))))
+    run = ExecutorchModel(lowered.program, lowered.signature)
+    assert verify(conv, run, data[:3], min_sqnr_db=40).passed
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 1)], ids=str)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import InputError
+from torchfuse.errors import InputError, QuantizationWarning
 from torchfuse.inputs import Case, cases
 from torchfuse.quantizing import quantize, static
+from torchfuse.quantizing.calibration import calibrate
 from torchfuse.quantizing.equalization import equalize
 from torchfuse.quantizing.lockstep import attribute, set_attribute
 from torchfuse.quantizing.rounding import _rounded, correct
@@ -75,12 +76,35 @@ def test_equalising_balances_the_channels_of_a_depthwise_layers_input() -> None:
     assert rows.max() / rows.min() < 30  # 10 000 before
 
 
-def test_a_relu6_that_may_bind_is_left_alone() -> None:
-    model = Depthwise(torch.ones(16) * 40, nn.ReLU6)
+def test_a_channel_that_a_relu6_binds_is_left_alone_and_the_others_are_not() -> None:
+    factors = torch.ones(16)
+    factors[:8] = 40
+    model = Depthwise(factors, nn.ReLU6).eval()
     graph = graph_of(model)
     before = attribute(graph, "expand.weight").clone()
     equalize(graph, CASES)
-    assert torch.equal(attribute(graph, "expand.weight"), before)
+    after = attribute(graph, "expand.weight")
+    assert torch.equal(after[:8], before[:8])
+    assert (after[8:].abs() > 1.5 * before[8:].abs()).all()
+    assert sqnr_db(outputs(model), outputs(graph)) > 110
+
+
+def test_a_channel_goes_no_further_in_int8_than_relu6_lets_it() -> None:
+    """Equalised channels end, in int8, where what was seen of the largest one ends."""
+    graph = graph_of(Depthwise(10.0 ** torch.linspace(-2, 0.5, 16), nn.ReLU6))
+    before = attribute(graph, "expand.bias").clone()
+    equalize(graph, CASES)
+    factors = attribute(graph, "expand.bias") / before
+    observed = static.prepared(graph, careful=True)
+    calibrate(observed, CASES)
+    int8 = static.converted(observed)
+    (ends,) = [  # of the range of what comes out of the first ReLU6
+        (127 - node.args[2]) * node.args[1]
+        for node in int8.graph.nodes
+        if "quantize_per_tensor" in node.name and "hardtanh" in str(node.args[0])
+        and "dequantize" not in node.name and "1" not in str(node.args[0])
+    ]  # fmt: skip
+    assert (ends / factors <= 6 + 1e-3).all()
 
 
 def test_a_tensor_that_the_model_also_returns_is_left_alone() -> None:
@@ -206,8 +230,9 @@ def test_the_users_own_measure_decides_what_stays_in_float() -> None:
         return 200.0 if torch.equal(got, expected) else min(sqnr_db(expected, got), 200.0)
 
     result = quantize(model, DATA[0], DATA, max_drop=60, evaluate=closeness)
-    (accuracy,) = result.report.accuracy
+    accuracy, agreement = result.report.accuracy
     assert accuracy.measure == "closeness"
+    assert agreement.measure == "agreement"
     assert accuracy.before - accuracy.after <= 60
     assert [layer.int8 for layer in result.layers].count(False) >= 1
     assert result.report.recovery[-1].name == "keeping_float"
@@ -218,11 +243,29 @@ def test_labels_give_top_1_before_and_after() -> None:
     model = Depthwise(torch.ones(16)).eval()
     labels = outputs(model).argmax(1)
     result = quantize(model, DATA[0], DATA, labels=labels)
-    (accuracy,) = result.report.accuracy
-    assert (accuracy.measure, accuracy.before) == ("top-1", 100.0)
-    assert accuracy.after >= 90
-    with pytest.raises(InputError, match="a label for each of the 40 calibration samples, got 3"):
-        quantize(model, DATA[0], DATA, labels=labels[:3])
+    top_1, agreement = result.report.accuracy
+    assert (top_1.measure, top_1.before) == ("top-1", 100.0)
+    assert top_1.after >= 90
+    assert agreement.after == top_1.after  # the labels are what the model says
+
+
+def test_a_drop_that_cannot_be_avoided_is_said() -> None:
+    measured = iter([1.0, 0.0, 0.0, 0.0])
+
+    def falling(_: nn.Module) -> float:
+        return next(measured)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    with pytest.warns(QuantizationWarning, match="max_drop=0.1 is not met: falling drops by 1 wit"):
+        result = quantize(model, DATA[0], DATA, evaluate=falling, max_drop=0.1)
+    assert not result.layers[0].int8
+    assert "is not met" in result.report.notes[0]
+
+
+def test_max_drop_needs_a_measure() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()  # returns no scores
+    with pytest.raises(InputError, match=r"max_drop is about a measure, .* give evaluate"):
+        quantize(model, DATA[0], DATA, max_drop=1)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -238,6 +281,9 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"recovery": ["equalisation"]}, "There is no recovery step 'equalisation'; there are"),
         ({"recovery": "rounding"}, r"Expected a list of recovery steps, got 'rounding'"),
         ({"max_drop": -1}, "Expected a max_drop of 0 points or more, got -1"),
+        ({"max_drop": float("nan")}, "Expected a max_drop of 0 points or more, got nan"),
+        ({"max_drop": "half"}, "Expected a max_drop of 0 points or more, got 'half'"),
+        ({"evaluate": 3}, "Expected evaluate as a function that takes a model .* got int"),
         ({"scheme": "int7"}, "Expected a scheme of int8, int8_dynamic, int4, got 'int7'"),
     ],
 )

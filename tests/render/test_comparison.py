@@ -93,7 +93,7 @@ def test_the_widest_cells_are_not_cut():
 def test_the_share_that_the_delegate_runs_is_told():
     conv = OperatorDelegation("convolution", 3, 1, 900, 100, 64, ("Conv3d",))
     relu = OperatorDelegation("relu", 4, 0, 0, 0, 0, ())
-    delegation = Delegation("XNNPACK", 1, (conv, relu), 1000, 0)
+    delegation = Delegation("XNNPACK", 1, (conv, relu), 1000, ())
     rows = (*ROWS, row(FOLDED, ".pte", "fp16", 1e-3, 1, 1e-3, None, delegation))
     assert delegation_lines(Comparison("Net", rows, ())) == [
         "Net, fp16 .pte: XNNPACK runs 90.0 % of the multiply-accumulates and 7 of 8 operator calls."

@@ -73,6 +73,9 @@ class Other(nn.Module):
 
 
 RIGHT = {
+    # fails in ExecuTorch 1.4.1's ChannelsLastTaggedReshapePass
+    "a PReLU after a linear": (nn.Sequential(nn.Linear(4, 3), nn.PReLU(3)), (2, 4)),
+    "a PReLU of three dimensions": (nn.Sequential(nn.Conv1d(4, 3, 2), nn.PReLU(3)), (2, 4, 5)),
     # fails in ExecuTorch 1.4.1's FuseBatchNormPass unless the batch norm is gone first
     "a bare Sequential with a batch norm": (
         nn.Sequential(nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4)), nn.ReLU()),

@@ -1,7 +1,8 @@
-"""`torchfuse quantize`: a model in int8, int4 or fp16 as a `.pte`, and what that cost it."""
+"""`torchfuse quantize`: a model in int8, int4 or fp16 as a file, and what that cost it."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _SCHEMES = ("int8", "int8_dynamic", "int4", "fp16")
+_BACKENDS = ("xnnpack", "qnnpack", "x86", "fbgemm", "onednn")
 _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 
 
@@ -25,7 +27,11 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 @model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-    help="The ExecuTorch program to write, .pte.",
+    help="The file to write: .pte, or .pt and .ptl with --backend.",
+)  # fmt: skip
+@click.option(
+    "--backend", type=click.Choice(_BACKENDS), default="xnnpack", show_default=True,
+    help="For .pt and .ptl one of torch's own engines: plain int8, stubs put in automatically.",
 )  # fmt: skip
 @click.option(
     "--data", metavar="PATH",
@@ -53,11 +59,16 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 @click.option("--no-recovery", is_flag=True, help="Leave accuracy as plain int8 has it.")
 @click.option(
     "--max-drop", type=click.FloatRange(min=0), metavar="POINTS",
-    help="Keep layers in float until at most so many points of agreement or top-1 are lost.",
+    help="Keep layers in float until at most so many points of agreement, top-1 or what "
+    "--evaluate returns are lost.",
 )  # fmt: skip
 @click.option(
     "--labels", type=click.Path(path_type=Path), metavar="FILE",
     help="The class of each calibration sample, an .npy file of integers.",
+)  # fmt: skip
+@click.option(
+    "--evaluate", metavar="FILE.py:FUNCTION",
+    help="A function that takes a model and returns a number, of which more is better.",
 )  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show the layers furthest from float, and why.")
 @click.option(
@@ -69,6 +80,7 @@ def command(
     inputs: tuple[str, ...],
     weights: Path | None,
     output: Path,
+    backend: str,
     data: str | None,
     scheme: str | None,
     size: str | None,
@@ -80,6 +92,7 @@ def command(
     no_recovery: bool,
     max_drop: float | None,
     labels: Path | None,
+    evaluate: str | None,
     explain: bool,
     json_file: Path | None,
 ) -> None:
@@ -87,8 +100,7 @@ def command(
 
     MODEL is path/to/file.py:callable or package.module:callable.
     """
-    if output.suffix != ".pte":
-        raise InputError(f"Expected an output that ends in .pte, got '{output}'.")
+    _check_suffix(output, backend)
     if recover and no_recovery:
         raise InputError("Expected --recover or --no-recovery, got both.")
     loaded = model_source.load(model, inputs, weights)
@@ -107,17 +119,19 @@ def command(
     network, example = loaded.model, loaded.example_inputs
     if preprocess_inside:
         network, example = _with_preprocessing(network, preprocessing)
-    static = scheme in (None, "int8") and data is not None
+    static = scheme in (None, "int8") and data is not None and backend == "xnnpack"
     steps = () if no_recovery or not static else (recover or _STEPS)
     result = torchfuse.quantize(
         network,
         example,
         data,
         scheme=scheme,
+        backend=backend,
         preprocessing=preprocessing,
         recovery=steps,
         max_drop=max_drop,
         labels=None if labels is None else _labels(labels),
+        evaluate=None if evaluate is None else model_source.load_function(evaluate),
         explain=explain,
     )
     if sys.stdout.isatty():
@@ -133,12 +147,25 @@ def command(
     if json_file is not None:
         from torchfuse.artifacts import write_atomically
 
-        write_atomically(json_file, (result.report.to_json() + "\n").encode())
+        delegation = None if artifact.delegation is None else artifact.delegation.to_dict()
+        found = {**json.loads(result.report.to_json()), "delegation": delegation}
+        write_atomically(json_file, (json.dumps(found, indent=2) + "\n").encode())
     _closing(artifact)
 
 
+def _check_suffix(output: Path, backend: str) -> None:
+    expected = (".pte",) if backend == "xnnpack" else (".pt", ".ptl")
+    if output.suffix not in expected:
+        advice = " or give --backend" if output.suffix in (".pt", ".ptl") else ""
+        raise InputError(
+            f"Expected an output that ends in {' or '.join(expected)} for {backend}, got "
+            f"'{output}'; choose another name{advice}."
+        )
+
+
 def _closing(artifact: Any) -> None:
-    click.echo(f"\n{artifact.delegation}")
+    if artifact.delegation is not None:
+        click.echo(f"\n{artifact.delegation}")
     click.echo(f"\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import fx, nn
@@ -19,15 +20,16 @@ from torchfuse.quantizing.calibration import (
 )
 from torchfuse.quantizing.fitness import require_eval_mode, require_forward
 from torchfuse.quantizing.preprocessing import WithPreprocessing
-from torchfuse.quantizing.recovery import STEPS, Recovered, recovered
+from torchfuse.quantizing.recovery import STEPS, Recovered, measured, recovered
 from torchfuse.quantizing.report import Calibrated, QuantizationReport
-from torchfuse.quantizing.static import QuantizedLayer, is_quantized_graph
+from torchfuse.quantizing.static import QuantizedLayer, argument_names, is_quantized_graph
 from torchfuse.quieting import quiet
 from torchfuse.restoring import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torchfuse.inputs import Case
     from torchfuse.quantizing.preprocessing import Preprocessing
 
 __all__ = [
@@ -49,6 +51,7 @@ _RANDOM = (
     "Calibrated on random inputs: the ranges are those of noise, so this model is for measuring "
     "speed, not for use; calibrate on real inputs."
 )
+_RANDOM_MEASURES = "Measured on random inputs: on real ones the accuracy will be another."
 
 
 class QuantizationResult(NamedTuple):
@@ -106,71 +109,148 @@ def quantize(
         InputError: an unknown scheme, backend or step; labels that do not fit.
         UnsupportedError: torch.export cannot capture the model.
     """
-    _check_options(scheme, backend, recovery, max_drop)
+    _check_options(scheme, backend, recovery, max_drop, evaluate)
     require_eval_mode(model)
-    example = cases(example_inputs)[0]
+    example = cases(example_inputs, "example_inputs")[0]
     chosen, notes = _chosen_scheme(model, scheme, calibration)
+    wanted = _Wanted(tuple(recovery), max_drop, labels, evaluate, explain)
     if backend != "xnnpack":
-        wanted = {"recovery": recovery, "max_drop": max_drop, "labels": labels, "explain": explain}
-        if chosen != "int8" or evaluate or any(wanted.values()):
-            raise InputError(
-                f"For '{backend}' there is plain static int8 only; for other schemes, recovery, "
-                "labels, evaluate and explain use backend='xnnpack'."
-            )
+        _require_plain(chosen, backend, wanted)
     if chosen != "int8":
-        unfit = [n for n, given in (("recovery", recovery), ("max_drop", max_drop)) if given]
-        if unfit:
-            raise InputError(f"{unfit[0]} is for static int8; {chosen} measures no ranges.")
-        require_forward([example])
-        with random_state_kept():
-            made = dynamic.quantized(model, example, chosen, dynamic_shapes)
-        layers = tuple(static.layers_of(made))
-        _warn(notes)
-        report = QuantizationReport(chosen, None, None, (), (), (), tuple(notes))
-        return QuantizationResult(made, layers, report)
-    data = read_calibration(
-        calibration, example, preprocessing, as_pixels=isinstance(model, WithPreprocessing)
-    )
-    require_forward([example, *data.cases])
-    if backend != "xnnpack":
-        with random_state_kept():
-            int8, layers, growth = legacy.quantized(model, example, data.cases, backend)
+        _require_no_ranges(chosen, calibration, wanted)
+    data = None
+    if chosen == "int8" or calibration is not None:
+        data = read_calibration(
+            calibration,
+            example,
+            preprocessing,
+            as_pixels=isinstance(model, WithPreprocessing),
+            names=argument_names(model),
+        )
+        if labels is None and data.labels is not None and backend == "xnnpack":
+            wanted = replace(wanted, labels=data.labels)
         if data.random:
-            notes.append(_RANDOM)
-        _warn(notes)
-        measured = _calibrated(data, growth)
-        report = QuantizationReport(f"int8 for {backend}", measured, None, (), (), (), tuple(notes))
-        return QuantizationResult(int8, layers, report)
+            notes.append(_RANDOM if chosen == "int8" else _RANDOM_MEASURES)
+    require_forward([example, *([] if data is None else data.cases)])
     with quiet(), random_state_kept():
-        graph = static.float_graph(model, example, data.cases, dynamic_shapes)
-        if not (recovery or max_drop is not None or labels is not None or evaluate or explain):
-            observed = static.prepared(graph)
-            growth = calibrate(observed, data.cases)
-            result = Recovered(static.converted(observed), growth)
+        if backend != "xnnpack":
+            assert data is not None
+            made = legacy.quantized(model, example, data.cases, backend)
+            found = Recovered(made.model, made.late_growth)
+            layers = made.layers
+            notes += made.notes
         else:
-            result = recovered(
-                graph,
-                data.cases,
-                steps=STEPS if max_drop is not None else tuple(recovery),
-                max_drop=max_drop,
-                labels=labels,
-                evaluate=evaluate,
-                explain=explain,
-            )
-    calibrated = _calibrated(data, result.late_growth)
-    if data.random:
-        notes.append(_RANDOM)
+            found = _for_xnnpack(model, example, data, chosen, dynamic_shapes, wanted)
+            layers = tuple(static.layers_of(found.model))
+    notes += found.warnings
+    if chosen == "int4":
+        notes += _left_in_float(layers)
     _warn(notes)
     report = QuantizationReport(
-        scheme=chosen,
-        calibrated=calibrated,
-        sqnr_db=result.sqnr_db,
-        layers=result.layers,
-        recovery=result.steps,
-        accuracy=result.accuracy,
-        notes=(*notes, *result.notes),
+        scheme=chosen if backend == "xnnpack" else f"{chosen} for {backend}",
+        calibrated=None if data is None else _calibrated(data, found.late_growth),
+        sqnr_db=found.sqnr_db,
+        layers=found.layers,
+        recovery=found.steps,
+        accuracy=found.accuracy,
+        notes=(*notes, *found.notes),
+        in_float=tuple(
+            f"{layer.module or 'the model itself'} ({layer.operator})"
+            for layer in layers
+            if not layer.int8
+        ),
     )
-    return QuantizationResult(result.model, tuple(static.layers_of(result.model)), report)
+    return QuantizationResult(found.model, layers, report)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be measured and won back."""
+
+    recovery: tuple[str, ...]
+    max_drop: float | None
+    labels: Any
+    evaluate: Callable[[nn.Module], float] | None
+    explain: bool
+
+    @property
+    def nothing(self) -> bool:
+        return (
+            not self.recovery
+            and self.max_drop is None
+            and self.labels is None
+            and self.evaluate is None
+            and not self.explain
+        )
+
+
+def _for_xnnpack(
+    model: nn.Module,
+    example: Case,
+    data: CalibrationData | None,
+    scheme: str,
+    dynamic_shapes: Any,
+    wanted: _Wanted,
+) -> Recovered:
+    if scheme != "int8":
+        given = [] if data is None else data.cases
+        traced, dynamic_shapes = static.widest(model, example, given, dynamic_shapes)
+        made = dynamic.quantized(model, traced, scheme, dynamic_shapes)
+        if not given:
+            return Recovered(made.model, None)
+        return measured(
+            made.model, made.reference, given, wanted.labels, wanted.evaluate, wanted.explain
+        )
+    assert data is not None
+    graph = static.float_graph(model, example, data.cases, dynamic_shapes)
+    if wanted.nothing:
+        observed = static.prepared(graph)
+        growth = calibrate(observed, data.cases)
+        return Recovered(static.converted(observed), growth)
+    return recovered(
+        graph,
+        data.cases,
+        steps=STEPS if wanted.max_drop is not None else wanted.recovery,
+        max_drop=wanted.max_drop,
+        labels=wanted.labels,
+        evaluate=wanted.evaluate,
+        explain=wanted.explain,
+    )
+
+
+def _require_plain(scheme: str, backend: str, wanted: _Wanted) -> None:
+    if scheme != "int8" or not wanted.nothing:
+        raise InputError(
+            f"For '{backend}' there is plain static int8 only; for other schemes, recovery, "
+            "max_drop, labels, evaluate and explain use backend='xnnpack'."
+        )
+
+
+def _require_no_ranges(scheme: str, calibration: Any, wanted: _Wanted) -> None:
+    given = {"recovery": bool(wanted.recovery), "max_drop": wanted.max_drop is not None}
+    for name, is_given in given.items():
+        if is_given:
+            raise InputError(f"{name} is for static int8; {scheme} measures no ranges.")
+    given = {
+        "labels": wanted.labels is not None,
+        "evaluate": wanted.evaluate is not None,
+        "explain": wanted.explain,
+    }
+    for name, is_given in given.items():
+        if is_given and calibration is None:
+            raise InputError(
+                f"{name} is about inputs: give some as calibration, on which {scheme} is measured."
+            )
+
+
+def _left_in_float(layers: Sequence[QuantizedLayer]) -> list[str]:
+    left = [layer.module for layer in layers if layer.operator == "linear" and not layer.int8]
+    if not left:
+        return []
+    return [
+        f"{', '.join(left)} stay in float: int4 takes linear layers with a multiple of "
+        f"{dynamic.GROUP_SIZE} inputs."
+    ]
 
 
 def _warn(notes: Sequence[str]) -> None:
@@ -179,7 +259,11 @@ def _warn(notes: Sequence[str]) -> None:
 
 
 def _check_options(
-    scheme: str | None, backend: str, recovery: Sequence[str], max_drop: float | None
+    scheme: str | None,
+    backend: str,
+    recovery: Sequence[str],
+    max_drop: float | None,
+    evaluate: Any,
 ) -> None:
     if backend not in _BACKENDS:
         raise InputError(f"Expected a backend of {', '.join(_BACKENDS)}, got '{backend}'.")
@@ -192,8 +276,13 @@ def _check_options(
     for step in recovery:
         if step not in STEPS:
             raise InputError(f"There is no recovery step {step!r}; there are {', '.join(STEPS)}.")
-    if max_drop is not None and max_drop < 0:
-        raise InputError(f"Expected a max_drop of 0 points or more, got {max_drop}.")
+    if max_drop is not None and not (isinstance(max_drop, (int, float)) and max_drop >= 0):
+        raise InputError(f"Expected a max_drop of 0 points or more, got {max_drop!r}.")
+    if evaluate is not None and not callable(evaluate):
+        raise InputError(
+            "Expected evaluate as a function that takes a model and returns a number, got "
+            f"{type(evaluate).__name__}."
+        )
 
 
 def _chosen_scheme(model: nn.Module, scheme: str | None, calibration: Any) -> tuple[str, list[str]]:

@@ -1,7 +1,8 @@
 """Calibration data: read from where it is, checked, run through a model with observers in it."""
 
 import os
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torchfuse.checking import copy_tensors
 from torchfuse.errors import CalibrationError, first_line
 from torchfuse.inputs import Case, cases
-from torchfuse.quantizing.preprocessing import Preprocessing, pictures_in
+from torchfuse.quantizing.preprocessing import PICTURES, Preprocessing, pictures_in
 from torchfuse.restoring import put_back
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
 RANDOM = "random"  # calibration on noise, for a look at speed; asked for by name only
 _RANDOM_SAMPLES = 16
 _ARRAYS = (".npy", ".npz")
+# A picture in uint8 or a mask in bool is no number in another integer type.
+_OF_THEIR_OWN = {torch.uint8, torch.bool}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class CalibrationData:
     cases: list[Case]
     source: str
     random: bool = False
+    labels: torch.Tensor | None = None  # [samples], where a DataLoader came with them
 
 
 def read_calibration(
@@ -47,35 +51,41 @@ def read_calibration(
     preprocessing: Preprocessing | None = None,
     *,
     as_pixels: bool = False,
+    names: Sequence[str] = (),
 ) -> CalibrationData:
     """Return the calibration data as checked cases.
 
-    `calibration` is a tensor, a tuple or a dict of arguments, a `Case`, any iterable of these (a
-    DataLoader that yields inputs without labels), an `.npy` or `.npz` file with samples along
-    the first axis (in an `.npz`, one array per argument, by name), a folder of pictures, for which
-    `preprocessing` says how they become inputs, or "random". With `as_pixels` pictures are left
-    as uint8 `[1, height, width, 3]`, for a model that normalises them itself.
+    `calibration` is a tensor or array, a tuple or a dict of arguments, a `Case`, any iterable of
+    these (a DataLoader; one integer per sample after the arguments is taken for its label), an
+    `.npy` or `.npz` file with samples along the first axis (in an `.npz`, one array per argument,
+    by name), a folder of pictures, for which `preprocessing` says how they become inputs, or
+    "random". With `as_pixels` pictures are left as uint8 `[1, height, width, 3]`, for a model that
+    normalises them itself. `names` are those of forward's arguments.
 
     Raises:
-        CalibrationError: the data is missing, empty, constant, unreadable, or holds NaN or Inf.
+        CalibrationError: the data is missing, empty, constant, unreadable, of another dtype than
+            the example, or holds NaN or Inf.
     """
     if isinstance(calibration, str) and calibration == RANDOM:
         return CalibrationData(_random_like(example), f"{_RANDOM_SAMPLES} random inputs", True)
     if isinstance(calibration, (str, os.PathLike)):
         path = Path(calibration)
         if path.is_dir():
+            pictures = _pictures(path, preprocessing, as_pixels=as_pixels)
             return CalibrationData(
-                checked_calibration(_pictures(path, preprocessing, as_pixels=as_pixels)),
-                f"the pictures in '{path.name}'",
+                checked_calibration(pictures, example), f"the pictures in '{path.name}'"
             )
         if path.suffix in _ARRAYS:
-            return CalibrationData(checked_calibration(_arrays(path, example)), f"'{path.name}'")
+            arrays = _arrays(path, example, names)
+            return CalibrationData(checked_calibration(arrays, example), f"'{path.name}'")
         raise CalibrationError(
             f"Expected calibration data in an .npy or .npz file or a folder of pictures, got "
             f"'{path}', which is {'no such file' if not path.exists() else 'neither'}."
         )
-    data = checked_calibration(calibration)
-    return CalibrationData(data, "1 given case" if len(data) == 1 else f"{len(data)} given cases")
+    entries, labels = _entries(calibration, example)
+    data = checked_calibration(entries, example)
+    source = "1 given case" if len(data) == 1 else f"{len(data)} given cases"
+    return CalibrationData(data, source, labels=labels)
 
 
 def _random_like(example: Case) -> list[Case]:
@@ -93,47 +103,138 @@ def _pictures(
             "model's input: give preprocessing=Preprocessing(size=…, mean=…, std=…)."
         )
     pixels = [preprocessing.pixels(path) for path in pictures_in(folder)]
+    if not pixels:
+        raise CalibrationError(
+            f"Expected a folder of pictures, got '{folder}', which holds none "
+            f"({', '.join(sorted(PICTURES))})."
+        )
     return pixels if as_pixels else [preprocessing.normalised(picture) for picture in pixels]
 
 
-def _arrays(path: Path, example: Case) -> list[Case]:
+def _entries(calibration: Any, example: Case) -> tuple[Any, torch.Tensor | None]:
+    """What `cases` takes, arrays as tensors and a DataLoader's lists as tuples; and the labels."""
+    if calibration is None:
+        return None, None
+    one = (torch.Tensor, tuple, Mapping, Case)
+    if isinstance(calibration, one) or _is_array(calibration):
+        return _as_tensors(calibration, example), None
+    if not isinstance(calibration, Iterable):
+        return calibration, None  # `cases` says what is wrong with it
+    entries, labels = [], []
+    for entry in calibration:
+        arguments, label = _without_label(entry, example)
+        entries.append(_as_tensors(arguments, example))
+        labels.append(label)
+    given = [label for label in labels if label is not None]
+    if given and len(given) < len(labels):
+        raise CalibrationError(
+            f"Expected a label with every calibration case or with none, got {len(given)} labels "
+            f"for {len(labels)} cases."
+        )
+    return entries, torch.cat(given) if given else None
+
+
+def _without_label(entry: Any, example: Case) -> tuple[Any, torch.Tensor | None]:
+    """The arguments of `(*arguments, label)`, one integer per sample, and the label."""
+    if not isinstance(entry, (list, tuple)) or example.kwargs:
+        return entry, None
+    arguments = tuple(entry)
+    if len(arguments) != len(example.args) + 1:
+        return arguments, None
+    *rest, label = arguments
+    label = torch.as_tensor(label) if isinstance(label, int) or _is_array(label) else label
+    fits = isinstance(label, torch.Tensor) and not label.is_floating_point() and label.dim() <= 1
+    return (tuple(rest), label.flatten()) if fits else (arguments, None)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") and not isinstance(value, torch.Tensor)
+
+
+def _as_tensors(entry: Any, example: Case) -> Any:
+    """The entry with its NumPy arrays as tensors, in the dtypes of the example's."""
+    if _is_array(entry):
+        like = example.args[0] if example.args else next(iter(example.kwargs.values()), None)
+        return _tensor(entry, like, "The calibration data")
+    if isinstance(entry, tuple) and any(map(_is_array, entry)):
+        likes = [*example.args, *[None] * len(entry)]
+        return tuple(
+            _tensor(value, like, "The calibration data") if _is_array(value) else value
+            for value, like in zip(entry, likes, strict=False)
+        )
+    if isinstance(entry, Mapping) and any(map(_is_array, entry.values())):
+        return {
+            name: _tensor(value, example.kwargs.get(name), "The calibration data")
+            if _is_array(value)
+            else value
+            for name, value in entry.items()
+        }
+    return entry
+
+
+def _tensor(array: Any, like: Any, what: str) -> torch.Tensor:
+    """The array as a tensor, in the example's precision; whole numbers do not become others."""
+    import numpy as np
+
+    values = np.asarray(array)
+    try:
+        tensor = torch.from_numpy(np.array(values, values.dtype.newbyteorder("=")))
+    except TypeError as error:
+        raise CalibrationError(f"{what} holds {values.dtype} values, expected numbers.") from error
+    if isinstance(like, torch.Tensor) and like.is_floating_point() == tensor.is_floating_point():
+        return tensor if {like.dtype, tensor.dtype} & _OF_THEIR_OWN else tensor.to(like.dtype)
+    return tensor
+
+
+def _arrays(path: Path, example: Case, names: Sequence[str]) -> list[Case]:
     """One case per sample, with arguments in the dtype of the example's."""
     import numpy as np
 
     try:
         loaded = np.load(path, allow_pickle=False)
         named = dict(loaded) if path.suffix == ".npz" else {"": loaded}
-    except (OSError, ValueError, EOFError) as error:
-        raise CalibrationError(f"'{path}' cannot be read as NumPy data: {error}.") from error
-    positional = len(example.args) > len(example.kwargs)
-    expected = [*map(str, range(len(example.args)))] if positional else list(example.kwargs)
-    arrays = {name: torch.from_numpy(array) for name, array in named.items()}
-    if not arrays or len({len(array) for array in arrays.values()}) != 1:
-        raise CalibrationError(f"'{path}' must hold arrays with the same number of samples.")
-    if not positional and set(arrays) != set(expected):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CalibrationError(
-            f"'{path}' holds {', '.join(arrays)}; expected the model's arguments "
+            f"'{path}' cannot be read as NumPy data without pickles: {first_line(error)}."
+        ) from error
+    if not named or any(array.ndim == 0 for array in named.values()):
+        raise CalibrationError(f"'{path}' must hold arrays with samples along their first axis.")
+    if len({len(array) for array in named.values()}) != 1:
+        lengths = ", ".join(f"{len(array)} in {name}" for name, array in named.items())
+        raise CalibrationError(f"'{path}' must hold as many samples in every array, got {lengths}.")
+    positional = len(example.args) > len(example.kwargs)
+    expected = list(names[: len(example.args)]) if positional else list(example.kwargs)
+    if set(named) == set(expected):  # by name, in whatever order they were saved
+        named = {name: named[name] for name in expected}
+    elif not positional:
+        raise CalibrationError(
+            f"'{path}' holds {', '.join(named)}; expected the model's arguments "
             f"{', '.join(expected)}."
         )
-    if positional and len(arrays) != len(expected):
+    elif len(named) != len(example.args):
         raise CalibrationError(
-            f"'{path}' holds {len(arrays)} arrays; the model takes {len(expected)} arguments."
+            f"'{path}' holds {len(named)} arrays ({', '.join(named)}); the model takes "
+            f"{len(example.args)}: {', '.join(expected) or 'by position'}."
         )
-    given = list(example.args) if positional else [example.kwargs[name] for name in arrays]
+    elif len(named) > 1:
+        raise CalibrationError(
+            f"'{path}' holds {', '.join(named)}; expected the names of the model's arguments, "
+            f"{', '.join(expected)}, so that none is taken for another."
+        )
+    given = list(example.args) if positional else [example.kwargs[name] for name in named]
     columns = [
-        array.to(like.dtype) if isinstance(like, torch.Tensor) else array
-        for array, like in zip(arrays.values(), given, strict=True)
+        _tensor(array, like, f"'{path}'") for array, like in zip(named.values(), given, strict=True)
     ]
     samples = range(len(columns[0]))
     if positional:
         return [Case(tuple(column[i : i + 1] for column in columns)) for i in samples]
     return [
-        Case((), {name: column[i : i + 1] for name, column in zip(arrays, columns, strict=True)})
+        Case((), {name: column[i : i + 1] for name, column in zip(named, columns, strict=True)})
         for i in samples
     ]
 
 
-def checked_calibration(calibration: Any) -> list[Case]:
+def checked_calibration(calibration: Any, example: Case | None = None) -> list[Case]:
     """Return the calibration data as cases, or raise CalibrationError if it is unfit."""
     if calibration is None:
         raise CalibrationError(
@@ -146,10 +247,12 @@ def checked_calibration(calibration: Any) -> list[Case]:
         calibration = list(calibration)
     if isinstance(calibration, list) and not calibration:
         raise CalibrationError("The calibration data is empty; give at least one input.")
-    data = cases(calibration)
+    data = cases(calibration, "calibration")
     lowest: dict[int, float] = {}
     highest: dict[int, float] = {}
     for number, case in enumerate(data):
+        if example is not None:
+            _require_dtypes(case, example, number)
         for position, tensor in enumerate(tensors_of(case)):
             if not tensor.numel():
                 raise CalibrationError(
@@ -168,6 +271,22 @@ def checked_calibration(calibration: Any) -> list[Case]:
             "says nothing about the ranges of the activations; give real inputs."
         )
     return data
+
+
+def _require_dtypes(case: Case, example: Case, number: int) -> None:
+    given, expected = tensors_of(case), tensors_of(example)
+    if len(given) != len(expected):
+        return  # running the case says what is wrong with it
+    for ours, theirs in zip(given, expected, strict=True):
+        if ours.dtype is not theirs.dtype:
+            raise CalibrationError(
+                f"Calibration case {number}, {case}, holds {_name(ours)}, the example inputs "
+                f"{_name(theirs)}; convert it as the model's inputs are."
+            )
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def calibrate(

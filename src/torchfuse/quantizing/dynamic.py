@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -17,12 +17,19 @@ from torchfuse.targets import executorch
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
 
-__all__ = ["GROUP_SIZE", "quantized"]
+__all__ = ["GROUP_SIZE", "Made", "quantized"]
 
 GROUP_SIZE = 32  # inputs that share a scale in int4: what XNNPACK's kernels take
 
 
-def quantized(model: nn.Module, example: Case, scheme: str, dynamic_shapes: Any) -> fx.GraphModule:
+class Made(NamedTuple):
+    """A model with quantized linear layers, and the float graph that it is compared with."""
+
+    model: fx.GraphModule
+    reference: fx.GraphModule
+
+
+def quantized(model: nn.Module, example: Case, scheme: str, dynamic_shapes: Any) -> Made:
     """Return `model` with its linear layers in "int8_dynamic" or "int4".
 
     Raises:
@@ -35,8 +42,11 @@ def quantized(model: nn.Module, example: Case, scheme: str, dynamic_shapes: Any)
             f"{scheme} is for linear layers, of which this model has none; use static int8."
         )
     if scheme == "int4":
-        return _graph(_int4(model), example, dynamic_shapes)
-    return _int8(_graph(model, example, dynamic_shapes), example)
+        return Made(
+            _graph(_int4(model), example, dynamic_shapes), _graph(model, example, dynamic_shapes)
+        )
+    reference = _graph(model, example, dynamic_shapes)
+    return Made(_int8(copy.deepcopy(reference), example), reference)
 
 
 def _graph(model: nn.Module, example: Case, dynamic_shapes: Any) -> fx.GraphModule:
@@ -66,8 +76,9 @@ def _int8(graph: fx.GraphModule, example: Case) -> fx.GraphModule:
 
 
 def _int4(model: nn.Module) -> nn.Module:
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
+    with quiet():
+        from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
 
     def fits(module: nn.Module, _: str) -> bool:
         return isinstance(module, nn.Linear) and module.in_features % GROUP_SIZE == 0

@@ -1,13 +1,24 @@
-"""Cross-layer equalisation: every channel of an activation gets to use the same range.
+"""Cross-layer equalisation: every channel of an activation gets to use as much range as it needs.
 
     W_next · x = (W_next · S⁻¹) · (S · x),   S = diag(s), s > 0
 
 One scale for a whole int8 tensor is as coarse as its largest channel; small channels drown. The
 layers that make a tensor are multiplied by s, the ones that read it divided. Between them only what
 commutes with a positive factor per channel may lie: ReLU, pooling, additions of tensors that get
-the same s. ReLU6 commutes while its upper bound does not bind: a channel is scaled only as far as
-interval arithmetic from the input's range proves that, and left alone otherwise. In int8 the input
-is clipped to its calibrated range anyway, so what is proved for that range holds for every input.
+the same s.
+
+ReLU6 commutes while its bound does not bind. A channel is scaled up until what was seen of it
+comes near the bound, and left alone if it comes near it already. int8 ends where what was seen
+ends, which is below the bound: no channel goes further than ReLU6 lets it, and none is cut off at
+less than was seen of it.
+
+Where a layer mixes the channels, a column of its weights that grows costs precision in all others
+of its row. There s is what makes the least noise at the outputs:
+
+    Σ_tensors (T/255)²/12 · Σ_c a_c/s_c²
+    + Σ_layers Σ_o max_i(|W_oi|/s_i / 127)²/12 · Σ_i s_i² · w_oi
+
+with T the whole tensor's range, a and w from `importance.py`.
 
 After Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (2019).
 """
@@ -20,7 +31,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from torchfuse.quantizing.lockstep import attribute, set_attribute, steps
+from torchfuse.quantizing.importance import Importance, importance
+from torchfuse.quantizing.lockstep import attribute, set_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,20 +57,26 @@ _POOLS = (
 )  # fmt: skip
 _NEUTRAL = (aten.dropout.default, aten.dropout_.default, aten.clone.default)
 _RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
-# How much of the difference between channels is moved into the weights of a layer that mixes them:
-# there a column that grew costs precision in all others of its row. Depthwise layers take it all.
-_MIXED = 0.5
 _LARGEST_SCALE = 2.0**10
+# How far beyond what was seen of a channel its bound must lie for it to be scaled.
+_MARGIN = 1.25
+# A channel that hardly mattered on the data may matter elsewhere: this share of the mean at least.
+_LEAST_IMPORTANCE = 0.01
+_STEPS = 150
+_STEP = 0.05  # of log s
+_LEVELS, _WEIGHT_LEVELS = 255, 127
 
 
 def equalize(graph_module: fx.GraphModule, data: Sequence[Case]) -> int:
     """Equalise an exported graph without batch norms in place; return how many groups of tensors.
 
-    What it computes stays the same up to rounding, for inputs within the range of `data`.
+    What it computes stays the same up to rounding, for inputs that keep each channel that a ReLU6
+    bounds within 1.25 times what `data` makes of it.
     """
-    ranges, bounds = _ranges(graph_module, data)
-    groups = _groups(graph_module, ranges)
-    return sum(_apply(graph_module, group, ranges, bounds) for group in groups)
+    layers = [n for n in graph_module.graph.nodes if n.target in (*_CONVS, *_LINEARS)]
+    found = importance(graph_module, layers, data)
+    groups = _groups(graph_module, found.low)
+    return sum(_apply(graph_module, group, found) for group in groups)
 
 
 @dataclass
@@ -72,82 +90,12 @@ class _Group:
     possible: bool = True
 
 
-def _ranges(
-    graph_module: fx.GraphModule, data: Sequence[Case]
-) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, tuple[Tensor, Tensor]]]:
-    """The largest |value| of each channel, and bounds proved for each from the input's range."""
-    largest: dict[fx.Node, Tensor] = {}
-    bounds: dict[fx.Node, tuple[Tensor, Tensor]] = {}
-
-    for step, _ in steps(graph_module, data):
-        node, first = step.node, step.values[0]
-        if not isinstance(first, Tensor) or first.dim() < 2 or not first.is_floating_point():
-            continue
-        extremes = [_by_channel(value).aminmax(dim=1) for value in step.values]
-        low = torch.stack([e.min for e in extremes]).amin(0)
-        high = torch.stack([e.max for e in extremes]).amax(0)
-        largest[node] = torch.maximum(-low, high)
-        if node.op == "placeholder":  # int8 clips a whole tensor, not a channel of it
-            bounds[node] = (low.min().expand_as(low), high.max().expand_as(high))
-        elif (proved := _bounds(graph_module, node, bounds)) is not None:
-            bounds[node] = proved
-    return largest, bounds
-
-
-def _by_channel(value: Tensor) -> Tensor:
-    """`[channels, everything else]`."""
-    return value.transpose(0, 1).flatten(1) if value.dim() > 1 else value
-
-
-def _bounds(
-    graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor] | None:
-    """Interval arithmetic, one interval per channel; None where it is not known how."""
-    given = known.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-    if given is None:
-        return None
-    low, high = given
-    if node.target in (*_CONVS, *_LINEARS):
-        weight = attribute(graph_module, node.args[1].target)  # type: ignore[union-attr]
-        bias = _bias(graph_module, node)
-        if node.target in _CONVS:  # padding is zeros
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        groups = _group_count(node)
-        rows = weight.flatten(2).double() if weight.dim() > 2 else weight[..., None].double()
-        inputs = torch.arange(len(low)).reshape(groups, -1)
-        inputs = inputs.repeat_interleave(weight.shape[0] // groups, 0)
-        lows, highs = low.double()[inputs][..., None], high.double()[inputs][..., None]
-        positive, negative = rows.clamp(min=0), rows.clamp(max=0)
-        smallest = (positive * lows + negative * highs).sum((1, 2))
-        largest = (positive * highs + negative * lows).sum((1, 2))
-        shift = 0 if bias is None else bias.double()
-        return smallest + shift, largest + shift
-    if node.target in _RELUS:
-        return low.clamp(min=0), high.clamp(min=0)
-    if node.target in _CLAMPS:
-        floor, ceiling = _clamp_limits(node)
-        return low.clamp(floor, ceiling), high.clamp(floor, ceiling)
-    if node.target in _ADDS and isinstance(node.args[1], fx.Node):
-        other = known.get(node.args[1])
-        if other is None or len(other[0]) != len(low):
-            return None
-        return low + other[0], high + other[1]
-    if node.target in (*_POOLS, *_NEUTRAL):
-        return low.clamp(max=0), high.clamp(min=0)  # an average may count padding
-    return None
-
-
 def _clamp_limits(node: fx.Node) -> tuple[float | None, float | None]:
     if "relu6" in str(node.target):
         return 0.0, 6.0
     defaults = (-1.0, 1.0) if "hardtanh" in str(node.target) else (None, None)
     given = [*node.args[1:3], *defaults[len(node.args) - 1 :]]
     return given[0], given[1]
-
-
-def _bias(graph_module: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    bias = node.args[2] if len(node.args) > 2 else None
-    return attribute(graph_module, bias.target) if isinstance(bias, fx.Node) else None
 
 
 def _group_count(node: fx.Node) -> int:
@@ -231,7 +179,7 @@ def _adds_alike(node: fx.Node) -> bool:
 
 
 def _commutes(node: fx.Node) -> bool:
-    """Whether a positive factor per channel may be moved past the node (for clamps: if proved)."""
+    """Whether a positive factor per channel may be moved past the node (for clamps: below them)."""
     if node.target in _CLAMPS:
         floor, ceiling = _clamp_limits(node)
         return floor == 0 and ceiling is not None
@@ -245,13 +193,8 @@ def _commutes(node: fx.Node) -> bool:
     return node.target in (*_RELUS, *_POOLS, *_NEUTRAL)
 
 
-def _apply(
-    graph_module: fx.GraphModule,
-    group: _Group,
-    ranges: dict[fx.Node, Tensor],
-    bounds: dict[fx.Node, tuple[Tensor, Tensor]],
-) -> bool:
-    scale = _scales(graph_module, group, ranges, bounds)
+def _apply(graph_module: fx.GraphModule, group: _Group, found: Importance) -> bool:
+    scale = _scales(graph_module, group, found)
     if not (scale != 1).any():
         return False
     for node in group.makers:
@@ -272,51 +215,97 @@ def _apply(
     return True
 
 
-def _scales(
-    graph_module: fx.GraphModule,
-    group: _Group,
-    ranges: dict[fx.Node, Tensor],
-    bounds: dict[fx.Node, tuple[Tensor, Tensor]],
-) -> Tensor:
-    """`[channels]` float64; 1 where nothing is to be gained or proved."""
-    clamps = [node for node in group.tensors if node.target in _CLAMPS]
+def _scales(graph_module: fx.GraphModule, group: _Group, found: Importance) -> Tensor:
+    """`[channels]` float64; 1 where nothing is to be gained."""
     # What int8 holds is what comes out of an activation, not what goes into it.
     held = [node for node in group.tensors if not _goes_into_activation(node)] or group.tensors
-    largest = torch.stack([ranges[node] for node in held]).amax(0).double()
+    largest = torch.stack([found.largest(node) for node in held]).amax(0)
     whole = largest.max()
-    scale = whole / largest.clamp(min=float(whole) / _LARGEST_SCALE)
-    if not all(_group_count(node) == group.channels for node in group.readers):
-        columns = [_columns(graph_module, node) for node in group.readers]
-        weights = torch.stack(columns).amax(0)
-        # Rows and columns meet halfway: |s·x| against |W/s|.
-        balance = weights.clamp(min=1e-12) ** (1 - _MIXED) / largest.clamp(min=1e-12) ** _MIXED
-        balance = balance / (balance * largest).max() * whole
-        scale = torch.minimum(scale, balance)
+    least, most = _limits(group, found)
+    full = (whole / largest.clamp(min=float(whole) / _LARGEST_SCALE)).clamp(least, most)
+    full[largest == 0] = 1
+    mixing = [node for node in group.readers if _group_count(node) != group.channels]
+    if not mixing:
+        return full
+    noise = _Noise(graph_module, held, mixing, found)
+    starts = [torch.ones_like(full), full.sqrt().clamp(least, most), full]
+    scale = _descended(noise, min(starts, key=noise), least, most)
     scale[largest == 0] = 1
+    return scale
+
+
+def _limits(group: _Group, found: Importance) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest factor that each channel may get, `[channels]`."""
+    clamps = [node for node in group.tensors if node.target in _CLAMPS]
+    least = torch.full((group.channels,), 1 / _LARGEST_SCALE, dtype=torch.float64)
+    most = torch.full_like(least, _LARGEST_SCALE)
     for node in clamps:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         _, ceiling = _clamp_limits(node)
         assert ceiling is not None
-        if source not in bounds:
-            return torch.ones_like(scale)
-        proved = bounds[source][1]
-        room = ceiling / proved.clamp(min=ceiling / _LARGEST_SCALE)
-        never_binds = proved * (1 + 1e-6) < ceiling
-        scale = torch.where(never_binds, torch.minimum(scale, room), torch.ones_like(scale))
-    return scale
+        reached = found.high[source].double() * _MARGIN
+        room = ceiling / reached.clamp(min=ceiling / _LARGEST_SCALE)
+        least = torch.ones_like(least)
+        most = torch.minimum(most, torch.where(room > 1, room, 1.0))
+    return least, most
+
+
+class _Noise:
+    """What int8 adds to the outputs, as a function of the factors (the formula at the top)."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        held: Sequence[fx.Node],
+        readers: Sequence[fx.Node],
+        found: Importance,
+    ) -> None:
+        self.tensors = [
+            (found.low[n].double(), found.high[n].double(), _floored(found.activations[n]))
+            for n in held
+            if found.activations[n].dim()
+        ]
+        self.layers = []
+        for node in readers:
+            weight = attribute(graph_module, node.args[1].target)  # type: ignore[union-attr]
+            if _group_count(node) == 1 and found.weights[node].dim():
+                size = weight.double().abs().reshape(*weight.shape[:2], -1).amax(2)
+                self.layers.append((size, found.weights[node]))
+
+    def __call__(self, scale: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for low, high, matters in self.tensors:
+            whole = (scale * high).amax().clamp(min=0) - (scale * low).amin().clamp(max=0)
+            total = total + (whole / _LEVELS) ** 2 / 12 * (matters / scale**2).sum()
+        for size, matters in self.layers:
+            step = (size / scale).amax(1) / _WEIGHT_LEVELS
+            total = total + (step**2 / 12 * (scale**2 * matters).sum(1)).sum()
+        return total
+
+
+def _floored(matters: Tensor) -> Tensor:
+    return matters.clamp(min=float(matters.mean()) * _LEAST_IMPORTANCE)
+
+
+def _descended(noise: _Noise, start: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    """The factors within their limits that make the least noise, sought from `start`."""
+    best, lowest = start, float(noise(start))
+    logarithm = start.log().requires_grad_()
+    optimizer = torch.optim.Adam([logarithm], lr=_STEP)
+    for _ in range(_STEPS):
+        with torch.enable_grad():
+            scale = logarithm.exp().clamp(least, most)
+            cost = noise(scale)
+        if not cost.requires_grad:
+            break
+        if float(cost.detach()) < lowest:
+            best, lowest = scale.detach().clone(), float(cost.detach())
+        optimizer.zero_grad()
+        cost.backward()
+        optimizer.step()
+    return best.clone()
 
 
 def _goes_into_activation(node: fx.Node) -> bool:
     return all(user.target in (*_RELUS, *_CLAMPS) for user in node.users)
-
-
-def _columns(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
-    """`[channels]`: the largest |weight| that reads each channel, relative to its row's largest."""
-    source = node.args[1]
-    assert isinstance(source, fx.Node)
-    weight = attribute(graph_module, source.target).double()
-    groups = _group_count(node)
-    size = weight.flatten(2).abs().amax(2) if weight.dim() > 2 else weight.abs()
-    size = size / size.amax(1, keepdim=True).clamp(min=1e-12)
-    return size.reshape(groups, -1, weight.shape[1]).amax(1).flatten()

@@ -1,18 +1,20 @@
 """Static int8 for TorchScript (`.pt`, `.ptl`): torch.ao's quantized modules and engines.
 
 QuantStubs, DeQuantStubs and the wrapped additions and concatenations that torch.ao's eager mode
-wants in the model's source are put in by its FX mode, which traces the model instead.
+wants in the model's source are put in by its FX mode, which traces the model instead; what it
+cannot trace is recorded as it runs.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from torchfuse.errors import InputError, UnsupportedError, first_line
+from torchfuse.fusing import fuse
 from torchfuse.quantizing.calibration import calibrate
 from torchfuse.quantizing.static import QuantizedLayer
 from torchfuse.quieting import quiet
@@ -20,16 +22,23 @@ from torchfuse.quieting import quiet
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
 
-__all__ = ["ENGINES", "quantized"]
+__all__ = ["ENGINES", "Made", "quantized"]
 
 ENGINES = ("qnnpack", "x86", "fbgemm", "onednn")
 _COMPUTING = ("conv", "linear", "matmul")
 
 
-def quantized(
-    model: nn.Module, example: Case, data: list[Case], engine: str
-) -> tuple[fx.GraphModule, tuple[QuantizedLayer, ...], float | None]:
-    """Return `model` in int8 for `engine`, its layers, and how late its ranges still grew.
+class Made(NamedTuple):
+    """A model in int8 for one of torch's engines."""
+
+    model: fx.GraphModule
+    layers: tuple[QuantizedLayer, ...]
+    late_growth: float | None  # how late its ranges still grew
+    notes: tuple[str, ...] = ()
+
+
+def quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> Made:
+    """Return `model` in int8 for `engine`.
 
     The engine is torch's while this runs, and must be where the result runs.
 
@@ -49,25 +58,40 @@ def quantized(
         torch.backends.quantized.engine = before
 
 
-def _quantized(
-    model: nn.Module, example: Case, data: list[Case], engine: str
-) -> tuple[fx.GraphModule, tuple[QuantizedLayer, ...], float | None]:
+def _quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> Made:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
     mapping = get_default_qconfig_mapping(engine)
     inputs = (*example.args, *example.kwargs.values())
+    notes: tuple[str, ...] = ()
     try:
         prepared = prepare_fx(model.eval(), mapping, inputs)
-    except Exception as error:
-        raise UnsupportedError(
-            f"torch.fx cannot trace {type(model).__name__}, which quantizing for '{engine}' needs: "
-            f"{first_line(error)}. Use backend='xnnpack' and '.pte', or put QuantStub and "
-            "DeQuantStub into the model and use export(…, precision='int8')."
-        ) from error
+    except Exception as error:  # noqa: BLE001  # the model's own code runs, with proxies
+        reason = first_line(error)
+        try:
+            prepared = prepare_fx(_as_it_runs(model, example), mapping, inputs)
+        except Exception as second:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be traced, which quantizing for '{engine}' needs: "
+                f"{first_line(second)}. Use backend='xnnpack' and '.pte', or put QuantStub and "
+                "DeQuantStub into the model and use export(…, precision='int8')."
+            ) from second
+        notes = (
+            f"torch.fx cannot trace {type(model).__name__} ({reason}), so it was recorded as it "
+            "runs on the example inputs; control flow that depends on sizes is frozen.",
+        )
     growth = calibrate(prepared, data)
     converted = convert_fx(prepared)
-    return converted, tuple(_layers(converted)), growth
+    return Made(converted, tuple(_layers(converted)), growth, notes)
+
+
+def _as_it_runs(model: nn.Module, example: Case) -> fx.GraphModule:
+    """The model as torch's functions in the order they ran, batch norms folded before."""
+    fused = fuse(model, example).model
+    recorder = torch._dynamo.export(fused, aten_graph=False, assume_static_by_default=True)
+    recorded: fx.GraphModule = recorder(*example.args, **example.kwargs).graph_module
+    return recorded.eval()
 
 
 def _layers(converted: fx.GraphModule) -> list[QuantizedLayer]:

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Preprocessing", "WithPreprocessing", "pictures_in"]
+__all__ = ["PICTURES", "Preprocessing", "WithPreprocessing", "pictures_in"]
 
-_PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _CHANNELS = 3
+_SIDES = 2
+_SIXTEEN_BITS = 257  # 65535 / 255
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Preprocessing:
     layout: Literal["NCHW", "NHWC"] = "NCHW"  # of what the model takes
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.size, (tuple, list)) and len(self.size) == _SIDES):
+            raise InputError(f"Expected a size of (height, width) in pixels, got {self.size!r}.")
         if len(self.mean) != _CHANNELS or len(self.std) != _CHANNELS:
             raise InputError(
                 f"Expected a mean and a std for each of {_CHANNELS} channels, got {self.mean} and "
@@ -41,6 +45,11 @@ class Preprocessing:
         if min(self.size) < 1 or min(self.std) <= 0:
             raise InputError(
                 f"Expected a positive size and std, got {self.size} pixels and {self.std}."
+            )
+        if not all(0 <= mean <= 1 for mean in self.mean) or max(self.std) > 1:
+            raise InputError(
+                f"Expected a mean and a std of pixels on a scale of 0 to 1, got {self.mean} and "
+                f"{self.std}; divide those of a scale of 0 to 255 by 255."
             )
         if self.layout not in ("NCHW", "NHWC"):
             raise InputError(f"Expected the layout NCHW or NHWC, got {self.layout!r}.")
@@ -59,7 +68,7 @@ class Preprocessing:
             ) from error
         try:
             with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
+                picture = _rgb(ImageOps.exif_transpose(opened))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise CalibrationError(f"'{path}' cannot be read as a picture: {error}.") from error
         height, width = self.size
@@ -80,8 +89,8 @@ class Preprocessing:
 class WithPreprocessing(nn.Module):
     """The model behind its preprocessing: takes uint8 pixels `[N, height, width, 3]`.
 
-    In the file it cannot be got wrong on the phone. It is an operation of its own, x · a + b in
-    float: folded into the first convolution, b would be missing where that pads with zeros.
+    In the file it cannot be got wrong on the phone. In float it is x · a + t, an operation of its
+    own; static int8 folds it into the convolutions that read it (`normalisation.py`).
     """
 
     factor: Tensor
@@ -102,8 +111,22 @@ class WithPreprocessing(nn.Module):
         return self.model(x if self.layout == "NHWC" else x.permute(0, 3, 1, 2).contiguous())
 
 
+def _rgb(picture: Any) -> Any:
+    """The picture in 8-bit RGB, as a viewer shows it: what is transparent lies on white."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits, which convert() would clip to 255
+        return picture.convert("I").point(lambda x: x * (1 / _SIXTEEN_BITS)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        layered = picture.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return picture.convert("RGB")
+
+
 def pictures_in(folder: Path) -> Iterator[Path]:
-    """Yield the picture files of a folder and the folders in it, by name."""
+    """Yield the picture files of a folder and the folders in it, by name; hidden ones are not."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix.lower() in _PICTURES:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and path.suffix.lower() in PICTURES and not hidden:
             yield path

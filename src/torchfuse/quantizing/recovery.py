@@ -15,33 +15,37 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-
-from torchfuse.checking import copy_tensors
 from torchfuse.errors import InputError
 from torchfuse.quantizing import static
-from torchfuse.quantizing.calibration import calibrate, sample_count
+from torchfuse.quantizing.calibration import calibrate
 from torchfuse.quantizing.equalization import equalize
+from torchfuse.quantizing.measures import (
+    Measure,
+    Outputs,
+    measures,
+    outputs_of,
+    sqnr_of_outputs,
+)
 from torchfuse.quantizing.report import Accuracy, LayerError, RecoveryStep
 from torchfuse.quantizing.rounding import correct
-from torchfuse.quantizing.sensitivity import errors_by_node, layer_errors, sqnr_db
+from torchfuse.quantizing.sensitivity import errors_by_node, layer_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import fx, nn
+
     from torchfuse.inputs import Case
 
-__all__ = ["STEPS", "Recovered", "recovered"]
+__all__ = ["STEPS", "Recovered", "measured", "recovered"]
 
 STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 # Layers are kept in float a few at a time: this share of them, at least one.
 _SHARE_KEPT = 0.05
-_POINTS = 100.0
+_SHOWN = 8  # names in a note
 # Layers are corrected and blamed on so many cases, spread over the data: all their activations at
 # one layer are in memory at once.
-_MOST_CASES = 64
+_MOST_CASES = 128
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Recovered:
     steps: tuple[RecoveryStep, ...] = ()
     accuracy: tuple[Accuracy, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def recovered(
@@ -68,43 +73,86 @@ def recovered(
     explain: bool,
 ) -> Recovered:
     """Return `graph` in int8 with the steps that help; its measures are on `data`."""
-    work = _Work(graph, data)
+    expected = outputs_of(graph, data)
+    wanted = measures(data, expected, labels, evaluate)
+    if max_drop is not None and not wanted:
+        raise InputError(
+            "max_drop is about a measure, and this model returns no scores of classes; give "
+            "evaluate, a function that takes a model and returns a number."
+        )
+    before = [measure.of(graph, expected) for measure in wanted]
+    work = _Work(graph, data, expected)
     growth = work.late_growth
     for name in STEPS:
         if name in steps or (steps and name == "careful_ranges"):
             work.try_step(name)
-    measure = _measure(data, work.expected, labels, evaluate)
-    before = measure.of(graph, work.expected)
-    notes = work.keep_float(measure, before, max_drop) if max_drop is not None else ()
-    outputs = _outputs(work.int8, data)
-    after = measure.of(work.int8, outputs)
-    errors = layer_errors(work.int8, work.reference, work.some) if explain else ()
+    if max_drop is not None:
+        work.keep_float(wanted[0], before[0], max_drop)
+    outputs = outputs_of(work.int8, data)
     return Recovered(
         model=work.int8,
         late_growth=growth,
-        sqnr_db=_sqnr(work.expected, outputs),
-        layers=errors,
+        sqnr_db=sqnr_of_outputs(expected, outputs),
+        layers=layer_errors(work.int8, work.reference, work.some) if explain else (),
         steps=tuple(work.steps),
-        accuracy=(Accuracy(measure.name, before, after),) if measure.name else (),
-        notes=tuple(notes),
+        accuracy=_accuracy(wanted, before, work.int8, outputs),
+        notes=tuple(work.notes),
+        warnings=tuple(work.warnings),
     )
+
+
+def measured(
+    model: fx.GraphModule,
+    reference: fx.GraphModule,
+    data: list[Case],
+    labels: Any,
+    evaluate: Callable[[nn.Module], float] | None,
+    explain: bool,
+) -> Recovered:
+    """Return a quantized graph as it is, with its measures on `data`."""
+    expected, outputs = outputs_of(reference, data), outputs_of(model, data)
+    wanted = measures(data, expected, labels, evaluate)
+    before = [measure.of(reference, expected) for measure in wanted]
+    return Recovered(
+        model=model,
+        late_growth=None,
+        sqnr_db=sqnr_of_outputs(expected, outputs),
+        layers=layer_errors(model, reference, _spread(data)) if explain else (),
+        accuracy=_accuracy(wanted, before, model, outputs),
+    )
+
+
+def _accuracy(
+    wanted: list[Measure], before: list[float], model: nn.Module, outputs: Outputs
+) -> tuple[Accuracy, ...]:
+    return tuple(
+        Accuracy(measure.name, was, measure.of(model, outputs))
+        for measure, was in zip(wanted, before, strict=True)
+    )
+
+
+def _spread(data: list[Case]) -> list[Case]:
+    """As many cases as can be looked at at once, evenly from all of them."""
+    return data[:: -(-len(data) // _MOST_CASES)]
 
 
 class _Work:
     """The best int8 graph so far, and the float graph that it was made from."""
 
-    def __init__(self, graph: fx.GraphModule, data: list[Case]) -> None:
+    def __init__(self, graph: fx.GraphModule, data: list[Case], expected: Outputs) -> None:
         self.data = data
-        self.some = data[:: -(-len(data) // _MOST_CASES)]
+        self.some = _spread(data)
         self.reference = graph
-        self.expected = _outputs(graph, data)
+        self.expected = expected
         self.kept_float: list[str] = []
         self.corrected: bool | None = None  # None: not; False: biases; True: weights too
         self.steps: list[RecoveryStep] = []
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.late_growth: float | None = None
         self.careful = False
         self.int8 = self._quantized(graph)
-        self.sqnr_db = _sqnr(self.expected, _outputs(self.int8, data))
+        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, data))
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         observed = static.prepared(copy.deepcopy(graph), self.kept_float, careful=self.careful)
@@ -133,7 +181,7 @@ class _Work:
             note = f"{layers} layers"
         after = before
         if candidate is not None:
-            after = _sqnr(self.expected, _outputs(candidate, self.data))
+            after = sqnr_of_outputs(self.expected, outputs_of(candidate, self.data))
         kept = after > before and candidate is not None
         if kept:
             assert candidate is not None
@@ -147,29 +195,40 @@ class _Work:
         before = self.sqnr_db
         self.careful = True
         self.int8 = self._quantized(self.reference)
-        self.sqnr_db = _sqnr(self.expected, _outputs(self.int8, self.data))
+        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.data))
         note = "ranges as wide as what was seen, scores in float"
         step = RecoveryStep("careful_ranges", before, self.sqnr_db, True, note)
         self.steps.append(step)
 
-    def keep_float(self, measure: _Measure, before: float, max_drop: float) -> list[str]:
+    def keep_float(self, measure: Measure, before: float, max_drop: float) -> None:
         """Leave the layers that lose most in float until the measure drops by at most max_drop."""
-        layers = [node.name for node in self.reference.graph.nodes if node.target in static.LAYERS]
-        drop = before - measure.of(self.int8, _outputs(self.int8, self.data))
+        layers = [node for node in self.reference.graph.nodes if node.target in static.LAYERS]
+        drop = before - measure.of(self.int8, outputs_of(self.int8, self.data))
         if drop <= max_drop:
-            return []
+            return
         by_loss = _by_own_loss(self.int8, self.reference, self.some)
         at_a_time = max(1, round(len(layers) * _SHARE_KEPT))
         sqnr_before = self.sqnr_db
         while drop > max_drop and len(self.kept_float) < len(layers):
             self.kept_float += by_loss[len(self.kept_float) :][:at_a_time]
             self.int8 = self._quantized(self.reference)
-            drop = before - measure.of(self.int8, _outputs(self.int8, self.data))
-        self.sqnr_db = _sqnr(self.expected, _outputs(self.int8, self.data))
+            drop = before - measure.of(self.int8, outputs_of(self.int8, self.data))
+        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.data))
         kept = len(self.kept_float)
-        note = f"{kept} of {len(layers)} layers: {', '.join(self.kept_float[:8])}"
+        names = {node.name: static.module_path(node) or node.name for node in layers}
+        shown = ", ".join(names[name] for name in self.kept_float[:_SHOWN])
+        more = f" and {kept - _SHOWN} more" if kept > _SHOWN else ""
+        note = f"{kept} of {len(layers)} layers: {shown}{more}"
         self.steps.append(RecoveryStep("keeping_float", sqnr_before, self.sqnr_db, True, note))
-        return [f"{kept} of {len(layers)} layers stay in float to meet max_drop={max_drop:g}."]
+        if drop > max_drop:
+            self.warnings.append(
+                f"max_drop={max_drop:g} is not met: {measure.name} drops by {drop:.3g} with all "
+                f"{kept} layers in float."
+            )
+        else:
+            self.notes.append(
+                f"{kept} of {len(layers)} layers stay in float to meet max_drop={max_drop:g}."
+            )
 
 
 def _by_own_loss(int8: fx.GraphModule, reference: fx.GraphModule, data: list[Case]) -> list[str]:
@@ -180,68 +239,3 @@ def _by_own_loss(int8: fx.GraphModule, reference: fx.GraphModule, data: list[Cas
 
 def _own(error: LayerError) -> float:
     return math.inf if error.own_sqnr_db is None else error.own_sqnr_db
-
-
-def _outputs(model: nn.Module, data: Sequence[Case]) -> list[list[Tensor]]:
-    found = []
-    with torch.no_grad():
-        for case in data:
-            args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
-            found.append([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    return found
-
-
-def _sqnr(expected: list[list[Tensor]], got: list[list[Tensor]]) -> float:
-    signal = noise = 0.0
-    for a_case, b_case in zip(expected, got, strict=True):
-        for a, b in zip(a_case, b_case, strict=True):
-            if a.is_floating_point():
-                signal += float(a.double().square().sum())
-                noise += float((a.double() - b.double()).square().sum())
-    return sqnr_db(signal, noise)
-
-
-@dataclass
-class _Measure:
-    """One number for a whole model, of which more is better."""
-
-    name: str
-    of: Callable[[nn.Module, list[list[Tensor]]], float]
-
-
-def _measure(
-    data: list[Case],
-    expected: list[list[Tensor]],
-    labels: Any,
-    evaluate: Callable[[nn.Module], float] | None,
-) -> _Measure:
-    if evaluate is not None:
-        name = getattr(evaluate, "__name__", "evaluate")
-        return _Measure(name, lambda model, _: float(evaluate(model)))
-    if labels is not None:
-        wanted = torch.as_tensor(labels).flatten()
-        samples = sample_count(data)
-        if len(wanted) != samples:
-            raise InputError(
-                f"Expected a label for each of the {samples} calibration samples, "
-                f"got {len(wanted)}."
-            )
-        return _Measure("top-1", lambda _, outputs: _share(_classes(outputs), wanted))
-    if all(len(case) == 1 and case[0].dim() == 2 for case in expected):
-        wanted = _classes(expected)
-        return _Measure("agreement", lambda _, outputs: _share(_classes(outputs), wanted))
-    return _Measure("SQNR in dB", lambda _, outputs: min(_sqnr(expected, outputs), _POINTS))
-
-
-def _classes(outputs: list[list[Tensor]]) -> Tensor:
-    if not all(len(case) == 1 and case[0].dim() == 2 for case in outputs):
-        raise InputError(
-            "Labels are for a model that returns one tensor of scores, [samples, classes]; give "
-            "evaluate, a function of the model, instead."
-        )
-    return torch.cat([case[0].argmax(1) for case in outputs])
-
-
-def _share(a: Tensor, b: Tensor) -> float:
-    return _POINTS * float((a == b).double().mean())

@@ -66,6 +66,7 @@ class QuantizationReport:
     recovery: tuple[RecoveryStep, ...]
     accuracy: tuple[Accuracy, ...]
     notes: tuple[str, ...]
+    in_float: tuple[str, ...] = ()  # layers with multiply-accumulates that do not compute in int8
 
     def to_json(self) -> str:
         """The report as JSON text."""

@@ -18,12 +18,16 @@ from torchfuse.checking import run
 from torchfuse.errors import CalibrationError, first_line
 from torchfuse.inputs import Case
 from torchfuse.quantizing.calibration import elements
+from torchfuse.quantizing.lockstep import attribute
+from torchfuse.quantizing.normalisation import FLOAT, RANGE, fold_normalisation
+from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quieting import quiet
 from torchfuse.targets import executorch
 
 __all__ = [
     "LAYERS",
     "QuantizedLayer",
+    "argument_names",
     "by_argument_name",
     "converted",
     "float_graph",
@@ -32,6 +36,7 @@ __all__ = [
     "layers_of",
     "module_path",
     "prepared",
+    "widest",
 ]
 
 LAYERS = {
@@ -45,6 +50,9 @@ LAYERS = {
     torch.ops.aten.matmul.default: "matmul",
 }
 
+# With `careful`; and how many steps of its scale a bias may be large, of 2³¹.
+_LEAST_SCALE = 2.0**-24
+_LARGEST_BIAS = 2.0**28
 
 _CLAMPS = {
     torch.ops.aten.hardtanh.default,
@@ -72,18 +80,32 @@ def float_graph(
         CalibrationError: the model cannot run on the largest of the cases.
         UnsupportedError: torch.export cannot capture the model.
     """
-    traced = example
-    if dynamic_shapes is None:
-        # The batch of the largest case, since torch.export takes a size of 1 for a constant.
-        traced = max([example, *data], key=elements)
-        _require_runs(model, traced)
-        dynamic_shapes = _differing_sizes(model, traced, [example, *data])
+    traced, dynamic_shapes = widest(model, example, data, dynamic_shapes)
     program = executorch.capture(model, traced, dynamic_shapes)
     with quiet():
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)
+    _read_once(graph)
     keep_integers(graph)
+    if isinstance(model, WithPreprocessing):
+        fold_normalisation(graph)
     return graph
+
+
+def widest(
+    model: nn.Module, example: Case, data: list[Case], dynamic_shapes: Any
+) -> tuple[Case, Any]:
+    """Return the case to trace `model` on, and the dynamic shapes, so that all of `data` fits.
+
+    Raises:
+        CalibrationError: the model cannot run on the largest of the cases.
+    """
+    if dynamic_shapes is not None:
+        return example, dynamic_shapes
+    # The batch of the largest case, since torch.export takes a size of 1 for a constant.
+    traced = max([example, *data], key=elements)
+    _require_runs(model, traced)
+    return traced, _differing_sizes(model, traced, [example, *data])
 
 
 def keep_integers(graph: fx.GraphModule) -> None:
@@ -116,21 +138,40 @@ def _own_tensors(graph: fx.GraphModule) -> None:
                 module._buffers[name] = own.setdefault(id(buffer), buffer.detach().clone())
 
 
+def _read_once(graph: fx.GraphModule) -> None:
+    """Give each call of a layer that is called several times a reading of its weights of its own.
+
+    ExecuTorch's quantizer leaves all calls but the first in float.
+    """
+    for node in graph.graph.find_nodes(op="get_attr"):
+        layers = [user for user in node.users if user.target in LAYERS]
+        for user in layers[1:]:
+            with graph.graph.inserting_after(node):
+                again = graph.graph.get_attr(str(node.target))
+            again.meta = dict(node.meta)
+            user.replace_input_with(node, again)
+    graph.recompile()
+
+
 def prepared(
     graph: fx.GraphModule, keep_float: Collection[str] = (), *, careful: bool = False
-) -> nn.Module:
+) -> fx.GraphModule:
     """Return `graph` with observers where XNNPACK wants int8; `graph` is used up.
 
-    `keep_float` names nodes of the graph that stay in float. With `careful` ranges are as wide as
-    what was seen, where a histogram would cut some off to be finer for the rest; and a linear layer
-    that makes an output makes it in float (weights in int8, inputs quantized as they come): on int8
-    scores, classes tie.
+    `keep_float` names nodes of the graph that stay in float. With `careful`
+
+    - ranges are as wide as what was seen, where a histogram would cut some off to be finer for the
+      rest;
+    - channels with small weights get scales as small: ExecuTorch's recipe takes none below 2⁻¹²,
+      so that of weights up to 0.003 nothing but the sign is left;
+    - a linear layer that makes an output makes it in float (weights in int8, inputs quantized as
+      they come): on int8 scores, classes tie.
     """
     with quiet():
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             get_symmetric_quantization_config,
         )
-        from torchao.quantization.pt2e import MinMaxObserver
+        from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
         from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
@@ -140,18 +181,50 @@ def prepared(
             last = {node.name for node in _output_linears(graph)} - set(keep_float)
             spec = dataclasses.replace(
                 config.input_activation,
-                observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
+                observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=_LEAST_SCALE),
             )
-            config = dataclasses.replace(config, input_activation=spec, output_activation=spec)
-        quantizer = _quantizer(config, lambda node: node.name not in {*keep_float, *last})
+            fine = dataclasses.replace(
+                config.weight,
+                observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=_LEAST_SCALE),
+            )
+            config = dataclasses.replace(
+                config, input_activation=spec, output_activation=spec, weight=fine
+            )
+        quantizer = _quantizer(
+            config, lambda node: node.name not in {*keep_float, *last} and FLOAT not in node.meta
+        )
         if last:
-            dynamic = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+            dynamic = dataclasses.replace(
+                get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True), weight=fine
+            )
             quantizer = ComposableQuantizer(
                 [_quantizer(dynamic, lambda node: node.name in last), quantizer]
             )
         with _clamps_as_activations():
-            observed: nn.Module = prepare_pt2e(graph, quantizer)
+            observed: fx.GraphModule = prepare_pt2e(graph, quantizer)
+        _give_ranges(observed)
     return observed
+
+
+def _give_ranges(observed: fx.GraphModule) -> None:
+    """Exchange the observers of tensors whose range is known for some that have seen it."""
+    from torchao.quantization.pt2e import MinMaxObserver
+
+    for node in observed.graph.nodes:
+        for user in node.users if RANGE in node.meta else ():
+            if user.op != "call_module":
+                continue
+            given = observed.get_submodule(str(user.target))
+            exact = MinMaxObserver(
+                dtype=given.dtype,
+                qscheme=torch.per_tensor_affine,
+                quant_min=given.quant_min,
+                quant_max=given.quant_max,
+            )
+            low, high = node.meta[RANGE]
+            exact.min_val.fill_(low)
+            exact.max_val.fill_(high)
+            setattr(observed, str(user.target), exact)
 
 
 def _quantizer(config: Any, wanted: Callable[[fx.Node], bool]) -> Any:
@@ -175,13 +248,35 @@ def _output_linears(graph: fx.GraphModule) -> Iterator[fx.Node]:
             yield node
 
 
-def converted(calibrated: nn.Module) -> fx.GraphModule:
+def converted(calibrated: fx.GraphModule) -> fx.GraphModule:
     """Return a calibrated graph in int8; `calibrated` is used up."""
+    _leave_room_for_biases(calibrated)
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         int8: fx.GraphModule = convert_pt2e(calibrated)
     return int8
+
+
+def _leave_room_for_biases(calibrated: fx.GraphModule) -> None:
+    """Keep the scales of weights so large that the biases, in units of theirs, fit into int32."""
+    for node in calibrated.graph.nodes:
+        observers: list[Any] = [
+            calibrated.get_submodule(str(source.target))
+            for source in node.args[:2]
+            if isinstance(source, fx.Node) and source.op == "call_module"
+        ]
+        bias = node.args[2] if len(node.args) > 2 else None
+        if node.target not in LAYERS or len(observers) != 2 or not isinstance(bias, fx.Node):
+            continue
+        inputs, weights = observers
+        if bias.op != "get_attr" or not hasattr(inputs, "min_val"):
+            continue
+        values = attribute(calibrated, bias.target).abs()
+        if not hasattr(weights, "ch_axis") or len(values) != len(weights.min_val):
+            continue
+        scale, _ = inputs.calculate_qparams()
+        weights.eps = torch.maximum(weights.eps, values / (scale * _LARGEST_BIAS))
 
 
 @contextlib.contextmanager
@@ -249,9 +344,10 @@ def _differing_sizes(model: nn.Module, traced: Case, others: list[Case]) -> Any:
         if other_spec != spec:
             continue  # running the case will say what is wrong with it
         for position, (ours, theirs) in enumerate(zip(leaves, other_leaves, strict=True)):
-            if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            tensors = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+            if tensors and ours.dim() == theirs.dim():
                 for dim, (size, theirs_size) in enumerate(
-                    zip(ours.shape, theirs.shape, strict=False)
+                    zip(ours.shape, theirs.shape, strict=True)
                 ):
                     if size != theirs_size:
                         free[position] = (free[position] or {}) | {dim: torch.export.Dim.AUTO}
@@ -259,6 +355,14 @@ def _differing_sizes(model: nn.Module, traced: Case, others: list[Case]) -> Any:
         return None
     args, kwargs = pytree.tree_unflatten(free, spec)
     return by_argument_name(model, args, kwargs)
+
+
+def argument_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of forward's arguments, in order; none where they are not to be known."""
+    try:
+        return tuple(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def by_argument_name(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ __all__ = ["renderable", "text"]
 
 _UNLIMITED = 100_000  # columns: no row is wrapped, so that every row is one line to grep
 _WORST = 10
+_WITHOUT_RANGES = ("int8_dynamic", "int4")  # activations are quantized as they come
 
 
 def text(report: QuantizationReport, width: int | None = None) -> str:
@@ -34,7 +35,7 @@ def renderable(report: QuantizationReport) -> RenderableType:
     """Return the report as rich prints it."""
     parts: list[RenderableType] = [Text(_headline(report), style="bold")]
     if report.calibrated is not None:
-        parts.append(Text(_calibrated(report.calibrated)))
+        parts.append(Text(_calibrated(report.calibrated, report.scheme)))
     if report.layers:
         parts += [Text(), _layers(report)]
     if report.recovery:
@@ -43,6 +44,8 @@ def renderable(report: QuantizationReport) -> RenderableType:
         Text(f"{measure.measure}: {measure.before:.4g} before, {measure.after:.4g} after")
         for measure in report.accuracy
     ]
+    if report.in_float:
+        parts.append(Text(f"Computed in float: {', '.join(report.in_float)}"))
     parts += [Text(f"Note: {note}") for note in report.notes]
     return Group(*parts)
 
@@ -53,8 +56,10 @@ def _headline(report: QuantizationReport) -> str:
     return f"Quantized: {report.scheme}, outputs at {_decibels(report.sqnr_db)}"
 
 
-def _calibrated(calibrated: Calibrated) -> str:
+def _calibrated(calibrated: Calibrated, scheme: str) -> str:
     samples = "1 sample" if calibrated.samples == 1 else f"{calibrated.samples} samples"
+    if scheme in _WITHOUT_RANGES:
+        return f"Measured on {calibrated.source}, {samples}"
     growth = calibrated.widest_late_growth
     if calibrated.settled is None or growth is None:
         settled = "too few to tell whether the ranges had settled"

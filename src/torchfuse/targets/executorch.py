@@ -128,11 +128,12 @@ def _may_write_to_input(node: fx.Node) -> bool:
 
 
 def _spell_out(graph: fx.Graph) -> None:
-    """Write two operators in the form in which XNNPACK's partitioner does not fail on them.
+    """Write three operators in the form in which XNNPACK's partitioner does not fail on them.
 
-    It reads the stride of a max-pooling, which torch leaves out where it is the kernel's size; and
-    it takes the values of any `max` along a dimension, of which its own serializer refuses all
-    but those along one of the two last of four, kept.
+    It reads the stride of a max-pooling, which torch leaves out where it is the kernel's size; it
+    takes the values of any `max` along a dimension, of which its own serializer refuses all
+    but those along one of the two last of four, kept; and it takes a `prelu` of any dimensions,
+    of which its own passes can only convert four.
     """
     aten = torch.ops.aten
     for node in list(graph.nodes):
@@ -146,6 +147,30 @@ def _spell_out(graph: fx.Graph) -> None:
             if list(used) == [0] and not is_taken:
                 used[0].target, used[0].args = aten.amax.default, (x, [dim], keep)
                 graph.eliminate_dead_code()
+        elif node.target is aten.prelu.default and node.meta["val"].dim() in (2, 3):
+            _write_with_four_dimensions(graph, node)
+
+
+def _write_with_four_dimensions(graph: fx.Graph, node: fx.Node) -> None:
+    """Put sizes of 1 at the end of what a pointwise operator along dimension 1 is given."""
+    aten = torch.ops.aten
+    missing = 4 - node.meta["val"].dim()
+
+    def placed(target: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+        new.meta = {**node.meta, "val": target(*values)}
+        return new
+
+    x, *rest = node.args
+    for _ in range(missing):
+        x = placed(aten.unsqueeze.default, x, -1)
+    made = placed(node.target, x, *rest)
+    for _ in range(missing):
+        made = placed(aten.squeeze.dim, made, -1)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _traceable(case: Case, dynamic_shapes: Any) -> Case:
@@ -367,14 +392,21 @@ class ExecutorchModel:
     """A loaded program: call it as the model it was made from.
 
     Results are nested as the model's; without a `signature` (a program that torchfuse did not
-    write), one output comes as a tensor and several as a tuple.
+    write), one output comes as a tensor and several as a tuple. `preprocessing` says how the input
+    is made, if the file says so.
 
     Raises:
         ArtifactError: the runtime refuses the program.
     """
 
-    def __init__(self, program: bytes, signature: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        program: bytes,
+        signature: Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
         signature = signature or {}
+        self.preprocessing = preprocessing
         load = pytree.treespec_loads
         self._in_spec = load(signature["in_spec"]) if "in_spec" in signature else None
         self._out_spec = load(signature["out_spec"]) if "out_spec" in signature else None
@@ -385,6 +417,12 @@ class ExecutorchModel:
             ((0,) * len(self._inputs), {})
         )
         self._ran = False
+
+    def __repr__(self) -> str:
+        """What it takes, and how that is made."""
+        takes = ", ".join(map(str, self._inputs))
+        made = "" if self.preprocessing is None else f"; made by {dict(self.preprocessing)}"
+        return f"ExecutorchModel(takes {takes}{made})"
 
     def _load(self) -> None:
         try:
@@ -474,8 +512,10 @@ class ExecutorchModel:
         # The runtime only gives an error number, and runs on sizes that were not declared.
         if len(inputs) == len(self._inputs) and all(map(_Input.takes, self._inputs, inputs)):
             return
+        made = dict(self.preprocessing or {})
         raise InputError(
             f"The program takes {', '.join(map(str, self._inputs))}; got {_described(inputs)}."
+            f"{'' if self.preprocessing is None else f' Its input is made by {made}.'}"
         )
 
 

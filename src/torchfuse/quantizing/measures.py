@@ -1,0 +1,143 @@
+"""One number for a whole model, of which more is better: what max_drop is about."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchfuse.checking import copy_tensors
+from torchfuse.errors import InputError
+from torchfuse.quantizing.calibration import sample_count
+from torchfuse.quantizing.sensitivity import sqnr_db
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torchfuse.inputs import Case
+
+__all__ = ["Measure", "Outputs", "measures", "outputs_of", "sqnr_of_outputs"]
+
+Outputs = list[list[Tensor]]  # per case, the tensors that the model returns
+
+_POINTS = 100.0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure, as a function of a model and of what it returns on the calibration data."""
+
+    name: str
+    of: Callable[[nn.Module, Outputs], float]
+
+
+def measures(
+    data: Sequence[Case],
+    expected: Outputs,
+    labels: Any,
+    evaluate: Callable[[nn.Module], float] | None,
+) -> list[Measure]:
+    """Return the measures that there are, the one that was asked for most plainly first.
+
+    These are the user's own, top-1 with `labels`, and agreement with the classes that the float
+    model gives, `expected`; the latter for models that return one tensor of scores.
+
+    Raises:
+        InputError: labels that do not fit.
+    """
+    found = []
+    if evaluate is not None:
+        found.append(_evaluation(evaluate))
+    if labels is not None:
+        found.append(_top_1(labels, list(data), expected))
+    if _are_scores(expected):
+        wanted = _classes(expected)
+        found.append(Measure("agreement", lambda _, outputs: _share(_classes(outputs), wanted)))
+    return found
+
+
+def _evaluation(evaluate: Callable[[nn.Module], float]) -> Measure:
+    name = getattr(evaluate, "__name__", type(evaluate).__name__)
+
+    def measured(model: nn.Module, _: Outputs) -> float:
+        value = evaluate(model)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"Expected {name}(model) to return a number, of which more is better, got "
+                f"{type(value).__name__}."
+            ) from error
+        if not math.isfinite(number):
+            raise InputError(f"Expected {name}(model) to return a finite number, got {number}.")
+        return number
+
+    return Measure(name, measured)
+
+
+def _top_1(labels: Any, data: list[Case], expected: Outputs) -> Measure:
+    if not _are_scores(expected):
+        raise InputError(
+            "Labels are for a model that returns one tensor of scores, [samples, classes]; give "
+            "evaluate, a function of the model, instead."
+        )
+    samples, classes = sample_count(data), expected[0][0].shape[1]
+    try:
+        wanted = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"Expected labels as integers, got {type(labels).__name__}.") from error
+    if wanted.is_floating_point() or wanted.is_complex() or wanted.shape != (samples,):
+        raise InputError(
+            f"Expected an integer label for each of the {samples} calibration samples, got "
+            f"{'×'.join(map(str, wanted.shape)) or 'one'} of {wanted.dtype}."
+        )
+    if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < classes):
+        raise InputError(
+            f"Expected labels of 0 to {classes - 1}, since the model tells {classes} classes "
+            f"apart, got {int(wanted.min())} to {int(wanted.max())}."
+        )
+    return Measure("top-1", lambda _, outputs: _share(_classes(outputs), wanted))
+
+
+def outputs_of(model: nn.Module, data: Sequence[Case]) -> Outputs:
+    """Return what `model` returns for each case, its tensors in a row."""
+    found = []
+    with torch.no_grad():
+        for case in data:
+            args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+            found.append([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+    return found
+
+
+def sqnr_of_outputs(expected: Outputs, got: Outputs) -> float:
+    """Return the signal-to-noise ratio over all cases, in dB."""
+    signal = noise = 0.0
+    for a_case, b_case in zip(expected, got, strict=True):
+        for a, b in zip(a_case, b_case, strict=True):
+            if a.is_floating_point():
+                signal += float(a.double().square().sum())
+                noise += float((a.double() - b.double()).square().sum())
+    return sqnr_db(signal, noise)
+
+
+def _are_scores(outputs: Outputs) -> bool:
+    return all(
+        len(case) == 1
+        and case[0].dim() == 2
+        and case[0].shape[1] > 1
+        and case[0].is_floating_point()
+        for case in outputs
+    )
+
+
+def _classes(outputs: Outputs) -> Tensor:
+    return torch.cat([case[0].argmax(1) for case in outputs])
+
+
+def _share(a: Tensor, b: Tensor) -> float:
+    return _POINTS * float((a == b).double().mean())
