@@ -5,55 +5,40 @@ to stderr on Linux, and to the system's log on Android.
 """
 
 import re
-import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchfuse.devices.native_rounds import time_in_rounds
-from torchfuse.devices.record import Record
-from torchfuse.devices.runner import (
-    OnRound,
-    Outputs,
-    Runner,
-    Schedule,
-    model_name,
-    push_models,
-    tensor_of,
+from torchfuse.devices.native import (
+    LONGEST_CHECK_S,
+    RUNNER,
+    NativeRunner,
+    raise_if_it_failed,
 )
-from torchfuse.devices.transport import Finished, Transport, last_line
+from torchfuse.devices.record import Record
+from torchfuse.devices.runner import Outputs, model_name, tensor_of
+from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
 from torchfuse.profiling import Profile, profile_of_etdump
 from torchfuse.tasks import Task
 
-__all__ = ["ExecutorRunner", "raise_if_it_failed"]
+__all__ = ["ExecutorRunner"]
 
-_NAME = "runner"
-_LONGEST_CHECK_S = 300.0
 _PROFILED = 10  # runs in a profile
 _ITERATION = re.compile(r"Iteration (\d+) of (\d+): ([0-9.]+) ms")
 _LOADED = re.compile(r"Model loaded in ([0-9.]+) ms")
 
 
-class ExecutorRunner(Runner):
+class ExecutorRunner(NativeRunner):
     """The user's executor_runner."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def push(self, transport: Transport, tasks: Mapping[str, Task]) -> None:
-        """Push the runner, the models and their inputs."""
-        for name, task in tasks.items():
-            if not all(isinstance(arg, dict) and "file" in arg for arg in task.args):
-                raise InputError(
-                    f"{name} takes inputs that are not tensors, which executor_runner cannot be "
-                    "given; measure it with the Python runner, without --runner."
-                )
-        transport.push(self._path, _NAME)
-        transport.shell(f"chmod 700 {shlex.quote(f'{transport.folder}/{_NAME}')}")
-        push_models(transport, tasks)
+    def _check_inputs(self, name: str, task: Task) -> None:
+        if not all(isinstance(arg, dict) and "file" in arg for arg in task.args):
+            raise InputError(
+                f"{name} takes inputs that are not tensors, which executor_runner cannot be given; "
+                "measure it with the Python runner, without --runner."
+            )
 
     def outputs(
         self, transport: Transport, tasks: Mapping[str, Task], record: Record
@@ -62,7 +47,7 @@ class ExecutorRunner(Runner):
         outputs = {}
         for index, (name, task) in enumerate(tasks.items()):
             words = [*self._words(index, task, record.threads, 1), f"--output_file=output-{index}"]
-            log = self._run(transport, words, name, _LONGEST_CHECK_S)
+            log = self._run(transport, words, name, LONGEST_CHECK_S)
             times_s = _iterations_s(transport, log, name, 1)
             loaded_ms = _LOADED.search(log)
             record.note(
@@ -88,28 +73,19 @@ class ExecutorRunner(Runner):
         )
         return outputs
 
-    def time(
+    def _turn(
         self,
         transport: Transport,
-        tasks: Mapping[str, Task],
-        record: Record,
-        schedule: Schedule,
-        on_round: OnRound,
-    ) -> None:
-        """Have the models timed in rounds; the record takes what is told as it comes."""
-
-        def turn(
-            index: int, name: str, task: Task, untimed: int, timed: int, left_s: float
-        ) -> Sequence[float]:
-            words = self._words(index, task, record.threads, untimed + timed)
-            log = self._run(transport, words, name, left_s)
-            return _iterations_s(transport, log, name, untimed + timed)[untimed:]
-
-        turns = {
-            name: partial(turn, index, name, task)
-            for index, (name, task) in enumerate(tasks.items())
-        }
-        time_in_rounds(transport, turns, record, schedule, on_round)
+        index: int,
+        name: str,
+        task: Task,
+        threads: int,
+        untimed: int,
+        timed: int,
+        left_s: float,
+    ) -> Sequence[float]:
+        log = self._run(transport, self._words(index, task, threads, untimed + timed), name, left_s)
+        return _iterations_s(transport, log, name, untimed + timed)[untimed:]
 
     def profile(
         self, transport: Transport, tasks: Mapping[str, Task], record: Record, timeout_s: float
@@ -128,7 +104,7 @@ class ExecutorRunner(Runner):
     def _words(self, index: int, task: Task, threads: int, executions: int) -> list[str]:
         inputs = ",".join(arg["file"] for arg in task.args)
         return [
-            f"./{_NAME}",
+            f"./{RUNNER}",
             f"--model_path={model_name(index, task)}",
             *([f"--inputs={inputs}"] if inputs else []),
             f"--num_executions={executions}",
@@ -146,38 +122,6 @@ class ExecutorRunner(Runner):
             log += transport.shell(logcat).stdout
         raise_if_it_failed(transport, finished, log, name)
         return log
-
-
-def raise_if_it_failed(transport: Transport, finished: Finished, log: str, name: str) -> None:
-    """Raise what a runner's status and words mean.
-
-    Raises:
-        DeviceError: it could not be started, crashed, or refused the model.
-    """
-    if finished.status == 0:
-        return
-    unknown = re.search(r"unknown command line flag '(\w+)'", log)
-    if unknown and unknown[1] == "etdump_path":
-        raise DeviceError(
-            f"{transport.name}: the runner keeps no profile; build it with "
-            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON."
-        )
-    if unknown:
-        raise DeviceError(
-            f"{transport.name}: the runner does not know --{unknown[1]}; build the one of "
-            "ExecuTorch 1.4."
-        )
-    if finished.status in (126, 127):
-        raise DeviceError(
-            f"{transport.name}: the runner cannot be started there "
-            f"({last_line(finished.stderr) or 'no reason given'}); it must be built for that "
-            "processor and system, with the libraries that it needs in it, and lie in a folder "
-            "that allows programs (--device-folder)."
-        )
-    raise DeviceError(
-        f"{transport.name}: the runner ended {finished.how} on {name}: "
-        f"{last_line(log) or 'no message'}."
-    )
 
 
 def _iterations_s(transport: Transport, log: str, name: str, count: int) -> list[float]:

@@ -6,51 +6,35 @@ and has no flag for threads.
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchfuse.devices.executor_runner import raise_if_it_failed
-from torchfuse.devices.native_rounds import time_in_rounds
-from torchfuse.devices.record import Record
-from torchfuse.devices.runner import (
-    OnRound,
-    Outputs,
-    Runner,
-    Schedule,
-    model_name,
-    push_models,
+from torchfuse.devices.native import (
+    LONGEST_CHECK_S,
+    RUNNER,
+    NativeRunner,
+    raise_if_it_failed,
 )
+from torchfuse.devices.record import Record
+from torchfuse.devices.runner import Outputs, model_name
 from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
 from torchfuse.tasks import Task
 
 __all__ = ["SpeedBenchmark"]
 
-_NAME = "runner"
-_LONGEST_CHECK_S = 300.0
 _TYPES = {"float32": "float", "uint8": "uint8_t", "int64": "int64"}
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan)(?![\w.])")
 
 
-class SpeedBenchmark(Runner):
+class SpeedBenchmark(NativeRunner):
     """The user's speed_benchmark_torch."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def push(self, transport: Transport, tasks: Mapping[str, Task]) -> None:
-        """Push the runner and the models."""
-        for name, task in tasks.items():
-            _inputs(name, task)  # before anything is pushed
-        transport.push(self._path, _NAME)
-        transport.shell(f"chmod 700 {shlex.quote(f'{transport.folder}/{_NAME}')}")
-        push_models(transport, tasks)
+    def _check_inputs(self, name: str, task: Task) -> None:
+        _inputs(name, task)
 
     def outputs(
         self, transport: Transport, tasks: Mapping[str, Task], record: Record
@@ -59,7 +43,7 @@ class SpeedBenchmark(Runner):
         outputs = {}
         for index, (name, task) in enumerate(tasks.items()):
             words = [*self._words(index, name, task, 0, 1), "--print_output=true"]
-            printed = self._run(transport, words, name, _LONGEST_CHECK_S)
+            printed = self._run(transport, words, name, LONGEST_CHECK_S)
             shown, found, rest = printed.partition("Starting benchmark.")
             if not found:
                 raise _garbage(transport, name, printed)
@@ -88,31 +72,24 @@ class SpeedBenchmark(Runner):
         )
         return outputs
 
-    def time(
+    def _turn(
         self,
         transport: Transport,
-        tasks: Mapping[str, Task],
-        record: Record,
-        schedule: Schedule,
-        on_round: OnRound,
-    ) -> None:
-        """Have the models timed in rounds; the record takes what is told as it comes."""
-
-        def turn(
-            index: int, name: str, task: Task, untimed: int, timed: int, left_s: float
-        ) -> Sequence[float]:
-            words = self._words(index, name, task, untimed, timed)
-            return _times_s(transport, name, self._run(transport, words, name, left_s), timed)
-
-        turns = {
-            name: partial(turn, index, name, task)
-            for index, (name, task) in enumerate(tasks.items())
-        }
-        time_in_rounds(transport, turns, record, schedule, on_round)
+        index: int,
+        name: str,
+        task: Task,
+        threads: int,
+        untimed: int,
+        timed: int,
+        left_s: float,
+    ) -> Sequence[float]:
+        del threads  # it cannot be told
+        words = self._words(index, name, task, untimed, timed)
+        return _times_s(transport, name, self._run(transport, words, name, left_s), timed)
 
     def _words(self, index: int, name: str, task: Task, warmup: int, runs: int) -> list[str]:
         return [
-            f"./{_NAME}",
+            f"./{RUNNER}",
             f"--model={model_name(index, task)}",
             *_inputs(name, task),
             f"--warmup={warmup}",
