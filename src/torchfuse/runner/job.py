@@ -22,7 +22,7 @@ def event(**what: Any) -> str:
     """Return a line that tells what happened, with a checksum: a line cut short is known as such.
 
     >>> event(kind="end")
-    '{"kind": "end"} #46f3a171'
+    '{"kind": "end"} #d43ec1f1'
     """
     text = json.dumps(what)
     return f"{text} #{zlib.crc32(text.encode()):08x}"
