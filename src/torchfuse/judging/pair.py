@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,15 +31,19 @@ class Pair:
         self.subject = subject
         self.first, self.second = self._both = match.modules
         self._children: dict[str, frozenset[str]] = {}
+        self._names: dict[str, frozenset[str]] = {}
 
     def names_towards(self, path: str) -> frozenset[str]:
         """Names by which a method of the module at `path` may reach one of the two."""
-        held = {
-            name
-            for (owner, name), inner in self.subject.held.items()
-            if owner == path and any(self._contains(i, p) for i in inner for p in self._both)
-        }
-        return self._towards(path) | held
+        known = self._names.get(path)
+        if known is None:
+            held = {
+                name
+                for (owner, name), inner in self.subject.held.items()
+                if owner == path and any(self._contains(i, p) for i in inner for p in self._both)
+            }
+            known = self._names[path] = self._towards(path) | held
+        return known
 
     def reached_by(
         self, path: str, function: FunctionType, owner: str | None = None
@@ -73,6 +78,9 @@ class Pair:
         if not chain:
             return path if path in self._both and mention.usage == "called" else None
         both = self._contains(path, self.first) and self._contains(path, self.second)
+        ways = (None, BELOW, *self.names_towards(path))
+        if both and chain[0] not in ways and not self._delegates(path):
+            return None  # it leads to neither: most mentions do
         towards = self._towards(path)
         if both and len(chain) == 1 and len(towards) < 2 and chain[0] in (None, *towards):
             return None  # it leads no further than to a child that holds both
@@ -129,6 +137,10 @@ class Pair:
                 return f"{reached}.bias"
         return None
 
+    def _delegates(self, path: str) -> bool:
+        class_: Any = type(self.subject.modules[path])  # mypy takes nn.Module's __hash__ for its
+        return delegates(class_)
+
     def _towards(self, path: str) -> frozenset[str]:
         """Names of the children of the module at `path` that hold one of the two, or are it."""
         known = self._children.get(path)
@@ -169,7 +181,7 @@ class Pair:
         elif (path, name) in self.subject.held:
             for held in self.subject.held[path, name]:
                 yield from self._within(held, tuple(rest))
-        elif delegates(type(self.subject.modules[path])):
+        elif self._delegates(path):
             for child in self._towards(path):
                 yield from self._resolved(below + child, chain)
                 if name.lstrip("-").isdigit():  # an item is no attribute of a child, but a child
@@ -193,6 +205,7 @@ class Pair:
         return path == "" or inner == path or inner.startswith(f"{path}.")
 
 
+@lru_cache(maxsize=4096)
 def delegates(class_: Any) -> bool:
     """Whether `self.conv`, `self[0]` may mean any module, found by the class's own methods."""
     if class_.__getattr__ is not nn.Module.__getattr__:
