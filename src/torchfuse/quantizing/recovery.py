@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchfuse.errors import InputError
 from torchfuse.quantizing import static
@@ -37,14 +37,16 @@ if TYPE_CHECKING:
 
     from torchfuse.inputs import Case
 
+_T = TypeVar("_T")
+
 __all__ = ["STEPS", "Recovered", "measured", "recovered"]
 
 STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 # Layers are kept in float a few at a time: this share of them, at least one.
 _SHARE_KEPT = 0.05
 _SHOWN = 8  # names in a note
-# Layers are corrected and blamed on so many cases, spread over the data: all their activations at
-# one layer are in memory at once.
+# Layers are corrected and blamed, and steps measured, on so many cases, spread over the data: all
+# their activations at one layer are in memory at once.
 _MOST_CASES = 128
 
 
@@ -131,7 +133,7 @@ def _accuracy(
     )
 
 
-def _spread(data: list[Case]) -> list[Case]:
+def _spread(data: list[_T]) -> list[_T]:
     """As many cases as can be looked at at once, evenly from all of them."""
     return data[:: -(-len(data) // _MOST_CASES)]
 
@@ -143,7 +145,7 @@ class _Work:
         self.data = data
         self.some = _spread(data)
         self.reference = graph
-        self.expected = expected
+        self.expected = _spread(expected)  # of `some`, on which the steps are measured
         self.kept_float: list[str] = []
         self.corrected: bool | None = None  # None: not; False: biases; True: weights too
         self.steps: list[RecoveryStep] = []
@@ -152,7 +154,7 @@ class _Work:
         self.late_growth: float | None = None
         self.careful = False
         self.int8 = self._quantized(graph)
-        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, data))
+        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.some))
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         observed = static.prepared(copy.deepcopy(graph), self.kept_float, careful=self.careful)
@@ -181,7 +183,7 @@ class _Work:
             note = f"{layers} layers"
         after = before
         if candidate is not None:
-            after = sqnr_of_outputs(self.expected, outputs_of(candidate, self.data))
+            after = sqnr_of_outputs(self.expected, outputs_of(candidate, self.some))
         kept = after > before and candidate is not None
         if kept:
             assert candidate is not None
@@ -195,7 +197,7 @@ class _Work:
         before = self.sqnr_db
         self.careful = True
         self.int8 = self._quantized(self.reference)
-        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.data))
+        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.some))
         note = "ranges as wide as what was seen, scores in float"
         step = RecoveryStep("careful_ranges", before, self.sqnr_db, True, note)
         self.steps.append(step)
@@ -213,7 +215,7 @@ class _Work:
             self.kept_float += by_loss[len(self.kept_float) :][:at_a_time]
             self.int8 = self._quantized(self.reference)
             drop = before - measure.of(self.int8, outputs_of(self.int8, self.data))
-        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.data))
+        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.some))
         kept = len(self.kept_float)
         names = {node.name: static.module_path(node) or node.name for node in layers}
         shown = ", ".join(names[name] for name in self.kept_float[:_SHOWN])
