@@ -107,6 +107,12 @@ def test_a_linear_model_needs_no_data(folder: Path, arguments: tuple[str], said:
     assert said in result.stdout
 
 
+def test_the_size_of_pictures_is_the_examples_unless_given(folder: Path) -> None:
+    result = run(folder, "net", "--data", folder / "pictures", *PICTURES[2:], "--no-recovery")
+    assert result.exit_code == 0, result.output
+    assert check(folder / "out.pte").metadata["preprocessing"]["size"] == [8, 8]
+
+
 def test_the_users_own_measure_is_named_by_its_file(folder: Path) -> None:
     result = run(
         folder, "net", "--data", folder / "pictures", *PICTURES, "--max-drop", "5",
@@ -166,9 +172,10 @@ def test_fp16_needs_no_data(folder: Path) -> None:
     [
         ((), CalibrationError, "Expected calibration data, got None"),
         (("--data", "nowhere"), CalibrationError, "got 'nowhere', which is no such file"),
-        (("--size", "8x8"), InputError, "Expected --size, --mean and --std together"),
+        (("--size", "8x8"), InputError, "Expected --mean and --std together"),
+        (("--size", "8", "--mean", "0,0,0", "--std", "1,1,1"), InputError, "--size as HxW"),
         (("--recover", "rounding", "--no-recovery"), InputError, "got both"),
-        (("--preprocess-inside",), InputError, "--preprocess-inside needs --size"),
+        (("--preprocess-inside",), InputError, "--preprocess-inside needs --mean"),
         (("--data", "random", "--evaluate", "nets.pt2"), InputError, "Expected a function"),
     ],
 )

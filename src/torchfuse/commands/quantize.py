@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _SCHEMES = ("int8", "int8_dynamic", "int4", "fp16")
+_PICTURE_DIMENSIONS = 4
 _BACKENDS = ("xnnpack", "qnnpack", "x86", "fbgemm", "onednn")
 _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 
@@ -41,7 +42,11 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
     "--scheme", type=click.Choice(_SCHEMES),
     help="Default: int8; int8_dynamic for linear models without data.",
 )  # fmt: skip
-@click.option("--size", metavar="HxW", help="Pictures: size in pixels, such as 224x224.")
+@click.option(
+    "--size",
+    metavar="HxW",
+    help="Pictures: size in pixels, such as 224x224. Default: the example's.",
+)
 @click.option("--mean", metavar="R,G,B", help="Pictures: mean on a scale of 0 to 1.")
 @click.option("--std", metavar="R,G,B", help="Pictures: standard deviation on that scale.")
 @click.option(
@@ -115,8 +120,8 @@ def command(
         artifact = torchfuse.export(loaded.model, loaded.example_inputs, output, precision="fp16")
         _closing(artifact)
         return
-    preprocessing = _preprocessing(size, mean, std, layout)
     network, example = loaded.model, loaded.example_inputs
+    preprocessing = _preprocessing(size, mean, std, layout, example)
     if preprocess_inside:
         network, example = _with_preprocessing(network, preprocessing)
     static = scheme in (None, "int8") and data is not None and backend == "xnnpack"
@@ -170,23 +175,39 @@ def _closing(artifact: Any) -> None:
 
 
 def _preprocessing(
-    size: str | None, mean: str | None, std: str | None, layout: str
+    size: str | None, mean: str | None, std: str | None, layout: str, example: Any
 ) -> Preprocessing | None:
     if size is None and mean is None and std is None:
         return None
-    if size is None or mean is None or std is None:
-        raise InputError("Expected --size, --mean and --std together: each changes the input.")
+    if mean is None or std is None:
+        raise InputError("Expected --mean and --std together: each changes the input.")
     from torchfuse.quantizing.preprocessing import Preprocessing
 
-    height, separator, width = size.partition("x")
-    if not (separator and height.isdigit() and width.isdigit()):
-        raise InputError(f"Expected --size as HxW, such as 224x224, got '{size}'.")
     return Preprocessing(
-        size=(int(height), int(width)),
+        size=_size_of(example, layout) if size is None else _parsed_size(size),
         mean=_numbers("--mean", mean),
         std=_numbers("--std", std),
         layout="NCHW" if layout == "NCHW" else "NHWC",
     )
+
+
+def _parsed_size(text: str) -> tuple[int, int]:
+    height, separator, width = text.partition("x")
+    if not (separator and height.isdigit() and width.isdigit()):
+        raise InputError(f"Expected --size as HxW, such as 224x224, got '{text}'.")
+    return int(height), int(width)
+
+
+def _size_of(example: Any, layout: str) -> tuple[int, int]:
+    """The height and width of the example's picture."""
+    from torchfuse.inputs import cases
+
+    case = cases(example)[0]
+    (picture, *_) = (*case.args, *case.kwargs.values(), None)
+    shape = tuple(getattr(picture, "shape", ()))
+    if len(shape) != _PICTURE_DIMENSIONS:
+        raise InputError("Expected --size, since the example input is no picture to take it from.")
+    return shape[2:] if layout == "NCHW" else shape[1:3]
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
@@ -200,7 +221,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 def _with_preprocessing(network: Any, preprocessing: Preprocessing | None) -> tuple[Any, Any]:
     if preprocessing is None:
-        raise InputError("--preprocess-inside needs --size, --mean and --std.")
+        raise InputError("--preprocess-inside needs --mean and --std.")
     import torch
 
     from torchfuse.quantizing.preprocessing import WithPreprocessing
