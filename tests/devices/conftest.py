@@ -60,6 +60,12 @@ def adb_devices(
 
 
 @pytest.fixture
+def lost_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long for a device to come back and be cleaned up."""
+    monkeypatch.setattr("torchfuse.devices.transport._WAITS_TO_CLEAN_S", (0.1,))
+
+
+@pytest.fixture
 def adb_device(adb_devices: Callable[..., Device]) -> Device:
     """A device that is connected and well."""
     return adb_devices()

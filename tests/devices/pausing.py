@@ -1,9 +1,10 @@
 """A device's Python that runs torchfuse's runner, and does something of its own amid it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 _SCRIPT = """#!{python}
-import sys, time
+import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torchfuse.runner.__main__ as runner
 from torchfuse.runner.job import event, read_event
@@ -27,13 +28,13 @@ def python_that(folder: Path, python: Path, body: str) -> Path:
     return program
 
 
-def pausing_python(folder: Path, python: Path, after: str) -> tuple[Path, Path]:
-    """A Python that pauses after a line with this in it, and the file that is there then."""
+def pausing_python(folder: Path, python: Path, after: str) -> tuple[Path, Callable[[], list[Path]]]:
+    """A Python that pauses after a line with this in it; what gives a file for each that does."""
     reached = folder / "reached"
     body = f"""\
     whole(line)
     if {after!r} in line:
-        open({str(reached)!r}, "w").close()
+        open({str(reached)!r} + "." + str(os.getpid()), "w").close()
         time.sleep(1000)
 """
-    return python_that(folder, python, body), reached
+    return python_that(folder, python, body), lambda: list(folder.glob("reached.*"))

@@ -121,6 +121,7 @@ def test_an_offline_device_is_an_error(adb: AdbServer, adb_device: Device) -> No
         Adb()
 
 
+@pytest.mark.usefixtures("lost_for_good")
 def test_a_device_lost_amid_a_push_is_an_error(adb_device: Device, tmp_path: Path) -> None:
     large = tmp_path / "large"
     large.write_bytes(bytes(3_000_000))
@@ -131,6 +132,7 @@ def test_a_device_lost_amid_a_push_is_an_error(adb_device: Device, tmp_path: Pat
     assert adb_device.drops == 1
 
 
+@pytest.mark.usefixtures("lost_for_good")
 def test_a_device_lost_amid_a_run_is_an_error_although_adb_ends_with_0(
     adb_device: Device,
 ) -> None:

@@ -24,10 +24,11 @@ MARK = "INTERRUPTED_TEST=x"
 
 
 @pytest.fixture
-def device(kind: str, request: pytest.FixtureRequest) -> tuple[str, Device | Sshd]:
-    """The name for --device, and the device."""
-    name, fixture = {"adb": ("adb", "adb_device"), "ssh": ("ssh:board", "sshd")}[kind]
-    return name, request.getfixturevalue(fixture)
+def devices(kinds: str, request: pytest.FixtureRequest) -> dict[str, Device | Sshd]:
+    """The devices, by their names for --device."""
+    fixtures = {"adb": ("adb", "adb_device"), "ssh": ("ssh:board", "sshd")}
+    found = [fixtures[kind] for kind in kinds.split("+")]
+    return {name: request.getfixturevalue(fixture) for name, fixture in found}
 
 
 STAGES = {
@@ -39,10 +40,9 @@ STAGES = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage", "number"),
+    ("kinds", "stage", "number"),
     [  # each takes the seconds in which torch is imported; the others only in make test-devices
-        ("adb", "rounds", signal.SIGINT),
-        ("ssh", "rounds", signal.SIGTERM),
+        ("adb+ssh", "rounds", signal.SIGINT),
         *(
             pytest.param(kind, stage, signal.SIGINT, marks=pytest.mark.devices)
             for kind, stage in [
@@ -52,26 +52,26 @@ STAGES = {
                 ("ssh", "check"),
                 ("adb", "warm-up"),
                 ("ssh", "warm-up"),
-                ("ssh", "rounds"),
+                ("adb+ssh", "check"),
             ]
         ),
     ],
 )
 def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
-    device: tuple[str, Device | Sshd],
+    devices: dict[str, Device | Sshd],
     model_files: Files,
     light_python: Path,
     tmp_path: Path,
     stage: str,
     number: int,
 ) -> None:
-    name, there = device
     program, reached = pausing_python(tmp_path, light_python, STAGES[stage])
     saved = tmp_path / "out.json"
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     words = [model_files("third.pte"), "--input_dims=1,3,4,4", "--iter=9", "--warmup=1"]
-    words += [f"--device={name}", f"--device-python={program}", f"--json={saved}"]
+    words += [f"--device={name}" for name in devices]
+    words += [f"--device-python={program}", f"--json={saved}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "torchfuse", "bench", *words],
         stdout=subprocess.PIPE,
@@ -80,9 +80,13 @@ def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
         env=os.environ | {"TMPDIR": str(temporary), **dict([MARK.split("=")])},
     )
     try:
-        until = (lambda: list(there.tmp.glob("*/*"))) if stage == "push" else reached.exists
+
+        def arrived() -> list[Path]:
+            return [path for there in devices.values() for path in there.tmp.glob("*/*")]
+
+        until = arrived if stage == "push" else reached
         deadline = time.monotonic() + 60
-        while not until():
+        while len(until()) < len(devices):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -93,12 +97,15 @@ def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
         process.wait()
     assert (process.returncode, printed) == (130, "")
     assert errors == SAID.format(saved)
-    assert list(there.tmp.iterdir()) == []
-    assert there.processes() == []
+    for there in devices.values():
+        assert list(there.tmp.iterdir()) == []
+        assert there.processes() == []
     assert marked(MARK) == []
     assert list(temporary.iterdir()) == []
     results = [result for run in json.loads(saved.read_text())["runs"] for result in run["results"]]
-    assert [len(r["samples_s"]) for r in results] == ([5] if stage == "rounds" else [])
+    assert [len(r["samples_s"]) for r in results] == (
+        [5] * len(devices) if stage == "rounds" else []
+    )
 
 
 def test_a_run_on_this_machine_that_is_interrupted_leaves_no_process(
@@ -119,7 +126,7 @@ def test_a_run_on_this_machine_that_is_interrupted_leaves_no_process(
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # as a CI job that takes too long is ended
         printed, errors = process.communicate(timeout=60)
     finally:
         process.kill()

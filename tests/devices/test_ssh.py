@@ -83,6 +83,7 @@ def test_a_connection_dropped_amid_a_run_is_an_error_and_cleaned_up_when_it_is_b
     assert sshd.processes() == []
 
 
+@pytest.mark.usefixtures("lost_for_good")
 def test_a_machine_that_stays_away_is_said_to_keep_what_was_pushed(sshd: Sshd) -> None:
     with pytest.raises(DeviceError, match=LOST) as caught, Ssh("board") as board:
         threading.Timer(0.5, sshd.wire.cut).start()
