@@ -24,7 +24,7 @@ __all__ = ["command"]
 _SUFFIXES = (".pt", ".safetensors", ".pt2")
 
 
-@click.command("fuse")
+@click.command("fuse", short_help="Fuse, prove that nothing changed, and save.")
 @model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",

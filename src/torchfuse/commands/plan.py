@@ -25,7 +25,7 @@ _STDOUT = "-"
 _ANY = "any"
 
 
-@click.command("plan")
+@click.command("plan", short_help="What can be fused, and why the rest cannot.")
 @model_options
 @rule_option
 @click.option(

@@ -24,7 +24,7 @@ _BACKENDS = ("xnnpack", "qnnpack", "x86", "fbgemm", "onednn")
 _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 
 
-@click.command("quantize")
+@click.command("quantize", short_help="int8, int4 or fp16, and what that costs.")
 @model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",

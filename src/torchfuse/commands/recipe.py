@@ -8,7 +8,7 @@ import click
 __all__ = ["command"]
 
 
-@click.command("recipe")
+@click.command("recipe", short_help="PyTorch's recipe, end to end, on this machine.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
