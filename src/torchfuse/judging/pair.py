@@ -168,7 +168,7 @@ class Pair:
         if name == BELOW:
             yield from ((inner, ()) for inner in self._both if self._contains(path, inner))
         elif name is None:
-            for child in self._towards(path):
+            for child in sorted(self._towards(path)):
                 if rest:
                     yield from self._resolved(below + child, tuple(rest))
                 else:
@@ -182,7 +182,7 @@ class Pair:
             for held in self.subject.held[path, name]:
                 yield from self._within(held, tuple(rest))
         elif self._delegates(path):
-            for child in self._towards(path):
+            for child in sorted(self._towards(path)):
                 yield from self._resolved(below + child, chain)
                 if name.lstrip("-").isdigit():  # an item is no attribute of a child, but a child
                     yield below + child, tuple(entry or "" for entry in rest)
