@@ -1,6 +1,7 @@
 """`compare`: one model as fused and non-fused, float and int8, on every target of this machine."""
 
 import copy
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -111,7 +112,7 @@ def compare(
                     delegation=variant.artifact.delegation if variant.artifact else None,
                 )
             )
-    return Comparison(type(model).__name__, tuple(rows), tuple(notes))
+    return Comparison(type(model).__name__, tuple(rows), tuple(notes), platform.machine())
 
 
 def _name(variant: _Variant) -> str:

@@ -36,6 +36,7 @@ class Comparison:
     model: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...]  # what was left out and why, what is not delegated: sentences
+    architecture: str | None = None  # of the processor: "x86_64", "aarch64"
 
     @property
     def baseline(self) -> Row:

@@ -104,3 +104,8 @@ def test_a_slowdown_is_called_one():
     rows = (*ROWS[:1], row("fused", "eager", "fp32", 8e-3, None, 0.0, None))
     sentence = closing_sentence(Comparison("Net", rows, ()))
     assert "fusing made it slower, 0.50× (0.50…0.51) as fast, in eager mode" in sentence
+
+
+def test_the_closing_sentence_says_for_which_processors_it_holds() -> None:
+    sentence = closing_sentence(Comparison("Net", ROWS, (), "x86_64"))
+    assert sentence.startswith("Net, on x86_64: fusing made it ")

@@ -72,7 +72,9 @@ def closing_sentence(comparison: Comparison) -> str:
             ("TorchScript", "fused", ".pt"),
         )
     ]
-    return f"{comparison.model}: fusing {_bought(fused)}; quantizing {_bought(quantized)}."
+    # What holds for one kind of processor need not for another: phones have their own kernels.
+    where = "" if comparison.architecture is None else f", on {comparison.architecture}"
+    return f"{comparison.model}{where}: fusing {_bought(fused)}; quantizing {_bought(quantized)}."
 
 
 def _bought(pairs: list[tuple[str, Row | None, Row | None]]) -> str:
