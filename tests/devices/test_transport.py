@@ -181,3 +181,36 @@ def _until(holds: object, timeout_s: float = 10) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_command_that_comes_to_run_when_cleaning_has_begun_does_not(
+    shell: str, base: Path
+) -> None:
+    # The connection was lost just after it was told: nobody would be left to end it.
+    with Local(str(base)) as here:
+        (Path(here.folder) / "closed").touch()
+        here.run(["sh", "-c", "echo ran; touch ran"], timeout_s=1000)
+        assert not (Path(here.folder) / "ran").exists()
+        _until(lambda: not [pid for pid in _children() if _command(pid).startswith("sleep")])
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.003, 0.01, 0.03])
+def test_a_shell_that_is_lost_at_any_moment_leaves_nothing_running(
+    base: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float
+) -> None:
+    monkeypatch.setenv("LOST", str(wait_s))
+    # What the lost shell started holds our end open, until it is cleaned up.
+    monkeypatch.setattr("torchfuse.devices.transport._DRAIN_S", 0.05)
+    words = Local._shell_words
+
+    def lost(self: Local, script: str) -> list[str]:
+        if "sleep 1000" not in script:
+            return words(self, script)
+        return ["sh", "-c", f'sh -c "$0" & sleep {wait_s}; kill -9 $!; exit 0', script]
+
+    monkeypatch.setattr(Local, "_shell_words", lost)
+    for _ in range(3):
+        with pytest.raises(DeviceError, match="the device was lost"), Local(str(base)) as here:
+            here.run(["sleep", "1000"], timeout_s=1000)
+    assert list(base.iterdir()) == []
+    _until(lambda: marked(f"LOST={wait_s}") == [])

@@ -38,21 +38,24 @@ _CLEAN_S = 20.0  # Ctrl-C waits for it
 _WAITS_TO_CLEAN_S = (1.0, 3.0)
 _MOST_CHARACTERS = 200_000_000  # of an output: far more than any runner prints
 _TIMED_OUT = "timed-out"
+_CLOSED = "closed"
 
 # What the device's shell runs for `run`. The command has a process group of its own, so that
 # whatever it started ends with it; the watchdog ends it when nobody else can, since the connection
 # is lost. It is not under `timeout`, which has a group of its own.
+#
+# The connection may be lost at any moment, and this shell with it: so each of the two notes its own
+# number before it does anything, and does nothing if cleaning has begun.
 _RUN = """\
 cd {folder} || exit_is 1
 s=; command -v setsid >/dev/null 2>&1 && s=setsid
-$s {command} </dev/null &
+note='echo $$ >>pid; [ -e {closed} ] && exit;'
+$s sh -c "$note"' exec "$@"' sh {command} </dev/null &
 job=$!
-echo $job >pid
 w=
 if [ -n "$s" ]; then
-  setsid sh -c 'sleep {seconds}; : >{timed_out}; kill -9 -'$job </dev/null >/dev/null 2>&1 &
+  setsid sh -c "$note"' sleep {seconds}; : >{timed_out}; kill -9 -'$job </dev/null >/dev/null 2>&1 &
   w=$!
-  echo $job $w >pid
 fi
 wait $job
 status=$?
@@ -63,11 +66,12 @@ exit_is $status
 """
 
 _CLEAN = """\
-if [ -e {folder}/pid ]; then
-  for p in $(cat {folder}/pid); do
-    kill -9 -$p || kill -9 $p
-  done 2>/dev/null
-fi
+cd {folder} 2>/dev/null || exit_is 0
+: >{closed}
+[ -e pid ] && for p in $(cat pid); do
+  kill -9 -$p || kill -9 $p
+done 2>/dev/null
+cd /
 rm -rf {folder}
 """
 
@@ -182,15 +186,16 @@ class Transport(abc.ABC):
             _kill_group(process)
 
     def _clean(self, folder: str) -> None:
+        script = _CLEAN.format(folder=shlex.quote(folder), closed=_CLOSED)
         # A device that was lost may be on its way back.
         for wait_s in _WAITS_TO_CLEAN_S:
             try:
-                self.shell(_CLEAN.format(folder=shlex.quote(folder)), _CLEAN_S)
+                self.shell(script, _CLEAN_S)
             except DeviceError:
                 time.sleep(wait_s)
             else:
                 return
-        self.shell(_CLEAN.format(folder=shlex.quote(folder)), _CLEAN_S)
+        self.shell(script, _CLEAN_S)
 
     def _disconnect(self) -> None:  # noqa: B027  # most have nothing to close
         """Close what was opened for several commands."""
@@ -258,6 +263,7 @@ class Transport(abc.ABC):
             command=" ".join(map(shlex.quote, command)),
             seconds=max(1, round(timeout_s)),
             timed_out=_TIMED_OUT,
+            closed=_CLOSED,
         )
         return self._to_the_end(script, timeout_s + _GRACE_S, on_line)
 
