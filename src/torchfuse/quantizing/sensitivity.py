@@ -136,9 +136,9 @@ def _cause(step: Step, inputs: list[Tensor], total_db: float) -> str:
 
 
 def _tail(inputs: list[Tensor]) -> float:
-    values = torch.cat([value.abs().flatten() for value in inputs]).float()
-    values = values[:: max(1, len(values) // _MOST_VALUES)]
-    bulk = float(torch.quantile(values[:_MOST_VALUES], _QUANTILE))
+    step = max(1, sum(value.numel() for value in inputs) // _MOST_VALUES)
+    values = torch.cat([value.flatten()[::step].abs() for value in inputs]).float()
+    bulk = float(torch.quantile(values, _QUANTILE))
     largest = max(float(value.abs().max()) for value in inputs)
     return largest / bulk if bulk > 0 else 1.0
 
