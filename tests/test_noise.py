@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from torchfuse.machine_state import MachineState, ThermalZone
-from torchfuse.noise import Caution, Kind, Samples, cautions
+from torchfuse.noise import Caution, Kind, Samples, cautions, resumed
 
 # Two quiet cores before a run of 10 s, and after it: our process used 9.8 s of one.
 BEFORE = MachineState(
@@ -235,7 +235,15 @@ def test_times_that_are_cautioned_about(times: Samples, kind: Kind, text: str) -
 
 
 def test_every_kind_has_a_case_here() -> None:
-    assert {kind for _, kind, *_ in RUNS} | {kind for _, kind, _ in TIMES} == {*get_args(Kind)}
+    others = {caution.kind for caution in resumed(6)}
+    shown = {kind for _, kind, *_ in RUNS} | {kind for _, kind, _ in TIMES} | others
+    assert shown == {*get_args(Kind)}
+
+
+def test_runs_of_an_earlier_run_are_said_to_be_and_are_no_noise() -> None:
+    (caution,) = resumed(6)
+    assert str(caution).startswith("the first 6 runs of each are an earlier run's (--resume)")
+    assert (caution.fails, resumed(0)) == (False, ())
 
 
 def test_our_own_work_is_no_other_load() -> None:

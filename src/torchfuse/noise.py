@@ -9,7 +9,7 @@ import numpy as np
 
 from torchfuse.machine_state import MachineState
 
-__all__ = ["Caution", "Kind", "Samples", "cautions"]
+__all__ = ["Caution", "Kind", "Samples", "cautions", "resumed"]
 
 Kind = Literal[
     "other-load",
@@ -25,6 +25,7 @@ Kind = Literal[
     "threads",
     "debug-build",
     "emulated",
+    "resumed",
 ]
 
 
@@ -276,6 +277,20 @@ def _emulated(emulated: bool | None) -> Caution | None:
         "the device is emulated: its times say nothing about a real one, not even as ratios; "
         "measure on a real device",
         fails=True,
+    )
+
+
+def resumed(runs_before: int) -> tuple[Caution, ...]:
+    """Return the caution that so many runs of each variant are an earlier, interrupted run's."""
+    if not runs_before:
+        return ()
+    return (
+        Caution(
+            "resumed",
+            f"the first {runs_before} runs of each are an earlier run's (--resume), and what the "
+            "machine did then is not in these warnings; measure anew where figures must hold",
+            fails=False,  # what came of it shows in the drift and the spread
+        ),
     )
 
 

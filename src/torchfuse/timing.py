@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.machine_state import MachineState, this_state
-from torchfuse.noise import Caution, Samples
+from torchfuse.noise import Caution, Samples, resumed
 from torchfuse.noise import cautions as cautions_of
 from torchfuse.runner.loop import Clock, interleave, timed, turn_length, turn_of, warm_up
 from torchfuse.runner.workers import Worker, WorkerError, start_workers
@@ -333,11 +333,16 @@ def measure_prepared(
             after = this_state()
         for name, worker in by_name.items():
             facts[name] = replace(facts[name], **worker.ask("memory"))
-        return _with_cautions(so_far(), before, after, threads)
+        earlier_runs = resumed(rounds_done * length)
+        return _with_cautions(so_far(), before, after, threads, earlier_runs)
 
 
 def _with_cautions(
-    measured: dict[str, Measurement], before: MachineState, after: MachineState, threads: int
+    measured: dict[str, Measurement],
+    before: MachineState,
+    after: MachineState,
+    threads: int,
+    others: tuple[Caution, ...],
 ) -> dict[str, Measurement]:
     """Return the measurements, each with the cautions of the run and its own."""
     import torch
@@ -351,7 +356,7 @@ def _with_cautions(
         debug_build=next((what for what, is_debug in debug.items() if is_debug), None),
     )
     return {
-        name: replace(m, cautions=tuple(c for c in found if c.name in (None, name)))
+        name: replace(m, cautions=(*(c for c in found if c.name in (None, name)), *others))
         for name, m in measured.items()
     }
 

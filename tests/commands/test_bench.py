@@ -154,9 +154,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
 ) -> None:
     before = json.loads(interrupted.read_text())["runs"][0]["results"]
     paths = [model_files("third.pt"), model_files("third.pte")]
-    status, _, _ = bench(*paths, DIMS, "--iter=30", f"--json={interrupted}", "--resume")
+    status, _, errors = bench(*paths, DIMS, "--iter=30", f"--json={interrupted}", "--resume")
     after = json.loads(interrupted.read_text())["runs"][0]["results"]
     assert status == 0
+    assert errors.count("the first 6 runs of each are an earlier run's (--resume)") == 1
     for earlier, result in zip(before, after, strict=True):
         assert result["samples_s"][:6] == earlier["samples_s"]
         assert len(result["samples_s"]) == 30

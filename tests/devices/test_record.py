@@ -205,3 +205,12 @@ def test_an_emulated_device_and_a_debug_build_are_cautions() -> None:
     record = filled()
     record.take(event(**{**RUNTIME, "debug_build": True}))
     assert {c.kind for c in record.cautions(emulated=True)} == {"debug-build", "emulated"}
+
+
+def test_runs_of_an_earlier_run_are_a_caution() -> None:
+    def found(record: Record) -> list[str]:
+        return [c.text for c in record.cautions(emulated=None) if c.kind == "resumed"]
+
+    assert found(filled()) == []
+    (text,) = found(filled(earlier=earlier(4)))
+    assert text.startswith("the first 4 runs of each are an earlier run's (--resume)")

@@ -7,7 +7,7 @@ from typing import Any
 from torchfuse.devices.events import checked
 from torchfuse.devices.printable import printable
 from torchfuse.machine_state import MachineState, ThermalZone
-from torchfuse.noise import Caution, cautions
+from torchfuse.noise import Caution, cautions, resumed
 from torchfuse.runner.job import read_event
 from torchfuse.timing import Measurement, file_facts
 
@@ -136,7 +136,7 @@ class Record:
             debug_build=debug[0] if debug else None,
             emulated=emulated,
         )
-        return found + self._threads_not_as_asked()
+        return (*found, *self._threads_not_as_asked(), *resumed(self.runs_before))
 
     def _threads_not_as_asked(self) -> tuple[Caution, ...]:
         cannot = next((told for told in self.loaded.values() if not told["can_set_threads"]), None)

@@ -22,8 +22,3 @@ class DeviceRun:
     differences: tuple[tuple[str, Equivalence], ...] = ()  # by name, from this machine's outputs
     profiles: tuple[Profile, ...] = ()  # where the time goes, where that was asked for
     error: str | None = None  # what ended it early
-
-    def is_complete(self, models: int, runs: int) -> bool:
-        """Whether every model has all its runs."""
-        done = [measured for measured in self.measurements if measured.runs >= runs]
-        return self.error is None and len(done) == models
