@@ -31,6 +31,14 @@ def devices(kinds: str, request: pytest.FixtureRequest) -> dict[str, Device | Ss
     return {name: request.getfixturevalue(fixture) for name, fixture in found}
 
 
+def wait_until_none(processes: Callable[[], list[int]]) -> None:
+    """Returns once there is none: those that were killed take a moment on a busy machine."""
+    deadline = time.monotonic() + 5
+    while left := processes():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
+
+
 STAGES = {
     "push": '"kind": "runtime"',  # if it comes to that before anyone looks
     "check": '"kind": "runtime"',
@@ -99,8 +107,8 @@ def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
     assert errors == SAID.format(saved)
     for there in devices.values():
         assert list(there.tmp.iterdir()) == []
-        assert there.processes() == []
-    assert marked(MARK) == []
+        wait_until_none(there.processes)
+    wait_until_none(lambda: marked(MARK))
     assert list(temporary.iterdir()) == []
     results = [result for run in json.loads(saved.read_text())["runs"] for result in run["results"]]
     assert [len(r["samples_s"]) for r in results] == (
@@ -132,5 +140,5 @@ def test_a_run_on_this_machine_that_is_interrupted_leaves_no_process(
         process.kill()
         process.wait()
     assert (process.returncode, printed, errors) == (130, "", SAID.format(saved))
-    assert marked(MARK) == []
+    wait_until_none(lambda: marked(MARK))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
