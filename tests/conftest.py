@@ -1,5 +1,6 @@
 """Model files that several tests run, and one thread to run them in."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,10 @@ from torchfuse.artifacts import seal_pte, seal_zip, write_atomically
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
 from torchfuse.targets import executorch, torchscript
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and so would have all that they
+# start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two threads on two busy cores take ten times as long for models this small.
 torch.set_num_threads(1)

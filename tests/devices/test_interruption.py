@@ -102,7 +102,7 @@ def test_what_is_interrupted_leaves_nothing_but_what_was_measured(
         printed, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     assert (process.returncode, printed) == (130, "")
     assert errors == SAID.format(saved)
     for there in devices.values():
@@ -138,7 +138,7 @@ def test_a_run_on_this_machine_that_is_interrupted_leaves_no_process(
         printed, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     assert (process.returncode, printed, errors) == (130, "", SAID.format(saved))
     wait_until_none(lambda: marked(MARK))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]

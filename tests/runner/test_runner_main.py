@@ -95,12 +95,16 @@ def test_ctrl_c_leaves_the_rounds_until_then_in_the_file(
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 30
-    while not (saved.exists() and '"done": 5,' in saved.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
-    printed, errors = process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 30
+        while not (saved.exists() and '"done": 5,' in saved.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
+        printed, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert (process.returncode, printed) == (130, "")
     assert errors == f"runner.py: interrupted; '{saved}' holds the rounds until then\n"
     assert all(read_event(line) for line in saved.read_text().splitlines())
