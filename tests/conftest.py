@@ -12,8 +12,8 @@ from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
 from torchfuse.targets import executorch, torchscript
 
-# A shell that starts the tests in the background has Ctrl-C ignored, and so would have all that they
-# start and interrupt.
+# A shell that starts the tests in the background has Ctrl-C ignored, and so would have all that
+# they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two threads on two busy cores take ten times as long for models this small.
