@@ -9,6 +9,7 @@ beside it.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -155,9 +156,9 @@ def nncf_on_openvino(model: torch.nn.Module, calibration: Tensor) -> dict[str, A
     converted = openvino.convert_model(model, example_input=calibration[:1])
     converted.reshape([1, *calibration.shape[1:]])
     data = nncf.Dataset([calibration[i : i + 1].numpy() for i in range(len(calibration))])
-    compiled = openvino.compile_model(
-        nncf.quantize(converted, data, subset_size=len(calibration)), "CPU"
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        quantized = nncf.quantize(converted, data, subset_size=len(calibration))
+    compiled = openvino.compile_model(quantized, "CPU")
     return {
         "run": lambda x: compiled(x.numpy())[0],
         "size_bytes": None,
