@@ -441,7 +441,7 @@ def test_a_process_that_ends_amid_the_rounds_leaves_what_was_measured(
     saved = tmp_path / "out.json"
 
     def killed(_progress: object, _device: str, step: str) -> None:
-        if step == "round 4 of 30":
+        if step == "round 4 of 15":
             (nursery,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             workers = Path(f"/proc/{nursery}/task/{nursery}/children").read_text().split()
             os.kill(int(workers[0]), signal.SIGKILL)

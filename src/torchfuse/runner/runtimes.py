@@ -67,7 +67,8 @@ class _Torch:
         flat = (
             self._torch.frombuffer(data, dtype=kind) if data else self._torch.empty(0, dtype=kind)
         )
-        return flat.as_strided(shape, strides)
+        # A copy lies in memory of torch's own, which is aligned for vector instructions.
+        return flat.as_strided(shape, strides).clone(memory_format=self._torch.preserve_format)
 
     def load(self, path: str, form: str) -> Any:
         if form == "ptl":
@@ -121,8 +122,18 @@ class _ExecuTorch(_Torch):
         return program, program.load_method("forward")
 
     def call(self, model: Any, args: list[Any], _kwargs: dict[str, Any]) -> Callable[[], Any]:
-        # Outputs are not copied out of the program's memory, as in a native loop.
-        return functools.partial(model[1].call, args, clone_outputs=False)
+        method = model[1]
+
+        def call() -> Any:
+            # As in a native loop: outputs stay in the program's memory until someone wants them.
+            method.set_inputs(args)
+            method.execute()
+            return method
+
+        return call
+
+    def flat(self, outputs: Any) -> list[FlatOutput]:
+        return super().flat(outputs.get_outputs())
 
     def operators(self) -> list[str]:
         return sorted(self._bindings._get_operator_names())
