@@ -15,6 +15,7 @@ from fusing_checks import IMAGE, relative_difference, trained
 from torchfuse import rollback
 from torchfuse.folding import fold_into_weight
 from torchfuse.rules import RULES
+from torchfuse.surgery import fold_in
 
 Fold = tuple[Tensor, Tensor]
 
@@ -237,3 +238,25 @@ def test_nan_in_the_output_of_one_side_alone_does_not_pass(
     plant(monkeypatch, lambda w, b: (w, torch.where(torch.arange(len(b)) == 0, torch.nan, b)))
     result = torchfuse.fuse(model, IMAGE)
     assert result.plan.fusions == ()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_without_originals_a_replaced_weight_is_free_before_the_next_layer_is_folded(
+    verify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))]
+    model = nn.Sequential(*layers).eval()
+    originals = [weakref.ref(layer.weight) for layer in layers[::2]]
+    del layers
+    free_after: list[int] = []
+
+    def folded(*args: object, **options: object) -> object:
+        done = fold_in(*args, **options)
+        free_after.append(sum(original() is None for original in originals))
+        return done
+
+    monkeypatch.setattr("torchfuse.applying.fold_in", folded)
+    torchfuse.fuse(
+        model, torch.randn(1, 2, 4, 4), inplace=True, verify=verify, keep_originals=False
+    )
+    assert free_after == [1, 2, 3]

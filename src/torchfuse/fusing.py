@@ -78,8 +78,7 @@ def fuse(
     With `keep_originals` the result can be unfused; the plan says how many bytes that takes.
     """
     check_model(model)
-    tensors = (*model.parameters(), *model.buffers())
-    if verify and tensors and all(tensor.is_meta for tensor in tensors):
+    if verify and _has_no_values(model):
         raise InputError(
             "The model is on the meta device, where there are no values to compare: load its "
             "weights first, or pass verify=False."
@@ -108,6 +107,12 @@ def fuse(
         originals_bytes=sum(f.originals_bytes for f in done.folded),
     )
     return FusionResult(target, plan_, check, key_map(old_keys, done))
+
+
+def _has_no_values(model: nn.Module) -> bool:
+    # Looked at here and not in fuse, where the tensors would be kept for as long as it lasts.
+    tensors = (*model.parameters(), *model.buffers())
+    return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
