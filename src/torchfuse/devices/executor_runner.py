@@ -13,7 +13,9 @@ from typing import Any
 from torchfuse.devices.native import (
     LONGEST_CHECK_S,
     RUNNER,
+    Model,
     NativeRunner,
+    models,
     raise_if_it_failed,
 )
 from torchfuse.devices.record import Record
@@ -33,6 +35,8 @@ _LOADED = re.compile(r"Model loaded in ([0-9.]+) ms")
 class ExecutorRunner(NativeRunner):
     """The user's executor_runner."""
 
+    program = "executor_runner"
+
     def _check_inputs(self, name: str, task: Task) -> None:
         if not all(isinstance(arg, dict) and "file" in arg for arg in task.args):
             raise InputError(
@@ -40,52 +44,25 @@ class ExecutorRunner(NativeRunner):
                 "measure it with the Python runner, without --runner."
             )
 
-    def outputs(
-        self, transport: Transport, tasks: Mapping[str, Task], record: Record
-    ) -> dict[str, Outputs]:
-        """Run each model once on the device; return its outputs there."""
-        outputs = {}
-        for index, (name, task) in enumerate(tasks.items()):
-            words = [*self._words(index, task, record.threads, 1), f"--output_file=output-{index}"]
-            log = self._run(transport, words, name, LONGEST_CHECK_S)
-            times_s = _iterations_s(transport, log, name, 1)
-            loaded_ms = _LOADED.search(log)
-            record.note(
-                {
-                    "kind": "loaded",
-                    "artifact": index,
-                    "load_s": float(loaded_ms[1]) / 1e3 if loaded_ms else None,
-                    "first_inference_s": times_s[0],
-                    "idle_memory_bytes": None,
-                    "threads": record.threads,
-                    "can_set_threads": True,
-                }
-            )
-            outputs[name] = tuple(_pulled(transport, index, task))
-        record.note(
-            {
-                "kind": "runtime",
-                "name": "executor_runner",
-                "version": None,
-                "debug_build": False,
-                "operators": [],
-            }
-        )
-        return outputs
+    def _first_run(self, transport: Transport, model: Model) -> tuple[Mapping[str, Any], Outputs]:
+        words = [*self._words(model, 1), f"--output_file=output-{model.index}"]
+        log = self._run(transport, words, model.name, LONGEST_CHECK_S)
+        (first_s,) = _iterations_s(transport, log, model.name, 1)
+        loaded_ms = _LOADED.search(log)
+        loaded = {
+            "load_s": float(loaded_ms[1]) / 1e3 if loaded_ms else None,
+            "first_inference_s": first_s,
+            "threads": model.threads,
+            "can_set_threads": True,
+        }
+        return loaded, tuple(_pulled(transport, model.index, model.task))
 
     def _turn(
-        self,
-        transport: Transport,
-        index: int,
-        name: str,
-        task: Task,
-        threads: int,
-        untimed: int,
-        timed: int,
-        left_s: float,
+        self, transport: Transport, model: Model, untimed: int, timed: int, left_s: float
     ) -> Sequence[float]:
-        log = self._run(transport, self._words(index, task, threads, untimed + timed), name, left_s)
-        return _iterations_s(transport, log, name, untimed + timed)[untimed:]
+        calls = untimed + timed
+        log = self._run(transport, self._words(model, calls), model.name, left_s)
+        return _iterations_s(transport, log, model.name, calls)[untimed:]
 
     def profile(
         self, transport: Transport, tasks: Mapping[str, Task], record: Record, timeout_s: float
@@ -93,22 +70,22 @@ class ExecutorRunner(NativeRunner):
         """Run each model once more, and read the ETDump that a runner with a tracer writes."""
         profiles = []
         with tempfile.TemporaryDirectory() as folder:
-            for index, (name, task) in enumerate(tasks.items()):
-                words = self._words(index, task, record.threads, _PROFILED)
-                self._run(transport, [*words, "--etdump_path=etdump"], name, timeout_s)
-                target = Path(folder) / f"{index}.etdump"
+            for model in models(tasks, record):
+                words = [*self._words(model, _PROFILED), "--etdump_path=etdump"]
+                self._run(transport, words, model.name, timeout_s)
+                target = Path(folder) / f"{model.index}.etdump"
                 transport.pull("etdump", target)
-                profiles.append(profile_of_etdump(target, name=name))
+                profiles.append(profile_of_etdump(target, name=model.name))
         return tuple(profiles)
 
-    def _words(self, index: int, task: Task, threads: int, executions: int) -> list[str]:
-        inputs = ",".join(arg["file"] for arg in task.args)
+    def _words(self, model: Model, executions: int) -> list[str]:
+        inputs = ",".join(arg["file"] for arg in model.task.args)
         return [
             f"./{RUNNER}",
-            f"--model_path={model_name(index, task)}",
+            f"--model_path={model_name(model.index, model.task)}",
             *([f"--inputs={inputs}"] if inputs else []),
             f"--num_executions={executions}",
-            f"--cpu_threads={threads}",
+            f"--cpu_threads={model.threads}",
             "--print_output=none",
         ]
 

@@ -6,18 +6,20 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torchfuse.devices.record import Record
-from torchfuse.devices.runner import OnRound, Runner, Schedule, push_models
+from torchfuse.devices.runner import OnRound, Outputs, Runner, Schedule, push_models
 from torchfuse.devices.state import state_of
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError
 from torchfuse.runner.loop import interleave
 from torchfuse.tasks import Task
 
-__all__ = ["LONGEST_CHECK_S", "RUNNER", "NativeRunner", "raise_if_it_failed"]
+__all__ = ["LONGEST_CHECK_S", "RUNNER", "Model", "NativeRunner", "models", "raise_if_it_failed"]
 
 RUNNER = "runner"  # the name of the binary on the device
 LONGEST_CHECK_S = 300.0
@@ -30,8 +32,20 @@ _WARMUP = 10  # a process that has just begun is slow for a few calls
 Turn = Callable[[int, int, float], Sequence[float]]
 
 
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One model of a run, and how it is run."""
+
+    index: int
+    name: str
+    task: Task
+    threads: int
+
+
 class NativeRunner(Runner):
     """A binary of the user's own, started anew for each turn."""
+
+    program: str  # what it is
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,16 +55,12 @@ class NativeRunner(Runner):
         """Raise InputError if the binary cannot be given the task's inputs."""
 
     @abc.abstractmethod
+    def _first_run(self, transport: Transport, model: Model) -> tuple[Mapping[str, Any], Outputs]:
+        """Return what a `loaded` event tells of the model, and its outputs."""
+
+    @abc.abstractmethod
     def _turn(
-        self,
-        transport: Transport,
-        index: int,
-        name: str,
-        task: Task,
-        threads: int,
-        untimed: int,
-        timed: int,
-        left_s: float,
+        self, transport: Transport, model: Model, untimed: int, timed: int, left_s: float
     ) -> Sequence[float]:
         """Return the seconds of each of the timed calls."""
 
@@ -62,6 +72,26 @@ class NativeRunner(Runner):
         transport.shell(f"chmod 700 {shlex.quote(f'{transport.folder}/{RUNNER}')}")
         push_models(transport, tasks)
 
+    def outputs(
+        self, transport: Transport, tasks: Mapping[str, Task], record: Record
+    ) -> dict[str, Outputs]:
+        """Run each model once on the device; return its outputs there."""
+        outputs = {}
+        for model in models(tasks, record):
+            loaded, outputs[model.name] = self._first_run(transport, model)
+            told = {"kind": "loaded", "artifact": model.index, "idle_memory_bytes": None}
+            record.note(told | dict(loaded))
+        record.note(
+            {
+                "kind": "runtime",
+                "name": self.program,
+                "version": None,
+                "debug_build": False,
+                "operators": [],
+            }
+        )
+        return outputs
+
     def time(
         self,
         transport: Transport,
@@ -72,10 +102,16 @@ class NativeRunner(Runner):
     ) -> None:
         """Have the models timed in rounds; the record takes what is told as it comes."""
         turns = {
-            name: partial(self._turn, transport, index, name, task, record.threads)
-            for index, (name, task) in enumerate(tasks.items())
+            model.name: partial(self._turn, transport, model) for model in models(tasks, record)
         }
         _time_in_rounds(transport, turns, record, schedule, on_round)
+
+
+def models(tasks: Mapping[str, Task], record: Record) -> list[Model]:
+    """Return the models of a run, in their order."""
+    return [
+        Model(index, name, task, record.threads) for index, (name, task) in enumerate(tasks.items())
+    ]
 
 
 def _time_in_rounds(

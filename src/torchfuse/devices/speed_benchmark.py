@@ -15,10 +15,10 @@ import torch
 from torchfuse.devices.native import (
     LONGEST_CHECK_S,
     RUNNER,
+    Model,
     NativeRunner,
     raise_if_it_failed,
 )
-from torchfuse.devices.record import Record
 from torchfuse.devices.runner import Outputs, model_name
 from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
@@ -33,65 +33,37 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan)(?![\w.
 class SpeedBenchmark(NativeRunner):
     """The user's speed_benchmark_torch."""
 
+    program = "speed_benchmark_torch"
+
     def _check_inputs(self, name: str, task: Task) -> None:
         _inputs(name, task)
 
-    def outputs(
-        self, transport: Transport, tasks: Mapping[str, Task], record: Record
-    ) -> dict[str, Outputs]:
-        """Run each model once on the device; return its outputs there, as far as it prints them."""
-        outputs = {}
-        for index, (name, task) in enumerate(tasks.items()):
-            words = [*self._words(index, name, task, 0, 1), "--print_output=true"]
-            printed = self._run(transport, words, name, LONGEST_CHECK_S)
-            shown, found, rest = printed.partition("Starting benchmark.")
-            if not found:
-                raise _garbage(transport, name, printed)
-            record.note(
-                {
-                    "kind": "loaded",
-                    "artifact": index,
-                    "load_s": None,
-                    # Its output was printed by a call before.
-                    "first_inference_s": None,
-                    "idle_memory_bytes": None,
-                    "threads": None,
-                    "can_set_threads": False,
-                }
-            )
-            _times_s(transport, name, rest, 1)
-            outputs[name] = _as_printed(transport, name, task, shown)
-        record.note(
-            {
-                "kind": "runtime",
-                "name": "speed_benchmark_torch",
-                "version": None,
-                "debug_build": False,
-                "operators": [],
-            }
-        )
-        return outputs
+    def _first_run(self, transport: Transport, model: Model) -> tuple[Mapping[str, Any], Outputs]:
+        words = [*self._words(model, 0, 1), "--print_output=true"]
+        printed = self._run(transport, words, model.name, LONGEST_CHECK_S)
+        shown, found, rest = printed.partition("Starting benchmark.")
+        if not found:
+            raise _garbage(transport, model.name, printed)
+        _times_s(transport, model.name, rest, 1)
+        loaded = {
+            "load_s": None,
+            "first_inference_s": None,  # its output was printed by a call before
+            "threads": None,
+            "can_set_threads": False,
+        }
+        return loaded, _as_printed(transport, model.name, model.task, shown)
 
     def _turn(
-        self,
-        transport: Transport,
-        index: int,
-        name: str,
-        task: Task,
-        threads: int,
-        untimed: int,
-        timed: int,
-        left_s: float,
+        self, transport: Transport, model: Model, untimed: int, timed: int, left_s: float
     ) -> Sequence[float]:
-        del threads  # it cannot be told
-        words = self._words(index, name, task, untimed, timed)
-        return _times_s(transport, name, self._run(transport, words, name, left_s), timed)
+        printed = self._run(transport, self._words(model, untimed, timed), model.name, left_s)
+        return _times_s(transport, model.name, printed, timed)
 
-    def _words(self, index: int, name: str, task: Task, warmup: int, runs: int) -> list[str]:
+    def _words(self, model: Model, warmup: int, runs: int) -> list[str]:
         return [
             f"./{RUNNER}",
-            f"--model={model_name(index, task)}",
-            *_inputs(name, task),
+            f"--model={model_name(model.index, model.task)}",
+            *_inputs(model.name, model.task),
             f"--warmup={warmup}",
             f"--iter={runs}",
             "--report_pep=true",
