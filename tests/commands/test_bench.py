@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.cli import main
+from torchfuse.commands.bench import _Progress
 from torchfuse.devices import several
 
 Files = Callable[[str], str]
@@ -488,3 +489,19 @@ def test_no_folder_for_temporary_files_is_a_one_line_error(
     monkeypatch.setattr("torchfuse.temporary.tempfile.TemporaryDirectory", none)
     message = failure(bench(model_files("third.pt"), DIMS))
     assert message.startswith("torchfuse: error: No temporary folder can be made: No usable")
+
+
+def test_what_each_device_is_at_is_shown_on_a_terminal_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torchfuse.commands.bench._SAVE_AND_SHOW_EVERY_S", 0.0)
+    for terminal in ("1", None):
+        if terminal is None:
+            monkeypatch.delenv("FORCE_COLOR")
+        else:
+            monkeypatch.setenv("FORCE_COLOR", terminal)  # as a terminal, to rich
+        with _Progress() as progress:
+            progress.show("local", "round 1 of 3")
+            progress.show("ssh:[::1]", "pushing")
+        shown = capsys.readouterr().err
+        assert ("local: round 1 of 3    ssh:[::1]: pushing" in shown) == (terminal is not None)

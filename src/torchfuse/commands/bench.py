@@ -515,24 +515,34 @@ class _Progress:
 
     def __enter__(self) -> "_Progress":
         from rich.console import Console
-        from rich.status import Status
+        from rich.live import Live
 
         console = Console(stderr=True)
-        self._status = Status("", console=console) if console.is_terminal else None
         self._steps: dict[str, str] = {}
         self._shown_at_s = time.monotonic()
+        # Without a thread of its own, which would run beside what is measured.
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._is_shown = console.is_terminal
+        if self._is_shown:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self._is_shown:
+            self._live.stop()
 
     def show(self, device: str, step: str) -> None:
         self._steps[device] = step
+        if not self._is_shown or time.monotonic() - self._shown_at_s < _SAVE_AND_SHOW_EVERY_S:
+            return
         from rich.text import Text
 
-        if self._status is None or time.monotonic() - self._shown_at_s < _SAVE_AND_SHOW_EVERY_S:
-            return
         self._shown_at_s = time.monotonic()
         steps = "    ".join(f"{name}: {at}" for name, at in self._steps.items())
-        self._status.update(Text(steps))  # a host in brackets is no markup
+        self._live.update(Text(steps), refresh=True)  # a host in brackets is no markup
