@@ -154,7 +154,7 @@ class _Work:
         self.late_growth: float | None = None
         self.careful = False
         self.int8 = self._quantized(graph)
-        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.some))
+        self.sqnr_db = self._sqnr_db(self.int8)
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         observed = static.prepared(copy.deepcopy(graph), self.kept_float, careful=self.careful)
@@ -163,6 +163,10 @@ class _Work:
         if self.corrected is not None:
             correct(int8, graph, self.some, rounding=self.corrected)
         return int8
+
+    def _sqnr_db(self, int8: fx.GraphModule) -> float:
+        """How close the outputs on `some` are to the float ones."""
+        return sqnr_of_outputs(self.expected, outputs_of(int8, self.some))
 
     def try_step(self, name: str) -> None:
         """Apply one step, and keep it if the outputs come closer to the float ones."""
@@ -183,7 +187,7 @@ class _Work:
             note = f"{layers} layers"
         after = before
         if candidate is not None:
-            after = sqnr_of_outputs(self.expected, outputs_of(candidate, self.some))
+            after = self._sqnr_db(candidate)
         kept = after > before and candidate is not None
         if kept:
             assert candidate is not None
@@ -197,7 +201,7 @@ class _Work:
         before = self.sqnr_db
         self.careful = True
         self.int8 = self._quantized(self.reference)
-        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.some))
+        self.sqnr_db = self._sqnr_db(self.int8)
         note = "ranges as wide as what was seen, scores in float"
         step = RecoveryStep("careful_ranges", before, self.sqnr_db, True, note)
         self.steps.append(step)
@@ -215,7 +219,7 @@ class _Work:
             self.kept_float += by_loss[len(self.kept_float) :][:at_a_time]
             self.int8 = self._quantized(self.reference)
             drop = before - measure.of(self.int8, outputs_of(self.int8, self.data))
-        self.sqnr_db = sqnr_of_outputs(self.expected, outputs_of(self.int8, self.some))
+        self.sqnr_db = self._sqnr_db(self.int8)
         kept = len(self.kept_float)
         names = {node.name: static.module_path(node) or node.name for node in layers}
         shown = ", ".join(names[name] for name in self.kept_float[:_SHOWN])
