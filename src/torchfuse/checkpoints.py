@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchfuse.errors import FusionError, InputError, first_line
 from torchfuse.inputs import check_model
 from torchfuse.rules import RULES
-from torchfuse.surgery import fusions_of, plain_layer, separated, was_fused
+from torchfuse.surgery import fusions_of, plain_layer, separated, shell, was_fused
 
 if TYPE_CHECKING:
     from torchfuse.surgery import Folded, Fusions
@@ -67,10 +67,7 @@ def _load_unfused(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             target.weight.copy_(weight)  # type: ignore[operator]
             target.bias.copy_(bias)  # type: ignore[operator]
             if entry.original_layer is not None and entry.original_norm is not None:
-                class_, attributes = entry.original_layer
-                shell = class_.__new__(class_)
-                vars(shell).update(attributes)
-                shell.load_state_dict(layer.state_dict())
+                shell(*entry.original_layer).load_state_dict(layer.state_dict())
                 entry.original_norm.load_state_dict(norm.state_dict())
 
 

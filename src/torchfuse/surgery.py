@@ -42,6 +42,7 @@ __all__ = [
     "plain_layer",
     "separate",
     "separated",
+    "shell",
     "take_back",
     "was_fused",
 ]
@@ -243,7 +244,7 @@ def _check_fold(folded: Folded, layer: Any) -> nn.Module:
             f"{name} was fused with keep_originals=False, so its original weights are gone; load "
             "them from a checkpoint into a new model."
         )
-    original = _shell(*folded.original_layer)
+    original = shell(*folded.original_layer)
     weight, bias = fold_batch_norm(plain_layer(original), folded.original_norm)
     if not (_identical(layer.weight, weight) and _identical(layer.bias, bias)):
         raise FusionError(
@@ -320,7 +321,7 @@ def plain_layer(layer: nn.Module) -> nn.Module:
         return layer
     with restored(layer):
         weight = computed_weight(layer).clone()
-    plain = _shell(type(layer), _attributes(layer))
+    plain = shell(type(layer), vars(layer))
     _bake(plain)
     plain._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
     return plain
@@ -328,7 +329,7 @@ def plain_layer(layer: nn.Module) -> nn.Module:
 
 def folded_layer(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     """A layer like the plain `layer`, with these parameters and without hooks."""
-    folded = _shell(type(layer), _attributes(layer))
+    folded = shell(type(layer), vars(layer))
     folded._forward_hooks.clear()
     folded._forward_pre_hooks.clear()
     folded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -336,7 +337,8 @@ def folded_layer(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     return folded
 
 
-def _shell(class_: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
+def shell(class_: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
+    """A module of this class with these attributes: tensors shared, dictionaries of its own."""
     layer = class_.__new__(class_)
     vars(layer).update(_copied(attributes))
     return layer
@@ -391,7 +393,7 @@ def _bake(layer: nn.Module) -> None:
 def _on_meta(layer: nn.Module) -> nn.Module:
     """A copy of the layer without its memory, hooks included."""
     if not layer._modules:
-        empty = _shell(type(layer), vars(layer))
+        empty = shell(type(layer), vars(layer))
         tables: tuple[dict[str, Any], ...] = (empty._parameters, empty._buffers, vars(empty))
         for table in tables:
             for name, tensor in table.items():
