@@ -17,7 +17,6 @@ from torchfuse.devices.runner import Runner, Schedule
 from torchfuse.devices.transport import Transport
 from torchfuse.equivalence import Equivalence
 from torchfuse.errors import DeviceError, TorchfuseError
-from torchfuse.runner.loop import turn_length
 from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, round_id_of
 
@@ -71,7 +70,7 @@ def bench_on(
     def so_far(error: str | None = None) -> DeviceRun:
         return DeviceRun(
             facts,
-            _runner_name(record),
+            record.runner,
             record.measurements,
             record.cautions(emulated=facts.emulated),
             tuple(differences.items()),
@@ -96,9 +95,7 @@ def bench_on(
                 differences[name] = _compared(task, outputs[name])
             _require_equal(transport, differences)
             on_step("warming up")
-            schedule = Schedule(
-                settings.runs, settings.warmup, _rounds_done(record, settings), settings.timeout_s
-            )
+            schedule = Schedule(settings.runs, settings.warmup, settings.timeout_s)
             runner.time(transport, tasks, record, schedule, told)
             if settings.profile:
                 on_step("profiling")
@@ -119,15 +116,6 @@ def _runner(settings: Settings, tasks: Mapping[str, Task], facts: DeviceFacts) -
     if settings.runner is None:
         return PythonRunner(settings.python)
     return native_runner(settings.runner, tasks, facts)
-
-
-def _runner_name(record: Record) -> str | None:
-    names = [f"{told['name']} {told['version'] or ''}".strip() for told in record.runtimes]
-    return ", ".join(dict.fromkeys(names)) or None
-
-
-def _rounds_done(record: Record, settings: Settings) -> int:
-    return record.runs_before // turn_length(len(record.artifacts), settings.runs)
 
 
 def _compared(task: Task, outputs: tuple[torch.Tensor, ...]) -> Equivalence:

@@ -19,6 +19,7 @@ from torchfuse.devices.record import Record
 from torchfuse.devices.runner import OnRound, Outputs, Runner, Schedule, push_models, tensor_of
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError, UnsupportedError
+from torchfuse.runner.loop import turn_length
 from torchfuse.tasks import Task
 
 __all__ = ["PythonRunner", "runner_archive"]
@@ -96,7 +97,7 @@ class PythonRunner(Runner):
         job = {
             "runs": schedule.runs,
             "warmup": schedule.warmup,
-            "done": schedule.rounds_done,
+            "done": record.runs_before // turn_length(len(tasks), schedule.runs),
         }
         self._run(transport, tasks, record, job, schedule.timeout_s, on_round)
 

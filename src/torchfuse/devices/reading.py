@@ -37,7 +37,6 @@ def run_from_record(path: Path) -> DeviceRun:
             f"Expected what 'python3 -m torchfuse.runner --save' wrote, but '{path}' is something "
             "else, or damaged at its beginning."
         ) from error
-    runtimes = [f"{told['name']} {told['version']}" for told in record.runtimes]
     machine = next((told["machine"] for told in record.runtimes), None)
     reason = None
     if record.failed is not None:
@@ -46,7 +45,7 @@ def run_from_record(path: Path) -> DeviceRun:
         reason = f"'{path}' ends before the run did; what is there of it is whole rounds."
     return DeviceRun(
         DeviceFacts(path.name, "ready", architecture=machine),
-        ", ".join(dict.fromkeys(runtimes)) or None,
+        record.runner,
         record.measurements,
         record.cautions(emulated=None),
         error=reason,

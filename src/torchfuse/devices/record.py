@@ -85,6 +85,12 @@ class Record:
         self._states.append(state)
 
     @property
+    def runner(self) -> str | None:
+        """What ran the models, and its version; None: it did not come to that."""
+        names = [f"{told['name']} {told['version'] or ''}".strip() for told in self.runtimes]
+        return ", ".join(dict.fromkeys(names)) or None
+
+    @property
     def runs_before(self) -> int:
         """How many runs of each model an earlier run made."""
         earlier = [self.earlier.get(artifact.name) for artifact in self.artifacts]

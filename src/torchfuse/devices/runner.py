@@ -24,7 +24,6 @@ class Schedule:
 
     runs: int  # timed, in all
     warmup: int | None  # None: until the times settle, or as the runner has it
-    rounds_done: int  # by an earlier run
     timeout_s: float  # of everything together
 
 
