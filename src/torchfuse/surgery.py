@@ -20,7 +20,7 @@ from torchfuse.parametrized import (
     is_weight_hook,
     unparametrized,
 )
-from torchfuse.restoring import restored
+from torchfuse.restoring import MODULE_TABLES, restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -288,11 +288,7 @@ def take_back(model: nn.Module, folded: Folded) -> None:
 
 
 # Dictionaries of hooks that every module has; handles refer to them, so they stay the same objects.
-_HOOK_TABLES = frozenset(
-    name
-    for name, value in vars(nn.Module()).items()
-    if isinstance(value, dict) and name not in ("_parameters", "_buffers", "_modules")
-)
+_HOOK_TABLES = MODULE_TABLES - {"_parameters", "_buffers", "_modules"}
 
 
 def _keep_hooks_of_today(table: dict[int, Any], original: dict[int, Any]) -> None:

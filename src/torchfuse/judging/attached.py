@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from torchfuse.restoring import MODULE_TABLES
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Attached", "attached", "modules_in"]
+__all__ = ["Attached", "attached", "first_paths", "modules_in"]
 
 # How deep containers, closures and plain objects are entered.
 _DEPTH = 3
@@ -34,9 +36,7 @@ class Attached:
 
 def attached(modules: Mapping[str, nn.Module]) -> tuple[Attached, ...]:
     """Every hook, and every function in a plain attribute that knows a module of the model."""
-    paths: dict[int, str] = {}
-    for path, module in modules.items():
-        paths.setdefault(id(module), path)
+    paths = first_paths(modules)
     return tuple(
         entry
         for path, module in modules.items()
@@ -45,10 +45,18 @@ def attached(modules: Mapping[str, nn.Module]) -> tuple[Attached, ...]:
     )
 
 
+def first_paths(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The first path of each module, by its identity."""
+    paths: dict[int, str] = {}
+    for path, module in modules.items():
+        paths.setdefault(id(module), path)
+    return paths
+
+
 def _attached_to(path: str, module: nn.Module, paths: dict[int, str]) -> Iterator[Attached]:
     for name, value in vars(module).items():
         is_hook = name in _HOOKS
-        if not is_hook and (name in _TABLES or name == "forward"):
+        if not is_hook and (name in MODULE_TABLES or name == "forward"):
             continue  # (a forward of its own is what runs; that was recorded)
         where = f"{path}.{name}" if path else name
         for function, bound_to in _functions_in(value, _DEPTH):
@@ -62,10 +70,6 @@ def _attached_to(path: str, module: nn.Module, paths: dict[int, str]) -> Iterato
             for owner, known in _closure(function):
                 if id(known) in paths:
                     yield Attached(where, function, paths[id(known)], owner, is_hook)
-
-
-# Dictionaries that every module has: parameters, submodules, hooks.
-_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 def _functions_in(value: Any, depth: int) -> Iterator[tuple[FunctionType, Any]]:

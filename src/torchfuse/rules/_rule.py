@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.judging.attached import Attached, attached, modules_in
+from torchfuse.judging.attached import Attached, attached, first_paths, modules_in
 from torchfuse.judging.sources import (
     RESTLESS,
     assigned_attributes,
@@ -52,9 +52,7 @@ class Subject:
     @cached_property
     def held(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """The paths of the modules that a plain attribute (module's path, name) holds."""
-        paths: dict[int, str] = {}
-        for path, module in self.modules.items():
-            paths.setdefault(id(module), path)
+        paths = first_paths(self.modules)
         found: dict[tuple[str, str], tuple[str, ...]] = {}
         for path, module in self.modules.items():
             if type(module).__module__.startswith("torch._dynamo."):
