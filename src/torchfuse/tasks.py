@@ -38,6 +38,11 @@ class Task:
     sha256: str
     metadata: Mapping[str, Any]  # what torchfuse.export sealed into the file; empty: nothing
 
+    @property
+    def artifact(self) -> dict[str, Any]:
+        """What a worker is told of the file and its inputs, wherever they lie."""
+        return {"form": self.form, "args": self.args, "kwargs": dict(self.kwargs)}
+
 
 def task_of(path: str | os.PathLike[str], case: Case, folder: Path) -> Task:
     """Return the task of running the file at `path` on `case`; inputs are written to `folder`.

@@ -8,7 +8,6 @@ import os
 import secrets
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from torchfuse.noise import cautions as cautions_of
 from torchfuse.runner.loop import Clock, interleave, timed, turn_length, turn_of, warm_up
 from torchfuse.runner.workers import Worker, WorkerError, start_workers
 from torchfuse.stats import Ratio, percentile, ratio_of_medians
+from torchfuse.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from torchfuse.tasks import Task
@@ -231,7 +231,7 @@ def measure_interleaved(
             f"A time belongs to one input, got {len(all_cases)} cases; measure each on its own."
         )
     case = all_cases[0]
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         prepared: dict[str, Callable[[], Any] | Task] = {
             name: task_of(variant, case, Path(folder))
             if isinstance(variant, str | os.PathLike)
@@ -368,16 +368,7 @@ def round_id_of(earlier: Mapping[str, Measurement]) -> str:
 
 
 def _loaded(worker: Worker, task: "Task", threads: int) -> FileFacts:
-    answer = worker.ask(
-        "load",
-        form=task.form,
-        path=str(task.path.resolve()),
-        args=task.args,
-        kwargs=dict(task.kwargs),
-        threads=threads,
-        folder=str(task.folder),
-        outputs=f"output-{worker.index}-",
-    )
+    answer = worker.load(task.artifact, str(task.path.resolve()), str(task.folder), threads)
     return file_facts(task.size_bytes, task.sha256, answer)
 
 

@@ -16,7 +16,15 @@ import torch
 from torchfuse.devices.operators import operators_of
 from torchfuse.devices.printable import printable
 from torchfuse.devices.record import Record
-from torchfuse.devices.runner import OnRound, Outputs, Runner, Schedule, push_models, tensor_of
+from torchfuse.devices.runner import (
+    OnRound,
+    Outputs,
+    Runner,
+    Schedule,
+    model_name,
+    push_models,
+    tensor_of,
+)
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError, UnsupportedError
 from torchfuse.runner.loop import turn_length
@@ -111,12 +119,7 @@ class PythonRunner(Runner):
         on_round: OnRound,
     ) -> None:
         artifacts = [
-            {
-                "path": f"{index}.{task.form}",
-                "form": task.form,
-                "args": task.args,
-                "kwargs": dict(task.kwargs),
-            }
+            {"path": model_name(index, task), **task.artifact}
             for index, task in enumerate(tasks.values())
         ]
         whole = {"artifacts": artifacts, "threads": record.threads, "seed": 0, **job}

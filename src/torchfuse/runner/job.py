@@ -67,16 +67,8 @@ def run_job(job: Mapping[str, Any], folder: Path, tell: Tell) -> None:
 
 def _measure(job: Mapping[str, Any], folder: Path, workers: Sequence[Worker], tell: Tell) -> None:
     for worker, artifact in zip(workers, job["artifacts"], strict=True):
-        loaded = worker.ask(
-            "load",
-            form=artifact["form"],
-            path=str(folder / artifact["path"]),
-            args=artifact["args"],
-            kwargs=artifact["kwargs"],
-            threads=job["threads"],
-            folder=str(folder),
-            outputs=f"output-{worker.index}-",
-        )
+        path = str(folder / artifact["path"])
+        loaded = worker.load(artifact, path, str(folder), job["threads"])
         tell(event(kind="loaded", artifact=worker.index, **loaded))
     if not job["runs"]:
         return

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchfuse.runner.runtimes import runtime_for
@@ -53,6 +53,23 @@ class Worker:
         if "error" in answer:
             raise WorkerError(self.index, answer["error"])
         return answer
+
+    def load(
+        self, artifact: Mapping[str, Any], path: str, folder: str, threads: int
+    ) -> dict[str, Any]:
+        """Have the file at `path` loaded and called once; return what is to be known of that.
+
+        `artifact` tells its form, args and kwargs; inputs are read from `folder`, and outputs
+        written there.
+        """
+        return self.ask(
+            "load",
+            **{name: artifact[name] for name in ("form", "args", "kwargs")},
+            path=path,
+            folder=folder,
+            threads=threads,
+            outputs=f"output-{self.index}-",
+        )
 
     def turn(self, untimed: int, timed: int) -> list[float]:
         """Return the seconds that each of the timed calls took."""
