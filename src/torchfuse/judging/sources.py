@@ -11,8 +11,6 @@ from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,6 +35,13 @@ def syntax_of(code: CodeType) -> ast.FunctionDef | None:
     return next((node for node in tree.body[:1] if isinstance(node, ast.FunctionDef)), None)
 
 
+def _members(class_: type) -> Iterator[tuple[str, Any]]:
+    """What a class and its bases (torch's own apart) define, the class's own first."""
+    for base in class_.__mro__:
+        if base is not object and not base.__module__.startswith("torch."):
+            yield from vars(base).items()
+
+
 @lru_cache(maxsize=4096)
 def functions_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
     """The functions that a class and its bases (torch's own apart) define, decorators taken off.
@@ -45,16 +50,13 @@ def functions_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
     """
     hidden: set[str] = set()
     found: list[tuple[str, FunctionType]] = []
-    for base in class_.__mro__:
-        if base is nn.Module or base.__module__.startswith("torch.") or base is object:
+    for name, member in _members(class_):
+        function = _function(member)
+        if function is None or name in hidden:
             continue
-        for name, member in vars(base).items():
-            function = _function(member)
-            if function is None or name in hidden:
-                continue
-            if "super" not in names_in(function.__code__):
-                hidden.add(name)
-            found.append((name, function))
+        if "super" not in names_in(function.__code__):
+            hidden.add(name)
+        found.append((name, function))
     return tuple(found)
 
 
@@ -62,19 +64,16 @@ def functions_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
 def descriptors_of(class_: type) -> tuple[tuple[str, FunctionType], ...]:
     """What runs for objects in a class that are no functions, but have `__get__` or `__call__`."""
     found: list[tuple[str, FunctionType]] = []
-    for base in class_.__mro__:
-        if base is nn.Module or base.__module__.startswith("torch.") or base is object:
+    for name, member in _members(class_):
+        kind = type(member)
+        if isinstance(member, type) or _function(member) is not None:
             continue
-        for name, member in vars(base).items():
-            kind = type(member)
-            if isinstance(member, type) or _function(member) is not None:
-                continue
-            if kind.__module__.partition(".")[0] in ("torch", "builtins", "functools"):
-                continue
-            for special in ("__get__", "__call__"):
-                function = getattr(kind, special, None)
-                if isinstance(function, FunctionType):
-                    found.append((name, function))
+        if kind.__module__.partition(".")[0] in ("torch", "builtins", "functools"):
+            continue
+        for special in ("__get__", "__call__"):
+            function = getattr(kind, special, None)
+            if isinstance(function, FunctionType):
+                found.append((name, function))
     return tuple(found)
 
 
