@@ -14,12 +14,12 @@ import re
 import signal
 import struct
 import subprocess
-import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
+from devices.listener import Listener
 from devices.processes import kill, lasting, marked
 
 VERSION = 0x01000001  # since which the checksums of packets are not looked at
@@ -114,7 +114,7 @@ class Faults:
     delay_s: float = 0.0  # before every packet that the device sends
 
 
-class Device:
+class Device(Listener):
     """A device that listens from start() to stop()."""
 
     def __init__(
@@ -126,17 +126,15 @@ class Device:
         features: str = FEATURES,
     ) -> None:
         """With features="" a device as before Android 7: no exit status, one output, CRLF."""
+        super().__init__()
         self.root, self.features, self.faults = root, features, Faults()
         self.properties = PROPERTIES | {"ro.serialno": serial} | dict(properties or {})
         self.name = uuid.uuid4().hex
         self.drops = 0  # how often the connection was dropped by a fault or by drop()
         self.commands: list[str] = []  # what the device's shell was given, as it came
         self.pushed: list[str] = []  # the paths of files that were pushed
-        self.port = 0
         self.children: set[asyncio.subprocess.Process] = set()
         self._connections: set[Connection] = set()
-        self._server: asyncio.Server | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._lay_out()
 
     @property
@@ -161,12 +159,6 @@ class Device:
 
     def _marked(self) -> list[int]:
         return marked(f"{MARK}={self.name}")
-
-    def start(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._do(self._listen())
 
     def allow(self) -> None:
         """The person taps on "Allow"."""
@@ -200,10 +192,7 @@ class Device:
         self._do(self._drop())
         kill(self._marked())
         self._do(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._loop = None
+        self._end_thread()
 
     def local(self, path: str) -> str:
         """This machine's path of a device's path."""
@@ -234,14 +223,6 @@ class Device:
         self.install("nproc", "#!/bin/sh\necho 4\n")
         self.install("toybox", '#!/bin/sh\nexec "$@"\n')
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
-
-    async def _listen(self) -> None:
-        if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-            self.port = self._server.sockets[0].getsockname()[1]
-
     async def _come_back(self) -> None:
         for connection in list(self._connections):
             connection.abort()
@@ -261,9 +242,8 @@ class Device:
 
     async def _drop(self) -> None:
         self.drops += 1
-        if self._server is not None and not self.faults.returns:
-            self._server.close()
-            self._server = None
+        if not self.faults.returns:
+            self._stop_listening()
         for connection in list(self._connections):
             connection.abort()
 

@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Coroutine
-from typing import Any
+
+from devices.listener import Listener
 
 
-class Wire:
+class Wire(Listener):
     """Forwards a port of 127.0.0.1 to another one, from start() to stop().
 
     `cut_in_after` and `cut_out_after` are the bytes, towards the server and back, that still pass
@@ -15,21 +14,13 @@ class Wire:
     """
 
     def __init__(self, target: int) -> None:
+        super().__init__()
         self.target = target
-        self.port = 0
         self.cut_in_after: int | None = None
         self.cut_out_after: int | None = None
         self.cuts = 0
         self.frozen = False
         self._writers: set[asyncio.StreamWriter] = set()
-        self._server: asyncio.Server | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def start(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._do(self._listen())
 
     def cut(self) -> None:
         """Every connection is reset, and none is taken."""
@@ -49,24 +40,11 @@ class Wire:
         self.frozen = False
         self._do(self._cut())
         self._do(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._loop = None
-
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
-
-    async def _listen(self) -> None:
-        if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-            self.port = self._server.sockets[0].getsockname()[1]
+        self._end_thread()
 
     async def _cut(self) -> None:
         self.cuts += 1
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        self._stop_listening()
         for writer in list(self._writers):
             writer.transport.abort()
 
