@@ -21,7 +21,6 @@ import secrets
 import stat
 import struct
 import subprocess
-import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torchfuse.errors import ArtifactError
+from torchfuse.runner.interpreter import command_for, environment
 
 if TYPE_CHECKING:
     from torchfuse.delegation import Delegation
@@ -68,12 +68,6 @@ _PTE_HEADER = struct.Struct("<I4s4sIQQ")
 _PTE_SEGMENT_SIZE = struct.Struct("<Q")
 _PTE_HEADER_WITHOUT_SEGMENT_SIZE = 24  # its length field's value in files of older versions
 
-# Not `-m`, which looks in the current folder first: a file that came with the model, say json.py,
-# would be run.
-_FIRST_LOAD = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "from torchfuse.first_load import main; main(*sys.argv[1:])"
-)
 _FIRST_LOAD_TIMEOUT_S = 120  # importing torch on a slow disk takes most of it
 
 
@@ -356,12 +350,10 @@ def _check_zip(path: Path, data: bytes, form: Format) -> None:
 @functools.lru_cache(maxsize=64)  # one child per file and contents
 def _first_load(path: Path, form: Format, _sha256: str) -> None:
     # A fresh interpreter and not a fork: a fork of a process with torch's threads can hang.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    command = [sys.executable, "-c", _FIRST_LOAD, form, str(path.resolve())]
     try:
         child = subprocess.run(  # noqa: S603  # our own interpreter and module, no shell
-            command,
-            env=environment,
+            command_for("torchfuse.first_load", "main", form, str(path.resolve())),
+            env=environment(),
             capture_output=True,
             text=True,
             errors="replace",

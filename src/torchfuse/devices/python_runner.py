@@ -27,6 +27,7 @@ from torchfuse.devices.runner import (
 )
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError, UnsupportedError
+from torchfuse.runner.interpreter import ONE_THREAD
 from torchfuse.runner.loop import turn_length
 from torchfuse.tasks import Task
 
@@ -36,12 +37,9 @@ _RUNNER = "runner.pyz"
 _MAIN = "import sys\nfrom torchfuse.runner.__main__ import main\nsys.exit(main())\n"
 _LONGEST_CHECK_S = 300.0
 
-# Libraries read these when they are loaded; a process with threads cannot be forked safely.
 _ENVIRONMENT = (
     "PYTHONDONTWRITEBYTECODE=1",
-    "OMP_NUM_THREADS=1",
-    "OPENBLAS_NUM_THREADS=1",
-    "MKL_NUM_THREADS=1",
+    *(f"{name}={value}" for name, value in ONE_THREAD.items()),
 )
 _START = f'export {" ".join(_ENVIRONMENT)}; exec "$@"'
 

@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torchfuse.runner.interpreter import ONE_THREAD, command_for, environment
 from torchfuse.runner.runtimes import runtime_for
 from torchfuse.runner.worker import become_worker
 
@@ -97,13 +97,8 @@ def start_workers(count: int, forms: Sequence[str]) -> Iterator[list[Worker]]:
     theirs, ours = _pipes(count)
     inherited = [fd for pipe in theirs for fd in pipe]
     nursery = subprocess.Popen(  # noqa: S603  # our own interpreter and code, no shell
-        [sys.executable, "-c", _NURSERY, json.dumps([theirs, list(forms)])],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-            # A process that has threads cannot be forked safely; torch's own are set later.
-            **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-        },
+        command_for(__name__, "nurse", json.dumps([theirs, list(forms)])),
+        env=environment() | ONE_THREAD,
         pass_fds=inherited,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -122,25 +117,15 @@ def start_workers(count: int, forms: Sequence[str]) -> Iterator[list[Worker]]:
             ends[number] = end
         return ends.get(index, "before it began")
 
-    workers = [Worker(i, pipe, functools.partial(end_of, i)) for i, pipe in enumerate(ours)]
     try:
-        yield workers
+        with _listening(ours, end_of) as workers:
+            yield workers
     finally:
-        for worker in workers:
-            worker.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(nursery.pid, signal.SIGKILL)
         nursery.wait()
         assert nursery.stdout is not None
         nursery.stdout.close()
-
-
-# Not `-m`, which looks in the current folder first: a file that came with a model, say json.py,
-# would be run.
-_NURSERY = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "from torchfuse.runner.workers import nurse; nurse(sys.argv[1])"
-)
 
 
 def nurse(argument: str) -> None:
@@ -167,17 +152,26 @@ def forked_workers(count: int, forms: Sequence[str]) -> Iterator[list[Worker]]:
     def end_of(index: int) -> str:
         return _described_end(os.waitpid(pids[index], 0)[1])
 
-    workers = [Worker(i, pipe, functools.partial(end_of, i)) for i, pipe in enumerate(ours)]
     try:
-        yield workers
+        with _listening(ours, end_of) as workers:
+            yield workers
     finally:
-        for worker in workers:
-            worker.close()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):  # its end was asked for already
                 os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def _listening(pipes: Sequence[Pipe], end_of: Callable[[int], str]) -> Iterator[list[Worker]]:
+    """Speak to the workers at the other ends of these pipes; close them with the block."""
+    workers = [Worker(i, pipe, functools.partial(end_of, i)) for i, pipe in enumerate(pipes)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def _pipes(count: int) -> tuple[list[Pipe], list[Pipe]]:
