@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.cli import main
-from torchfuse.commands.bench import _Progress
+from torchfuse.commands.bench_meanwhile import Progress
 from torchfuse.devices import several
 
 Files = Callable[[str], str]
@@ -133,7 +133,7 @@ def interrupted(
             if step == "round 4 of 15":
                 raise KeyboardInterrupt
 
-        patched.setattr("torchfuse.commands.bench._Progress.show", ctrl_c)
+        patched.setattr("torchfuse.commands.bench_meanwhile.Progress.show", ctrl_c)
         status, _, errors = bench(
             *map(model_files, ("third.pt", "third.pte")), DIMS, "--iter=30", f"--json={saved}"
         )
@@ -447,7 +447,7 @@ def test_a_process_that_ends_amid_the_rounds_leaves_what_was_measured(
             workers = Path(f"/proc/{nursery}/task/{nursery}/children").read_text().split()
             os.kill(int(workers[0]), signal.SIGKILL)
 
-    monkeypatch.setattr("torchfuse.commands.bench._Progress.show", killed)
+    monkeypatch.setattr("torchfuse.commands.bench_meanwhile.Progress.show", killed)
     path = model_files("third.pt")
     status, printed, errors = bench(path, DIMS, "--iter=30", f"--json={saved}")
     assert status == 1
@@ -494,13 +494,13 @@ def test_no_folder_for_temporary_files_is_a_one_line_error(
 def test_what_each_device_is_at_is_shown_on_a_terminal_and_nowhere_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("torchfuse.commands.bench._SAVE_AND_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("torchfuse.commands.bench_meanwhile._SAVE_AND_SHOW_EVERY_S", 0.0)
     for terminal in ("1", None):
         if terminal is None:
             monkeypatch.delenv("FORCE_COLOR")
         else:
             monkeypatch.setenv("FORCE_COLOR", terminal)  # as a terminal, to rich
-        with _Progress() as progress:
+        with Progress() as progress:
             progress.show("local", "round 1 of 3")
             progress.show("ssh:[::1]", "pushing")
         shown = capsys.readouterr().err

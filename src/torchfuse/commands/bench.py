@@ -3,14 +3,13 @@
 import contextlib
 import hashlib
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchfuse.commands.bench_meanwhile import Progress, Report
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.speed_benchmark import FLAGS, Options
@@ -19,12 +18,10 @@ if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
     from torchfuse.profiling import Profile
     from torchfuse.tasks import Task
-    from torchfuse.timing import Measurement
 
 _RUNS = 50
 _TIMEOUT_S = 600.0
 _LONGEST_TIMEOUT_S = 86400.0  # what a device's `sleep` surely takes
-_SAVE_AND_SHOW_EVERY_S = 0.5  # between rounds; more often would disturb what is measured
 
 
 def _same_flags_as_the_tool(function: Callable[..., None]) -> Callable[..., None]:
@@ -137,7 +134,7 @@ def command(
     if etdumps:
         _show_etdumps(etdumps)
         return
-    report = _Report({"json": json_path, "csv": csv_path, "markdown": markdown_path})
+    report = Report({"json": json_path, "csv": csv_path, "markdown": markdown_path})
     if record is not None:
         _compare_record(record, report, fail_on_noise)
     elif artifacts:
@@ -161,7 +158,7 @@ def command(
         _as_the_tool(Options(**given), threads, report)
 
 
-def _as_the_tool(options: Options, threads: int | None, report: "_Report") -> None:
+def _as_the_tool(options: Options, threads: int | None, report: Report) -> None:
     import torch
 
     from torchfuse import speed_benchmark
@@ -247,7 +244,7 @@ def _measure(
     settings: Any,
     devices: Sequence[str],
     folder: str | None,
-    report: "_Report",
+    report: Report,
     resume: bool,
 ) -> "list[DeviceRun]":
     from torchfuse.devices.opening import checked_device
@@ -274,7 +271,7 @@ def _measure(
             "files": {name: task.sha256 for name, task in tasks.items()},
         }
         earlier = report.open(described, resume=resume)
-        with saving_what_there_is(report.save, report.json_path), _Progress() as progress:
+        with saving_what_there_is(report.save, report.json_path), Progress() as progress:
             runs = bench_devices(
                 tasks,
                 devices,
@@ -317,7 +314,7 @@ def _print_outputs(tasks: "Mapping[str, Task]") -> None:
         print_value(task.expected if len(task.expected) != 1 else task.expected[0], sys.stdout)
 
 
-def _compare_record(path: Path, report: "_Report", fail_on_noise: bool) -> None:
+def _compare_record(path: Path, report: Report, fail_on_noise: bool) -> None:
     from torchfuse.devices.reading import run_from_record
 
     run = run_from_record(path)
@@ -415,134 +412,3 @@ def _refuse_nan(path: str, task: "Task") -> None:
             f"The model in '{path}' returns NaN for these inputs, so its time says nothing "
             "about real ones; repair the model, or give a bundled input that it was made for."
         )
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torchfuse", "torch", "executorch")}
-
-
-class _Report:
-    """The files of a run: known to be writable before measuring, whole at any moment."""
-
-    def __init__(self, paths: Mapping[str, str | None]) -> None:
-        self._paths = {form: Path(path) for form, path in paths.items() if path is not None}
-        if len({path.resolve() for path in self._paths.values()}) < len(self._paths):
-            names = ", ".join(f"--{form} {path}" for form, path in self._paths.items())
-            raise InputError(f"Expected a file for each of {names}, got one twice.")
-        self._settings: Mapping[str, Any] = {}
-        self._runs: dict[str, DeviceRun] = {}
-        self._saved_at_s = time.monotonic()
-
-    @property
-    def json_path(self) -> Path | None:
-        """Where --resume finds what was measured."""
-        return self._paths.get("json")
-
-    def open(
-        self, settings: Mapping[str, Any], *, resume: bool = False
-    ) -> "dict[str, dict[str, Measurement]]":
-        """Find out that the files can be written; return what an earlier run of the same measured.
-
-        Raises:
-            InputError: there is nothing to resume, or it was measured otherwise.
-            ArtifactError: a file cannot be written.
-        """
-        self._settings = settings
-        earlier = self._earlier() if resume else {}
-        for path in self._paths.values():
-            # What an earlier run left stays until this one has something to put in its place.
-            self._write(path, path.read_bytes() if path.is_file() else b"")
-        if not all(path.is_file() and path.stat().st_size for path in self._paths.values()):
-            self.save()
-        return earlier
-
-    def _earlier(self) -> "dict[str, dict[str, Measurement]]":
-        from torchfuse.render.bench_files import earlier_runs
-
-        path = self._paths.get("json")
-        if path is None or not path.is_file():
-            raise InputError(
-                "--resume goes on with what --json holds; give --json with the file that the "
-                "interrupted run saved."
-            )
-        try:
-            settings, runs = earlier_runs(path.read_text())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"Expected what 'torchfuse bench --json' saved in '{path}', but it is something "
-                "else; leave out --resume to measure anew."
-            ) from error
-        for name, value in {**self._settings, "versions": _versions()}.items():
-            if settings.get(name) != value:
-                raise InputError(
-                    f"The run in '{path}' cannot be gone on with, since its {name} differ: "
-                    f"{settings.get(name)!r} then, {value!r} now; leave out --resume to measure "
-                    "anew."
-                )
-        return runs
-
-    def take(self, run: "DeviceRun") -> None:
-        """Take in what a device has measured so far; save it now and then."""
-        self._runs[run.device.name] = run
-        if time.monotonic() - self._saved_at_s >= _SAVE_AND_SHOW_EVERY_S:
-            self.save()
-
-    def save(self) -> None:
-        """Write the files with all that there is."""
-        if not self._paths:
-            return
-        from torchfuse.render.bench_files import to_csv, to_json, to_markdown
-
-        runs = list(self._runs.values())
-        texts = {
-            "json": lambda: to_json(runs, versions=_versions(), settings=self._settings),
-            "csv": lambda: to_csv(runs),
-            "markdown": lambda: to_markdown(runs),
-        }
-        for form, path in self._paths.items():
-            self._write(path, texts[form]().encode())
-        self._saved_at_s = time.monotonic()
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        from torchfuse.artifacts import write_atomically
-
-        write_atomically(path, data)
-
-
-class _Progress:
-    """What each device is at, on stderr; it moves between rounds, never during one."""
-
-    def __enter__(self) -> "_Progress":
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console(stderr=True)
-        self._steps: dict[str, str] = {}
-        self._shown_at_s = time.monotonic()
-        # Without a thread of its own, which would run beside what is measured.
-        self._live = Live(
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._is_shown = console.is_terminal
-        if self._is_shown:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_shown:
-            self._live.stop()
-
-    def show(self, device: str, step: str) -> None:
-        self._steps[device] = step
-        if not self._is_shown or time.monotonic() - self._shown_at_s < _SAVE_AND_SHOW_EVERY_S:
-            return
-        from rich.text import Text
-
-        self._shown_at_s = time.monotonic()
-        steps = "    ".join(f"{name}: {at}" for name, at in self._steps.items())
-        self._live.update(Text(steps), refresh=True)  # a host in brackets is no markup
