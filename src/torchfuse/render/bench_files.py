@@ -12,6 +12,7 @@ from torchfuse.render.bench import duration, size
 from torchfuse.render.devices import described
 from torchfuse.render.json import to_json as plain_json
 from torchfuse.render.profile import markdown
+from torchfuse.render.tables import markdown_row
 from torchfuse.stats import Ratio
 from torchfuse.timing import Measurement, ratio
 
@@ -136,7 +137,7 @@ def _row(m: Measurement, fastest: Measurement) -> str:
 
     load = "" if m.file is None or m.file.load_s is None else duration(m.file.load_s)
     cells = [
-        m.name.replace("|", "\\|").replace("\n", " "),
+        m.name,
         shown(m.median_s),
         shown(m.iqr_s),
         f"{shown(m.p5_s)} … {shown(m.p95_s)}",
@@ -144,7 +145,7 @@ def _row(m: Measurement, fastest: Measurement) -> str:
         load,
         "" if m.file is None else size(m.file.size_bytes),
     ]
-    return f"| {' | '.join(cells)} |"
+    return markdown_row(cells)
 
 
 def _times(found: Ratio) -> str:

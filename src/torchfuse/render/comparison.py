@@ -4,6 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row, gain
+from torchfuse.render.tables import without_lines
 from torchfuse.stats import Ratio
 
 __all__ = ["closing_sentence", "delegation_lines", "table"]
@@ -11,7 +12,7 @@ __all__ = ["closing_sentence", "delegation_lines", "table"]
 
 def table(comparisons: list[Comparison]) -> Table:
     """Return one table with a section per model; the first row of a section is its baseline."""
-    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    shown = without_lines()
     for heading in ("variant", "target"):
         shown.add_column(heading, no_wrap=True)
     for heading in ("median", "IQR", "speed-up", "size", "max rel", "accuracy"):

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchfuse.devices.facts import DeviceFacts
+from torchfuse.render.tables import without_lines
 
 __all__ = ["blocks", "described", "show", "table"]
 
@@ -47,7 +48,7 @@ def blocks(devices: Sequence[DeviceFacts]) -> str:
 
 def table(devices: Sequence[DeviceFacts]) -> Table:
     """Return one row a device; what to do about those that are not ready is not in it."""
-    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    shown = without_lines()
     for name in _COLUMNS:
         is_number = name in ("cores", "memory", "battery", "heat")
         shown.add_column(name, overflow="fold", justify="right" if is_number else "left")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from torchfuse.render.tables import as_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,15 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["renderable", "text"]
 
-_UNLIMITED = 100_000  # columns: no row is wrapped, so that every row is one line to grep
-
 
 def text(plan: FusionPlan, width: int | None = None) -> str:
     """Return the plan as plain text, `width` columns wide; None: as wide as its longest row."""
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=width or _UNLIMITED, color_system=None)
-    console.print(renderable(plan))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+    return as_text(renderable(plan), width)
 
 
 def renderable(plan: FusionPlan) -> RenderableType:

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from torchfuse.profiling import OperatorTime, Profile
 from torchfuse.render.bench import duration
+from torchfuse.render.tables import markdown_row, without_lines
 
 __all__ = ["markdown", "table"]
 
@@ -15,7 +16,7 @@ _MOST_EXPENSIVE = 10
 def table(profiles: Sequence[Profile], count: int = _MOST_EXPENSIVE) -> Table:
     """Return a line for each of the most expensive operators, and three columns per profile."""
     headings, rows = _cells(profiles, count)
-    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    shown = without_lines()
     shown.add_column(headings[0])
     for heading in headings[1:]:
         shown.add_column(heading, justify="right")
@@ -28,9 +29,7 @@ def markdown(profiles: Sequence[Profile], count: int = _MOST_EXPENSIVE) -> str:
     """Return the same table in Markdown."""
     headings, rows = _cells(profiles, count)
     rule = ["---", *["---:"] * (len(headings) - 1)]
-    escaped = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
-    heads = [heading.replace("|", r"\|").replace("\n", " ") for heading in headings]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [heads, rule, *escaped])
+    return "".join(f"{markdown_row(row)}\n" for row in [headings, rule, *rows])
 
 
 def _cells(profiles: Sequence[Profile], count: int) -> tuple[list[str], list[list[str]]]:

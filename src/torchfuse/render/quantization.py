@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from torchfuse.render.tables import as_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,17 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["renderable", "text"]
 
-_UNLIMITED = 100_000  # columns: no row is wrapped, so that every row is one line to grep
 _WORST = 10
 _WITHOUT_RANGES = ("int8_dynamic", "int4")  # activations are quantized as they come
 
 
 def text(report: QuantizationReport, width: int | None = None) -> str:
     """Return the report as plain text, `width` columns wide; None: as wide as its longest row."""
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=width or _UNLIMITED, color_system=None)
-    console.print(renderable(report))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+    return as_text(renderable(report), width)
 
 
 def renderable(report: QuantizationReport) -> RenderableType:
