@@ -15,6 +15,10 @@ from devices.fake_adbd import Device
 from devices.pausing import pausing_python
 from devices.processes import marked
 from devices.sshd import Sshd
+from torchfuse.devices import several
+from torchfuse.devices.benching import Settings
+from torchfuse.devices.transport import Transport
+from torchfuse.errors import DeviceError
 
 Files = Callable[[str], str]
 SAID = (
@@ -142,3 +146,23 @@ def test_a_run_on_this_machine_that_is_interrupted_leaves_no_process(
     assert (process.returncode, printed, errors) == (130, "", SAID.format(saved))
     wait_until_none(lambda: marked(MARK))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_ctrl_c_is_noticed_whatever_the_device_s_thread_is_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped = []
+
+    def starts_processes(transport: Transport, *_: object, **__: object) -> None:
+        deadline = time.monotonic() + 2
+        with pytest.raises(DeviceError, match="stopped"):
+            while time.monotonic() < deadline:
+                transport.shell("true")
+        stopped.append(transport)
+
+    monkeypatch.setattr(several, "bench_on", starts_processes)
+    for _ in range(20):  # a wait without an end missed it in one try of three to twenty
+        with subprocess.Popen(["sh", "-c", "sleep 0.05; kill -INT $PPID"]):
+            with pytest.raises(KeyboardInterrupt):
+                several.bench_devices({}, ["local"], Settings(runner=Path("/bin/true")))
+    assert len(stopped) == 20

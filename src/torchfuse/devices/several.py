@@ -1,6 +1,7 @@
 """The same models on several devices at once, one job a device at a time."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +25,10 @@ __all__ = ["bench_devices"]
 Earlier = Mapping[str, Mapping[str, Measurement]]  # by device, by model
 OnStep = Callable[[str, str], object]  # device, what is done there
 OnPartial = Callable[[DeviceRun], object]
+
+# Ctrl-C may wake another thread than the one that is to raise it, while one starts processes (seen
+# in up to one try of three, Linux 6.18). So that one looks for itself.
+_LOOK_EVERY_S = 0.1
 
 
 def bench_devices(
@@ -77,7 +82,10 @@ def bench_devices(
     stopped = threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, len(remote))) as pool:
         try:
-            runs = dict(zip(remote, pool.map(on_device, remote), strict=True))
+            futures = {name: pool.submit(on_device, name) for name in remote}
+            while not all(future.done() for future in futures.values()):
+                time.sleep(_LOOK_EVERY_S)
+            runs = {name: future.result() for name, future in futures.items()}
         except BaseException:  # Ctrl-C comes to this thread only
             stopped.set()
             for transport in opened:
