@@ -104,8 +104,9 @@ def test_the_installed_executorch_keeps_no_profile(
     # What `profile` says of a .pte, and tests/etdumps.py of itself. If this fails, both may go.
     with quiet():
         from executorch.extension.pybindings import portable_lib
+    program = Path(model_files("third.pte")).read_bytes()  # the module points into it
     module = portable_lib._load_for_executorch_from_buffer(
-        Path(model_files("third.pte")).read_bytes(), enable_etdump=True, debug_buffer_size=0
+        program, enable_etdump=True, debug_buffer_size=0
     )
     module.forward([torch.ones(1, 3, 4, 4)])
     module.write_etdump_result_to_file(str(tmp_path / "run.etdump"))
