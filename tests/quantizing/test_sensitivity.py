@@ -1,6 +1,7 @@
 """Which layers int8 hurts, by how much, and why."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -59,7 +60,16 @@ def test_outliers_are_named() -> None:
     data = pictures(40)
     data[3][0, 0, 0, 0] = 300
     errors = errors_of(Net(torch.ones(8)), data)
-    assert "outliers: its largest input is" in errors["expand"].cause
+    found = re.search(r"outliers: its largest input is (\d+)×", errors["expand"].cause)
+    ratio = 300 / torch.quantile(torch.cat(data).abs(), 0.999).item()
+    assert int(found[1]) == pytest.approx(ratio, rel=0.02)
+
+
+def test_inputs_that_are_next_to_all_zero_have_no_outliers() -> None:
+    data = [torch.zeros(1, 3, 8, 8) for _ in range(40)]
+    data[3][0, 0, 0, 0] = 300
+    errors = errors_of(Net(torch.ones(8)), data)
+    assert errors["expand"].cause == ""
 
 
 def test_too_few_samples_are_named_where_a_layer_is_bad() -> None:

@@ -45,8 +45,8 @@ STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 # Layers are kept in float a few at a time: this share of them, at least one.
 _SHARE_KEPT = 0.05
 _SHOWN = 8  # names in a note
-# Layers are corrected and blamed, and steps measured, on so many cases, spread over the data: all
-# their activations at one layer are in memory at once.
+# Layers are corrected and blamed, and steps measured, on so many cases, spread over the data. While
+# layers are corrected, what one is given and gives in all these cases is in memory.
 _MOST_CASES = 128
 
 
@@ -134,7 +134,7 @@ def _accuracy(
 
 
 def _spread(data: list[_T]) -> list[_T]:
-    """As many cases as can be looked at at once, evenly from all of them."""
+    """No more cases than layers are looked at on, evenly from all of them."""
     return data[:: -(-len(data) // _MOST_CASES)]
 
 
@@ -240,7 +240,7 @@ class _Work:
 def _by_own_loss(int8: fx.GraphModule, reference: fx.GraphModule, data: list[Case]) -> list[str]:
     """Names of the layers' nodes, the one with most noise of its own first."""
     errors = errors_by_node(int8, reference, data)
-    return [name for name, _ in sorted(errors, key=lambda entry: _own(entry[1]))]
+    return sorted(errors, key=lambda name: _own(errors[name]))
 
 
 def _own(error: LayerError) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torchfuse.quantizing.lockstep import Step, attribute, set_attribute, steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torchfuse.inputs import Case
 
@@ -42,25 +42,19 @@ def correct(
 
     `reference` is the float graph that it was made from: its layers have the same names.
     """
-    layers = iter(_layers(reference, data))
     generator = torch.Generator().manual_seed(0)
     corrected = 0
-    for step, values in steps(quantized, data):
-        if step.node.target not in _LAYERS:
-            continue
-        expected = next(layers)
-        assert expected.node.name == step.node.name
+    pairs = zip(steps(reference, data, _LAYERS), steps(quantized, data, _LAYERS), strict=True)
+    for expected, step in pairs:
+        assert expected.node.name == step.node.name, "both graphs have the same layers"
         if _constants(step.node) is None:
             continue
-        source = step.node.args[0]
-        assert isinstance(source, fx.Node)
         weight = expected.node.args[1]
         assert isinstance(weight, fx.Node)
         _correct_layer(
             quantized,
             step,
-            values,
-            _Given(attribute(reference, weight.target), values[source], expected.values),
+            _Given(attribute(reference, weight.target), step.inputs, expected.outputs),
             rounding=rounding,
             generator=generator,
         )
@@ -68,12 +62,8 @@ def correct(
     return corrected
 
 
-def _layers(graph: fx.GraphModule, data: Sequence[Case]) -> Any:
-    return (step for step, _ in steps(graph, data) if step.node.target in _LAYERS)
-
-
-def _constants(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
-    """The layer's dequantized weight, its int8 values, its scales and its bias; None: not int8."""
+def _constants(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The int8 values of the layer's weight, their scales and its bias; None: not int8."""
     dequantized = node.args[1]
     bias = node.args[2] if len(node.args) > 2 else None
     if not isinstance(dequantized, fx.Node) or not isinstance(bias, fx.Node):
@@ -83,7 +73,7 @@ def _constants(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | Non
     values, scales = dequantized.args[:2]
     if len(bias.users) > 1 or not isinstance(values, fx.Node) or not isinstance(scales, fx.Node):
         return None
-    return dequantized, values, scales, bias
+    return values, scales, bias
 
 
 class _Given(NamedTuple):
@@ -97,7 +87,6 @@ class _Given(NamedTuple):
 def _correct_layer(
     graph: fx.GraphModule,
     step: Step,
-    values: dict[fx.Node, list[Any]],
     given: _Given,
     *,
     rounding: bool,
@@ -105,48 +94,54 @@ def _correct_layer(
 ) -> None:
     constants = _constants(step.node)
     assert constants is not None
-    dequantized, stored, scales, bias = constants
+    stored, scales, bias = constants
     int8 = attribute(graph, stored.target)
     groups = int(step.node.args[6]) if len(step.node.args) > 6 else 1  # type: ignore[arg-type]
-    x, y = _columns(step.node, given, groups, generator)
-    mean_x, mean_y = x.mean(2, keepdim=True), y.mean(2, keepdim=True)
+    mean_x, mean_y, covariance = _moments(step.node, given, groups, generator, rounding=rounding)
     scale = attribute(graph, scales.target).double().reshape(groups, -1, 1)
-    rows = int8.double().reshape(groups, -1, x.shape[1])
-    if rounding:
-        centred = x - mean_x
-        covariance = centred @ centred.transpose(1, 2) / x.shape[2]
+    rows = int8.double().reshape(groups, -1, mean_x.shape[1])
+    if covariance is not None:
         float_rows = given.weight.double().reshape(rows.shape)
         rows = torch.stack(
             [_rounded(*group) for group in zip(float_rows, covariance, scale, strict=True)]
         )
         set_attribute(graph, stored.target, rows.reshape(int8.shape))
     set_attribute(graph, bias.target, (mean_y - rows * scale @ mean_x).flatten())
-    arguments = [
-        attribute(graph, a.target) if isinstance(a, fx.Node) else a for a in dequantized.args
-    ]
-    assert callable(dequantized.target)
-    values[dequantized][:] = [dequantized.target(*arguments, **dequantized.kwargs)] * len(
-        given.inputs
-    )
     step.run_again()
+
+
+def _moments(
+    node: fx.Node, given: _Given, groups: int, generator: torch.Generator, *, rounding: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Means of inputs and outputs, `[groups, n, 1]`, and the inputs' covariance if rounding."""
+    count = 0
+    x_sum = y_sum = x_squares = torch.zeros((), dtype=torch.float64)
+    for x, y in _columns(node, given, groups, generator):
+        count += x.shape[2]
+        x_sum = x_sum + x.sum(2, keepdim=True)
+        y_sum = y_sum + y.sum(2, keepdim=True)
+        if rounding:
+            x_squares = x_squares + x @ x.transpose(1, 2)
+    mean_x, mean_y = x_sum / count, y_sum / count
+    return (
+        mean_x,
+        mean_y,
+        x_squares / count - mean_x @ mean_x.transpose(1, 2) if rounding else None,
+    )
 
 
 def _columns(
     node: fx.Node, given: _Given, groups: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Inputs `[groups, in/groups × kernel, n]` and outputs `[groups, out/groups, n]`, float64."""
-    inputs, outputs = [], []
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each case's inputs `[groups, in/groups × kernel, n]` and outputs `[groups, …, n]`."""
     for x, y in zip(given.inputs, given.outputs, strict=True):
         if node.target is aten.linear.default:
             columns, made = x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]).T
         else:
             columns, made = _unfolded(node, x, given.weight), y.transpose(0, 1).flatten(1)
         chosen = torch.randperm(columns.shape[1], generator=generator)[: _COLUMNS * x.shape[0]]
-        inputs.append(columns[:, chosen])
-        outputs.append(made[:, chosen])
-    joined = [torch.cat(parts, 1).double() for parts in (inputs, outputs)]
-    x, y = (part.reshape(groups, -1, part.shape[1]) for part in joined)
-    return x, y
+        columns, made = columns[:, chosen].double(), made[:, chosen].double()
+        yield columns.reshape(groups, -1, len(chosen)), made.reshape(groups, -1, len(chosen))
 
 
 def _unfolded(node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:

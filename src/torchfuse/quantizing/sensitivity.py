@@ -1,23 +1,24 @@
 """How far each layer of an int8 graph is from the float one, and what is likely to blame.
 
-Both graphs run side by side, layer by layer, over all calibration data at once: one pass. A layer's
-own share is measured by giving the int8 layer what the float one is given.
+Both graphs run side by side, layer by layer, on one sample after another: one pass. A layer's own
+share is measured by giving the int8 layer what the float one is given.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from torchfuse.quantizing.lockstep import attribute, steps
+from torchfuse.quantizing.importance import by_channel
+from torchfuse.quantizing.lockstep import steps
 from torchfuse.quantizing.report import LayerError
 from torchfuse.quantizing.static import LAYERS, module_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torchfuse.inputs import Case
     from torchfuse.quantizing.lockstep import Step
@@ -30,7 +31,8 @@ _OUTLIER = 4.0
 _IMBALANCE = 16.0
 _FEW_SAMPLES = 32
 _QUANTILE = 0.999
-_MOST_VALUES = 1_000_000  # torch.quantile takes no more than 16 million
+_OCTAVES, _PER_OCTAVE = (-40, 40), 32  # of a histogram of |values|, whose bins are 2 % wide
+_BINS = (_OCTAVES[1] - _OCTAVES[0]) * _PER_OCTAVE
 _LOW_DB = 30.0  # a layer better than this needs no explanation
 
 
@@ -45,52 +47,115 @@ def layer_errors(
     quantized: fx.GraphModule, reference: fx.GraphModule, data: Sequence[Case]
 ) -> tuple[LayerError, ...]:
     """Return the error of each layer that both graphs have, the worst first."""
-    errors = [error for _, error in errors_by_node(quantized, reference, data)]
+    errors = errors_by_node(quantized, reference, data).values()
     return tuple(sorted(errors, key=lambda error: error.sqnr_db))
 
 
 def errors_by_node(
     quantized: fx.GraphModule, reference: fx.GraphModule, data: Sequence[Case]
-) -> Iterator[tuple[str, LayerError]]:
-    """Yield the layers' nodes by name, each with its error, in running order."""
-    floats = _layers(reference, data)
-    for step, _ in _layers(quantized, data):
-        expected, given = next(floats)
-        if expected.node.name != step.node.name:
-            raise AssertionError(f"{expected.node.name} and {step.node.name} are no pair")
-        source = expected.node.args[0]
-        assert isinstance(source, fx.Node)
-        inputs = given[source]
-        own = _own_outputs(quantized, step.node, inputs)
-        total = _noise(expected.values, step.values)
-        yield (
-            step.node.name,
-            LayerError(
-                module=module_path(step.node),
-                operator=LAYERS[step.node.target],  # type: ignore[index]
-                sqnr_db=total,
-                own_sqnr_db=None if own is None else _noise(expected.values, own),
-                cause=_cause(expected, inputs, total),
-            ),
+) -> dict[str, LayerError]:
+    """Return the error of each layer by its node's name, in running order."""
+    seen: dict[str, _Layer] = {}
+    for case in data:
+        pairs = zip(steps(reference, [case], LAYERS), steps(quantized, [case], LAYERS), strict=True)
+        for expected, step in pairs:
+            assert expected.node.name == step.node.name, "both graphs have the same layers"
+            layer = seen.setdefault(step.node.name, _Layer(step.node))
+            layer.take(expected, step)
+    return {name: layer.error() for name, layer in seen.items()}
+
+
+class _Layer:
+    """What a layer of both graphs gave, over all samples."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self._node = node
+        self._total, self._own = _Noise(), _Noise()
+        self._samples = 0
+        self._values = 0
+        # Of its float inputs; all of a fixed size, since what stays from each case, however small,
+        # keeps the memory around it from being used again.
+        self._histogram = torch.zeros(_BINS, dtype=torch.float64)  # of log2 |value|
+        self._largest: Tensor | None = None  # |value| of each channel
+
+    def take(self, expected: Step, step: Step) -> None:
+        """Take in one case: what the float and the int8 layer were given and gave."""
+        (x,), (wanted,), (got,) = expected.inputs, expected.outputs, step.outputs
+        self._total.take(wanted, got)
+        own = _own_output(step, x)
+        if own is not None:
+            self._own.take(wanted, own)
+        self._samples += x.shape[0]
+        self._values += x.numel()
+        magnitudes = x.abs()
+        largest = by_channel(magnitudes).amax(1) if self._has_groups else magnitudes.max()
+        self._largest = torch.maximum(largest, largest if self._largest is None else self._largest)
+        self._histogram += torch.histc(magnitudes.log2().float(), _BINS, *_OCTAVES)
+
+    @property
+    def _has_groups(self) -> bool:
+        groups = self._node.args[6] if len(self._node.args) > 6 else 1
+        return isinstance(groups, int) and groups > 1
+
+    def error(self) -> LayerError:
+        """Return what int8 does to the layer, and why."""
+        total_db = self._total.sqnr_db
+        assert total_db is not None
+        return LayerError(
+            module=module_path(self._node),
+            operator=LAYERS[self._node.target],  # type: ignore[index]
+            sqnr_db=total_db,
+            own_sqnr_db=self._own.sqnr_db,
+            cause="" if total_db > _LOW_DB else self._cause(),
         )
 
+    def _cause(self) -> str:
+        causes = []
+        assert self._largest is not None
+        largest, bulk = float(self._largest.max()), self._quantile
+        if largest > _OUTLIER * bulk > 0:
+            causes.append(
+                f"outliers: its largest input is {largest / bulk:.0f}× the 99.9th percentile"
+            )
+        if self._has_groups and (ratio := _imbalance(self._largest)) > _IMBALANCE:
+            causes.append(f"unbalanced channels: one range is {ratio:.0f}× the median channel's")
+        if self._samples < _FEW_SAMPLES:
+            causes.append(f"few samples: {self._samples}, where some dozens are needed")
+        return "; ".join(causes)
 
-def _layers(
-    graph: fx.GraphModule, data: Sequence[Case]
-) -> Iterator[tuple[Step, dict[fx.Node, list[Any]]]]:
-    return (entry for entry in steps(graph, data) if entry[0].node.target in LAYERS)
+    @property
+    def _quantile(self) -> float:
+        """Of all |values|, as near as the histogram tells; 0: next to all are nothing."""
+        below = self._values - float(self._histogram.sum())
+        wanted = _QUANTILE * self._values - below
+        if wanted <= 0:
+            return 0.0
+        reached = int(torch.searchsorted(self._histogram.cumsum(0), wanted))
+        return float(2.0 ** (_OCTAVES[0] + (reached + 0.5) / _PER_OCTAVE))
 
 
-def _noise(expected: list[Tensor], got: list[Tensor]) -> float:
-    signal = sum(float(a.double().square().sum()) for a in expected)
-    noise = sum(
-        float((a.double() - b.double()).square().sum()) for a, b in zip(expected, got, strict=True)
-    )
-    return sqnr_db(signal, noise)
+class _Noise:
+    """The power of a signal and of what is added to it."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = 0.0
+        self._taken = False
+
+    def take(self, expected: Tensor, got: Tensor) -> None:
+        a = expected.double()
+        self._signal += float(a.square().sum())
+        self._noise += float((a - got.double()).square().sum())
+        self._taken = True
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """None: nothing was taken in."""
+        return sqnr_db(self._signal, self._noise) if self._taken else None
 
 
-def _own_outputs(graph: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) -> list[Tensor] | None:
-    """What the int8 layer makes of float inputs, quantized as it quantizes its own."""
+def _own_output(step: Step, x: Tensor) -> Tensor | None:
+    """What the int8 layer makes of a float input, quantized as it quantizes its own."""
+    node = step.node
     dequantized = node.args[0]
     if not isinstance(dequantized, fx.Node) or "dequantize" not in str(dequantized.target):
         return None
@@ -99,51 +164,15 @@ def _own_outputs(graph: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) -> 
         return None
     if any(isinstance(argument, fx.Node) for argument in quantizing.args[1:]):
         return None  # by the range of each input
-    made = []
-    for value in inputs:
-        assert callable(quantizing.target)
-        assert callable(dequantized.target)
-        assert callable(node.target)
-        int8 = quantizing.target(value, *quantizing.args[1:])
-        x = dequantized.target(int8, *dequantized.args[1:], **dequantized.kwargs)
-        made.append(node.target(x, *[_value(graph, arg) for arg in node.args[1:]]))
+    assert callable(quantizing.target)
+    assert callable(dequantized.target)
+    assert callable(node.target)
+    int8 = quantizing.target(x, *quantizing.args[1:])
+    given = dequantized.target(int8, *dequantized.args[1:], **dequantized.kwargs)
+    made: Tensor = node.target(given, *step.constant(node.args[1:]))
     return made
 
 
-def _value(graph: fx.GraphModule, argument: Any) -> Any:
-    """An argument that is a constant, or computed from constants only."""
-    if not isinstance(argument, fx.Node):
-        return argument
-    if argument.op == "get_attr":
-        return attribute(graph, argument.target)
-    assert callable(argument.target)
-    return argument.target(*[_value(graph, arg) for arg in argument.args], **argument.kwargs)
-
-
-def _cause(step: Step, inputs: list[Tensor], total_db: float) -> str:
-    if total_db > _LOW_DB:
-        return ""
-    causes = []
-    if (tail := _tail(inputs)) > _OUTLIER:
-        causes.append(f"outliers: its largest input is {tail:.0f}× the 99.9th percentile")
-    groups = step.node.args[6] if len(step.node.args) > 6 else 1
-    if isinstance(groups, int) and groups > 1 and (ratio := _imbalance(inputs)) > _IMBALANCE:
-        causes.append(f"unbalanced channels: one range is {ratio:.0f}× the median channel's")
-    if sum(value.shape[0] for value in inputs) < _FEW_SAMPLES:
-        count = sum(value.shape[0] for value in inputs)
-        causes.append(f"few samples: {count}, where some dozens are needed")
-    return "; ".join(causes)
-
-
-def _tail(inputs: list[Tensor]) -> float:
-    step = max(1, sum(value.numel() for value in inputs) // _MOST_VALUES)
-    values = torch.cat([value.flatten()[::step].abs() for value in inputs]).float()
-    bulk = float(torch.quantile(values, _QUANTILE))
-    largest = max(float(value.abs().max()) for value in inputs)
-    return largest / bulk if bulk > 0 else 1.0
-
-
-def _imbalance(inputs: list[Tensor]) -> float:
-    ranges = torch.stack([v.transpose(0, 1).flatten(1).abs().amax(1) for v in inputs]).amax(0)
+def _imbalance(ranges: Tensor) -> float:
     middle = float(ranges.median())
     return float(ranges.max()) / middle if middle > 0 else math.inf
