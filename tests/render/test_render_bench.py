@@ -1,32 +1,13 @@
 """Measurements as text, exactly."""
 
-import pytest
-
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
-from torchfuse.render.bench import block, closing, duration, heading
+from torchfuse.render.bench import block, closing, heading
 from torchfuse.timing import FileFacts, Measurement
 
 
 def measured(name: str, *samples_s: float, threads: int = 1) -> Measurement:
     return Measurement(name, samples_s, 12, settled=True, threads=threads, round_id="r")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "like", "text"),
-    [
-        (1.5, None, "1.50 s"),
-        (1.0, None, "1.00 s"),
-        (0.9999, None, "999.90 ms"),
-        (0.0123456, None, "12.35 ms"),
-        (0.0000042, None, "4.20 µs"),
-        (0.0000000042, None, "4.20 ns"),
-        (0.0, None, "0.00 ns"),
-        (0.0004, 0.0123, "0.40 ms"),
-    ],
-)
-def test_a_time_has_the_unit_that_suits_it(seconds: float, like: float | None, text: str) -> None:
-    assert duration(seconds, like) == text
 
 
 def test_a_block_tells_centre_and_spread_in_one_unit() -> None:

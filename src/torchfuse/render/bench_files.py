@@ -8,11 +8,11 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from torchfuse.devices.run import DeviceRun
-from torchfuse.render.bench import duration, size
 from torchfuse.render.devices import described
 from torchfuse.render.json import to_json as plain_json
 from torchfuse.render.profile import markdown
 from torchfuse.render.tables import markdown_row
+from torchfuse.render.units import duration, size
 from torchfuse.stats import Ratio
 from torchfuse.timing import Measurement, ratio
 

@@ -5,6 +5,7 @@ from rich.text import Text
 
 from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row, gain
 from torchfuse.render.tables import without_lines
+from torchfuse.render.units import duration, size
 from torchfuse.stats import Ratio
 
 __all__ = ["closing_sentence", "delegation_lines", "table"]
@@ -29,10 +30,10 @@ def _cells(row: Row, *, is_baseline: bool) -> list[str]:
     return [
         f" {row.variant}",
         f"{row.target} {row.precision}",
-        _duration(row.latency.median_s),
-        _duration(row.latency.iqr_s),
+        duration(row.latency.median_s),
+        duration(row.latency.iqr_s),
         "baseline" if is_baseline else _times(row.speedup),
-        "" if row.size_bytes is None else _size(row.size_bytes),
+        "" if row.size_bytes is None else size(row.size_bytes),
         "" if is_baseline else _difference(row),
         "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %",
     ]
@@ -46,14 +47,6 @@ def _times(ratio: Ratio) -> str:
 
 def _difference(row: Row) -> str:
     return "–" if row.difference.max_rel is None else f"{row.difference.max_rel:.1e}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} kB"
 
 
 def closing_sentence(comparison: Comparison) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from torchfuse.profiling import OperatorTime, Profile
-from torchfuse.render.bench import duration
 from torchfuse.render.tables import markdown_row, without_lines
+from torchfuse.render.units import duration
 
 __all__ = ["markdown", "table"]
 
