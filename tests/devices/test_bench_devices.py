@@ -14,10 +14,14 @@ import torch
 from devices.fake_adbd import Device
 from devices.pausing import pausing_python
 from devices.sshd import Sshd
+from torchfuse.devices import several
 from torchfuse.devices.adb import Adb
 from torchfuse.devices.benching import Settings, bench_on
+from torchfuse.devices.local import Local
 from torchfuse.devices.several import bench_devices
 from torchfuse.devices.ssh import Ssh
+from torchfuse.devices.transport import Transport
+from torchfuse.errors import DeviceError
 from torchfuse.inputs import Case
 from torchfuse.tasks import Task, task_of
 
@@ -159,6 +163,27 @@ def test_several_devices_are_measured_at_once_and_one_that_fails_stops_no_other(
     assert [run.device.name for run in runs] == [*names[:3], "ssh:refused", "local"]
     assert [run.error is None for run in runs] == [True, False, True, False, True]
     assert [len(run.measurements) for run in runs] == [2, 0, 2, 0, 2]
+
+
+def test_an_error_that_nobody_foresaw_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    """A full disk where the report is written, say: what the others would measure is lost too."""
+    opened = {"first": Local(), "second": Local()}
+    ended = []
+
+    def measures(transport: Transport, *_: object, **__: object) -> None:
+        if transport is opened["first"]:
+            raise OSError("disk full")
+        with pytest.raises(DeviceError, match="stopped"):
+            transport.shell("sleep 20")
+        ended.append(transport)
+
+    monkeypatch.setattr(several, "device_named", lambda name, _: opened[name])
+    monkeypatch.setattr(several, "bench_on", measures)
+    with pytest.raises(OSError, match="disk full"):
+        bench_devices({}, list(opened), settings)
+    assert ended == [opened["second"]]
 
 
 # A runner of the user's own: what it logs is what executor_runner.cpp logs, the rest is a stand-in.

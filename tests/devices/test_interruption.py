@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ Files = Callable[[str], str]
 SAID = (
     "torchfuse: interrupted; the rounds until then are in '{}', and --resume goes on with them.\n"
 )
-MARK = "INTERRUPTED_TEST=x"
+MARK = f"INTERRUPTED_TEST={uuid.uuid4().hex}"
 
 
 @pytest.fixture
@@ -155,14 +156,14 @@ def test_ctrl_c_is_noticed_whatever_the_device_s_thread_is_at(
 
     def starts_processes(transport: Transport, *_: object, **__: object) -> None:
         deadline = time.monotonic() + 2
-        with pytest.raises(DeviceError, match="stopped"):
-            while time.monotonic() < deadline:
-                transport.shell("true")
+        with subprocess.Popen(["sh", "-c", f"sleep 0.05; kill -INT {os.getpid()}"]):
+            with pytest.raises(DeviceError, match="stopped"):
+                while time.monotonic() < deadline:
+                    transport.shell("true")
         stopped.append(transport)
 
     monkeypatch.setattr(several, "bench_on", starts_processes)
     for _ in range(20):  # a wait without an end missed it in one try of three to twenty
-        with subprocess.Popen(["sh", "-c", "sleep 0.05; kill -INT $PPID"]):
-            with pytest.raises(KeyboardInterrupt):
-                several.bench_devices({}, ["local"], Settings(runner=Path("/bin/true")))
+        with pytest.raises(KeyboardInterrupt):
+            several.bench_devices({}, ["local"], Settings(runner=Path("/bin/true")))
     assert len(stopped) == 20

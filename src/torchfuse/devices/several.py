@@ -80,12 +80,14 @@ def bench_devices(
     remote = [name for name in devices if name != Local.name or settings.runner is not None]
     opened: list[Transport] = []
     stopped = threading.Event()
+    runs: dict[str, DeviceRun] = {}
     with ThreadPoolExecutor(max_workers=max(1, len(remote))) as pool:
         try:
             futures = {name: pool.submit(on_device, name) for name in remote}
-            while not all(future.done() for future in futures.values()):
+            while len(runs) < len(futures):
                 time.sleep(_LOOK_EVERY_S)
-            runs = {name: future.result() for name, future in futures.items()}
+                # One that was not foreseen to fail ends the others.
+                runs = {name: future.result() for name, future in futures.items() if future.done()}
         except BaseException:  # Ctrl-C comes to this thread only
             stopped.set()
             for transport in opened:
