@@ -28,7 +28,7 @@ from torchfuse.errors import UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
-from torchfuse.render.bench import duration
+from torchfuse.render.units import duration
 from torchfuse.targets import torchscript
 from torchfuse.timing import Measurement, measure_interleaved, ratio
 

@@ -11,6 +11,7 @@ from torchfuse.render.units import duration, size
         (1.5, None, "1.50 s"),
         (1.0, None, "1.00 s"),
         (0.9999, None, "999.90 ms"),
+        (0.999996, None, "1.00 s"),
         (0.0123456, None, "12.35 ms"),
         (0.0000042, None, "4.20 µs"),
         (0.0000000042, None, "4.20 ns"),
@@ -24,7 +25,14 @@ def test_a_time_has_the_unit_that_suits_it(seconds: float, like: float | None, t
 
 @pytest.mark.parametrize(
     ("size_bytes", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (3738912, "3.74 MB"), (2e9, "2.00 GB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (999_999, "1.00 MB"),
+        (3738912, "3.74 MB"),
+        (2e9, "2.00 GB"),
+    ],
 )
 def test_a_size_has_the_unit_that_suits_it(size_bytes: int, text: str) -> None:
     assert size(size_bytes) == text

@@ -4,6 +4,7 @@ __all__ = ["duration", "size"]
 
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+_NEARLY = 1 - 5e-6  # of a unit, which two decimals show as 1000.00 of the one below
 
 
 def duration(seconds: float, like: float | None = None) -> str:
@@ -15,7 +16,7 @@ def duration(seconds: float, like: float | None = None) -> str:
     '0.00 ms'
     """
     reference = seconds if like is None else like
-    scale, unit = next((entry for entry in _UNITS if reference >= entry[0]), _UNITS[-1])
+    scale, unit = next((entry for entry in _UNITS if reference >= _NEARLY * entry[0]), _UNITS[-1])
     return f"{seconds / scale:.2f} {unit}"
 
 
@@ -25,5 +26,5 @@ def size(size_bytes: int) -> str:
     >>> size(3738912)
     '3.74 MB'
     """
-    scale, unit = next((entry for entry in _SIZES if size_bytes >= entry[0]), _SIZES[-1])
+    scale, unit = next((entry for entry in _SIZES if size_bytes >= _NEARLY * entry[0]), _SIZES[-1])
     return f"{size_bytes} bytes" if scale == 1 else f"{size_bytes / scale:.2f} {unit}"
