@@ -11,6 +11,16 @@ from torchfuse.quantizing import quantize
 from torchfuse.quantizing.sensitivity import sqnr_db
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.query(x), self.key(x).transpose(1, 2))
+
+
 class Net(nn.Module):
     def __init__(self, factors: Tensor) -> None:
         super().__init__()
@@ -54,6 +64,14 @@ def test_a_layer_that_is_only_given_noise_is_not_blamed_for_it() -> None:
 def test_unbalanced_channels_of_a_depthwise_layer_are_named() -> None:
     errors = errors_of(Net(torch.tensor([1e-3] * 7 + [10.0])), pictures(40))
     assert "unbalanced channels: one range is" in errors["depthwise"].cause
+
+
+def test_a_product_of_two_activations_has_its_error_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(1, 6, 8, generator=generator) for _ in range(40)]
+    errors = errors_of(Attention(), data)
+    assert errors.keys() == {"query", "key", ""}
+    assert 20 < errors[""].sqnr_db < errors[""].own_sqnr_db < 60
 
 
 def test_outliers_are_named() -> None:

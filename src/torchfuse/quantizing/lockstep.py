@@ -2,7 +2,7 @@
 
 A quantity over the data (a channel's mean, its largest value) is then known as soon as a layer has
 run, and can be used before anything after it does. Between layers each sample runs by itself and
-frees what is used up, so in memory are the inputs and outputs of one layer, not the whole pass.
+frees what is used up, so in memory is what is still to be read, not the whole pass.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ __all__ = ["Step", "attribute", "set_attribute", "steps"]
 class Step:
     """A layer that has just run on every case."""
 
-    def __init__(self, node: fx.Node, runs: Sequence[_Run], constants: _Constants) -> None:
+    def __init__(self, node: fx.Node, runs: Sequence[_Run], weights: _Weights) -> None:
         self.node = node
         self._runs = runs
-        self._constants = constants
+        self._weights = weights
 
     @property
     def outputs(self) -> list[Any]:
         """What the layer gave for each case."""
-        return [run.values[self.node] for run in self._runs]
+        return [run.value(self.node) for run in self._runs]
 
     @property
     def inputs(self) -> list[Any]:
         """What the layer's first argument was in each case."""
         source = self.node.args[0]
         assert isinstance(source, fx.Node)
-        return [run.values[source] for run in self._runs]
+        return [run.value(source) for run in self._runs]
 
-    def constant(self, argument: Any) -> Any:
-        """An argument of a node that is a constant, or computed from constants only."""
-        return fx.node.map_arg(argument, self._constants.value)
+    def called_on(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return what the layer makes of another first argument in each case."""
+        return [run.called(self.node, x) for run, x in zip(self._runs, inputs, strict=True)]
 
     def run_again(self) -> None:
         """Compute the layer anew, after its parameters were changed."""
-        self._constants.forget()
+        self._weights.forget()
         for run in self._runs:
             run.compute(self.node)
 
@@ -58,15 +58,16 @@ def steps(
     graph_module: fx.GraphModule, data: Sequence[Case], layers: Container[Any]
 ) -> Iterator[Step]:
     """Yield each node that calls one of `layers`, in running order, as it has run on every case."""
-    constants = _Constants(graph_module)
-    last = {source: node for node in graph_module.graph.nodes for source in node.all_input_nodes}
-    runs = [_Run(graph_module, case, constants, last) for case in data]
-    for node in graph_module.graph.nodes:
+    nodes = list(graph_module.graph.nodes)
+    weights = _Weights(graph_module, layers)
+    last = {source: node for node in nodes for source in node.all_input_nodes}
+    runs = [_Run(graph_module, case, weights, last) for case in data]
+    for node in nodes:
         if node.op == "call_function" and node.target in layers:
             for run in runs:
                 run.up_to(node)
-            yield Step(node, runs, constants)
-            constants.forget()
+            yield Step(node, runs, weights)
+            weights.forget()
 
 
 class _Run:
@@ -76,26 +77,26 @@ class _Run:
         self,
         graph_module: fx.GraphModule,
         case: Case,
-        constants: _Constants,
+        weights: _Weights,
         last: dict[fx.Node, fx.Node],
     ) -> None:
         self._module = graph_module
-        self._constants = constants
+        self._weights = weights
         self._last = last
-        self._ahead = [node for node in graph_module.graph.nodes if node not in constants.nodes]
+        self._ahead = [n for n in graph_module.graph.nodes if n not in weights.nodes]
         self._ahead.reverse()
         self._used_up: list[fx.Node] = []
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         # Copied, since an in-place operator may write to them.
         leaves = pytree.tree_leaves(copy_tensors((case.args, dict(case.kwargs))))
-        self.values: dict[fx.Node, Any] = dict(zip(placeholders, leaves, strict=True))
+        self._values: dict[fx.Node, Any] = dict(zip(placeholders, leaves, strict=True))
 
     def up_to(self, node: fx.Node) -> None:
         """Run everything until and with this node, whose inputs stay until it goes on."""
         while self._ahead:
             ahead = self._ahead.pop()
             for source in self._used_up:
-                self.values.pop(source, None)
+                self._values.pop(source, None)
             self._used_up = [s for s in ahead.all_input_nodes if self._last[s] is ahead]
             if ahead.op != "placeholder":
                 self.compute(ahead)
@@ -104,68 +105,51 @@ class _Run:
             if ahead is node:
                 return
 
+    def value(self, node: fx.Node) -> Any:
+        """Return what a node gave, if it is still to be read."""
+        return self._weights.value(node) if node in self._weights.nodes else self._values[node]
+
     def compute(self, node: fx.Node) -> None:
         """Run one node."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-        self.values[node] = _called(self._module, node, args, kwargs)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
+        self._values[node] = _called(self._module, node, args, kwargs)
 
-    def _value(self, node: fx.Node) -> Any:
-        return self.values[node] if node in self.values else self._constants.value(node)
+    def called(self, node: fx.Node, first: Any) -> Any:
+        """Return what a node makes of another first argument."""
+        args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), self.value)
+        return _called(self._module, node, (first, *args), kwargs)
 
 
-class _Constants:
-    """What is the same for every case, computed once for all that need it."""
+class _Weights:
+    """Parameters, and int8 ones as the floats that a layer takes: the same for every case."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, layers: Container[Any]) -> None:
         self._module = graph_module
-        self.nodes = _constant_nodes(graph_module)
-        self._values: dict[fx.Node, Any] = {}
+        self._floats: dict[fx.Node, Any] = {}
+        # Nothing else that is computed from parameters: an operator might write to it in one case.
+        self.nodes = {
+            node
+            for node in graph_module.graph.nodes
+            if node.op == "get_attr"
+            or (
+                "dequantize" in str(node.target)
+                and all(source.op == "get_attr" for source in node.all_input_nodes)
+                and all(user.target in layers for user in node.users)
+            )
+        }
 
     def value(self, node: fx.Node) -> Any:
-        """Return what a constant node gives."""
+        """Return what one of `nodes` gives."""
         if node.op == "get_attr":
             return _looked_up(self._module, node.target)
-        if node not in self._values:
+        if node not in self._floats:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
-            self._values[node] = _called(self._module, node, args, kwargs)
-        return self._values[node]
+            self._floats[node] = _called(self._module, node, args, kwargs)
+        return self._floats[node]
 
     def forget(self) -> None:
-        """Compute anew from now on: parameters were changed, or others are needed next."""
-        self._values.clear()
-
-
-def _constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """Parameters, and what is computed from them only and written to by nobody."""
-    nodes = list(graph_module.graph.nodes)
-    parameters = {node for node in nodes if node.op == "get_attr"}
-
-    def computed_from(sources: set[fx.Node]) -> set[fx.Node]:
-        found = set(sources)
-        for node in nodes:
-            given = node.all_input_nodes
-            if node.op == "call_function" and given and found.issuperset(given):
-                found.add(node)
-        return found
-
-    constant = computed_from(parameters)
-    changing = {source for node in nodes for source in _written_to(node)} & constant
-    for node in reversed(nodes):
-        if node in changing:  # and so may be what it is a view of
-            changing.update(node.all_input_nodes)
-    return computed_from(parameters - changing) | parameters
-
-
-def _written_to(node: fx.Node) -> list[fx.Node]:
-    schema = getattr(node.target, "_schema", None)
-    given = zip(() if schema is None else schema.arguments, node.args, strict=False)
-    return [
-        argument
-        for declared, argument in given
-        if isinstance(argument, fx.Node)
-        and declared.alias_info is not None
-        and declared.alias_info.is_write
-    ]
+        """Compute anew from now on: a parameter was changed, or others are needed next."""
+        self._floats.clear()
 
 
 def _called(graph_module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:

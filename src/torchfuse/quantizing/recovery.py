@@ -46,7 +46,7 @@ STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 _SHARE_KEPT = 0.05
 _SHOWN = 8  # names in a note
 # Layers are corrected and blamed, and steps measured, on so many cases, spread over the data. While
-# layers are corrected, what one is given and gives in all these cases is in memory.
+# layers are corrected, what is still to be read in all these cases is in memory, of both graphs.
 _MOST_CASES = 128
 
 

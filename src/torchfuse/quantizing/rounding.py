@@ -47,7 +47,7 @@ def correct(
     pairs = zip(steps(reference, data, _LAYERS), steps(quantized, data, _LAYERS), strict=True)
     for expected, step in pairs:
         assert expected.node.name == step.node.name, "both graphs have the same layers"
-        if _constants(step.node) is None:
+        if _int8_parameters(step.node) is None:
             continue
         weight = expected.node.args[1]
         assert isinstance(weight, fx.Node)
@@ -62,7 +62,7 @@ def correct(
     return corrected
 
 
-def _constants(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def _int8_parameters(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """The int8 values of the layer's weight, their scales and its bias; None: not int8."""
     dequantized = node.args[1]
     bias = node.args[2] if len(node.args) > 2 else None
@@ -92,9 +92,9 @@ def _correct_layer(
     rounding: bool,
     generator: torch.Generator,
 ) -> None:
-    constants = _constants(step.node)
-    assert constants is not None
-    stored, scales, bias = constants
+    parameters = _int8_parameters(step.node)
+    assert parameters is not None
+    stored, scales, bias = parameters
     int8 = attribute(graph, stored.target)
     groups = int(step.node.args[6]) if len(step.node.args) > 6 else 1  # type: ignore[arg-type]
     mean_x, mean_y, covariance = _moments(step.node, given, groups, generator, rounding=rounding)
@@ -115,19 +115,18 @@ def _moments(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Means of inputs and outputs, `[groups, n, 1]`, and the inputs' covariance if rounding."""
     count = 0
-    x_sum = y_sum = x_squares = torch.zeros((), dtype=torch.float64)
+    mean_x = mean_y = scatter = torch.zeros((), dtype=torch.float64)
     for x, y in _columns(node, given, groups, generator):
         count += x.shape[2]
-        x_sum = x_sum + x.sum(2, keepdim=True)
-        y_sum = y_sum + y.sum(2, keepdim=True)
-        if rounding:
-            x_squares = x_squares + x @ x.transpose(1, 2)
-    mean_x, mean_y = x_sum / count, y_sum / count
-    return (
-        mean_x,
-        mean_y,
-        x_squares / count - mean_x @ mean_x.transpose(1, 2) if rounding else None,
-    )
+        share = x.shape[2] / count
+        case_x, case_y = x.mean(2, keepdim=True), y.mean(2, keepdim=True)
+        away = case_x - mean_x
+        if rounding:  # around the means: a difference of large sums may be no covariance any more
+            centred = x - case_x
+            scatter = scatter + centred @ centred.transpose(1, 2)
+            scatter = scatter + away @ away.transpose(1, 2) * (x.shape[2] * (1 - share))
+        mean_x, mean_y = mean_x + share * away, mean_y + share * (case_y - mean_y)
+    return mean_x, mean_y, scatter / count if rounding else None
 
 
 def _columns(

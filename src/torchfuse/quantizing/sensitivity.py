@@ -90,7 +90,8 @@ class _Layer:
         magnitudes = x.abs()
         largest = by_channel(magnitudes).amax(1) if self._has_groups else magnitudes.max()
         self._largest = torch.maximum(largest, largest if self._largest is None else self._largest)
-        self._histogram += torch.histc(magnitudes.log2().float(), _BINS, *_OCTAVES)
+        octaves = magnitudes.double().log2().clamp(max=_OCTAVES[1])
+        self._histogram += torch.histc(octaves, _BINS, *_OCTAVES)
 
     @property
     def _has_groups(self) -> bool:
@@ -155,8 +156,7 @@ class _Noise:
 
 def _own_output(step: Step, x: Tensor) -> Tensor | None:
     """What the int8 layer makes of a float input, quantized as it quantizes its own."""
-    node = step.node
-    dequantized = node.args[0]
+    dequantized = step.node.args[0]
     if not isinstance(dequantized, fx.Node) or "dequantize" not in str(dequantized.target):
         return None
     quantizing = dequantized.args[0]
@@ -166,11 +166,10 @@ def _own_output(step: Step, x: Tensor) -> Tensor | None:
         return None  # by the range of each input
     assert callable(quantizing.target)
     assert callable(dequantized.target)
-    assert callable(node.target)
     int8 = quantizing.target(x, *quantizing.args[1:])
     given = dequantized.target(int8, *dequantized.args[1:], **dequantized.kwargs)
-    made: Tensor = node.target(given, *step.constant(node.args[1:]))
-    return made
+    (made,) = step.called_on([given])
+    return made  # type: ignore[no-any-return]
 
 
 def _imbalance(ranges: Tensor) -> float:
