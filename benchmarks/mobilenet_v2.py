@@ -29,6 +29,7 @@ from torchfuse.inputs import Case
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
 from torchfuse.render.units import duration
+from torchfuse.runner.allocator import keep_freed_memory
 from torchfuse.targets import torchscript
 from torchfuse.timing import Measurement, measure_interleaved, ratio
 
@@ -48,6 +49,7 @@ def main() -> None:
     )
     arguments.add_argument("--json", type=Path, help="save every sample and ratio there")
     options = arguments.parse_args()
+    keep_freed_memory()  # here, too, as in the processes that files are measured in
     if options.json:
         write_atomically(options.json, b"{}\n")  # known to be writable before measuring
     torch.set_num_threads(1)

@@ -221,8 +221,8 @@ TIMES: list[tuple[Samples, str, str]] = [
         samples(page_faults=25.4),  # of calls of 1 ms
         "page-faults",
         "each call has memory mapped anew (25 page faults), which takes as long as the system "
-        "likes; set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to 1000000000 in the "
-        "environment, so that memory is kept",
+        "likes; set MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=1000000000 in the environment, "
+        "so that memory is kept",
     ),
 ]
 

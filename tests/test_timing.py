@@ -44,7 +44,12 @@ def test_each_call_is_one_sample_in_the_order_of_the_calls() -> None:
     model = clock.taking(9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 100.0)
     measured = measure(model, X, name="m", warmup=2, runs=5, clock=clock)
     assert replace(measured, cautions=()) == Measurement(
-        "m", (1.0, 2.0, 3.0, 4.0, 100.0), 2, settled=None, threads=1
+        "m",
+        (1.0, 2.0, 3.0, 4.0, 100.0),
+        2,
+        settled=None,
+        threads=1,
+        page_faults=measured.page_faults,
     )
     assert measured.runs == 5
     assert measured.median_s == 3.0

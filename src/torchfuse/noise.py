@@ -389,8 +389,8 @@ def _page_faults(name: str, samples: Samples) -> Caution | None:
     return Caution(
         "page-faults",
         f"each call has memory mapped anew ({samples.page_faults:.0f} page faults), which takes as "
-        "long as the system likes; set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to "
-        "1000000000 in the environment, so that memory is kept",
+        "long as the system likes; set MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=1000000000 in "
+        "the environment, so that memory is kept",
         fails=False,  # it is what a user's process does too, unless it is told otherwise
         name=name,
     )

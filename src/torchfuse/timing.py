@@ -18,7 +18,7 @@ from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.machine_state import MachineState, this_state
 from torchfuse.noise import Caution, Samples, resumed
 from torchfuse.noise import cautions as cautions_of
-from torchfuse.runner.loop import Clock, interleave, timed, turn_length, turn_of, warm_up
+from torchfuse.runner.loop import Clock, Turns, interleave, timed, turn_length, warm_up
 from torchfuse.runner.workers import Worker, WorkerError, start_workers
 from torchfuse.stats import Ratio, percentile, ratio_of_medians
 from torchfuse.temporary import temporary_folder
@@ -75,6 +75,7 @@ class Measurement:
     turn_runs: int = 1  # samples in a row, of which each round has as many
     file: "FileFacts | None" = None  # None: a live callable, called in the measuring process
     cautions: tuple[Caution, ...] = ()  # what makes it less trustworthy, each with what to change
+    page_faults: float | None = None  # of a live callable, as a file's
 
     def __str__(self) -> str:
         """The median with its spread: `net: 1.23 ms (IQR 0.04 ms), 50 runs, threads: 1`."""
@@ -132,7 +133,7 @@ class Measurement:
     @property
     def samples(self) -> Samples:
         """The samples as `noise.cautions` takes them."""
-        page_faults = None if self.file is None else self.file.page_faults
+        page_faults = self.page_faults if self.file is None else self.file.page_faults
         return Samples(self.samples_s, self.turn_runs, self.settled, self.warmup_runs, page_faults)
 
     def to_json(self) -> str:
@@ -277,6 +278,7 @@ def measure_prepared(
         for name, variant in variants.items()
         if not isinstance(variant, Task)
     }
+    live = {name: Turns(call) for name, call in calls.items()}
     length = turn_length(len(variants), runs)
     earlier = earlier or {}
     rounds_done = min(earlier[name].runs if name in earlier else 0 for name in variants) // length
@@ -306,6 +308,7 @@ def measure_prepared(
                     round_id,
                     length,
                     facts.get(name),
+                    page_faults=live[name].page_faults if name in live else None,
                 )
                 for name, times in samples_s.items()
                 for warmup_runs, settled in [warmups[name]]
@@ -318,10 +321,7 @@ def measure_prepared(
                 else _warm(by_name[name].ask("warm_up", count=warmup))
                 for name in variants
             }
-            turns = {
-                name: turn_of(calls[name]) if name in calls else by_name[name].turn
-                for name in variants
-            }
+            turns = {name: live.get(name) or by_name[name].turn for name in variants}
             before = this_state()
             for done, rounds, taken in interleave(turns, runs, seed, rounds_done):
                 for name, times in taken.items():

@@ -1,15 +1,16 @@
 """The loop that warms up and gives every variant its turns, on a clock of the test's own."""
 
+import os
 from collections.abc import Sequence
 
 import pytest
 
 from torchfuse.runner.loop import (
     LONGEST_WARMUP_S,
+    Turns,
     interleave,
     timed,
     turn_length,
-    turn_of,
     warm_up,
 )
 
@@ -95,4 +96,17 @@ def test_a_call_is_timed_by_the_clock_before_and_after_it() -> None:
 
 
 def test_of_a_turn_only_the_timed_calls_are_kept() -> None:
-    assert turn_of(iter([1.0, 2.0, 3.0, 4.0]).__next__)(2, 2) == [3.0, 4.0]
+    assert Turns(iter([1.0, 2.0, 3.0, 4.0]).__next__)(2, 2) == [3.0, 4.0]
+
+
+def test_page_faults_of_the_timed_calls_are_counted() -> None:
+    kept: list[bytearray] = []
+
+    def touch() -> float:
+        kept.append(bytearray(b"x" * (40 << 20)))  # of new memory, every page
+        return 1.0
+
+    turns = Turns(touch)
+    assert turns.page_faults == 0
+    turns(1, 2)
+    assert turns.page_faults >= (40 << 20) // os.sysconf("SC_PAGE_SIZE")

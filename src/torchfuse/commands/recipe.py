@@ -28,7 +28,9 @@ def command(out: Path, runs: int) -> None:
     from torchfuse.render import comparison as render
     from torchfuse.render.json import to_json
     from torchfuse.render.progress import progress
+    from torchfuse.runner.allocator import keep_freed_memory
 
+    keep_freed_memory()  # some of the variants are measured in this process
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     with progress() as step:
         comparisons = recipe.run(

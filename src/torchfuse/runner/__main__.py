@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchfuse.runner.allocator import keep_freed_memory
 from torchfuse.runner.job import event, read_event, run_job
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    keep_freed_memory()
     try:
         if given.job is not None:
             job = json.loads(Path(given.job).read_text())

@@ -5,16 +5,17 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 __all__ = [
     "LONGEST_WARMUP_S",
     "Clock",
     "Turn",
+    "Turns",
     "interleave",
     "timed",
     "turn_length",
-    "turn_of",
     "warm_up",
 ]
 
@@ -107,12 +108,24 @@ def timed(call: Callable[[], Any], clock: Clock = time.perf_counter) -> Callable
     return measured
 
 
-def turn_of(call: Callable[[], float]) -> Turn:
-    """Return the turns of a call that returns how many seconds it took."""
+class Turns:
+    """The turns of a call that returns how many seconds it took; page faults are counted."""
 
-    def turn(untimed: int, timed: int) -> list[float]:
+    def __init__(self, call: Callable[[], float]) -> None:
+        self._call = call
+        self._faults = self._calls = 0
+
+    def __call__(self, untimed: int, timed: int) -> list[float]:
+        """Take a turn; return the seconds of the timed calls."""
         for _ in range(untimed):
-            call()
-        return [call() for _ in range(timed)]
+            self._call()
+        before = getrusage(RUSAGE_SELF).ru_minflt
+        samples_s = [self._call() for _ in range(timed)]
+        self._faults += getrusage(RUSAGE_SELF).ru_minflt - before
+        self._calls += timed
+        return samples_s
 
-    return turn
+    @property
+    def page_faults(self) -> float:
+        """How many minor ones a timed call had, on average."""
+        return self._faults / max(1, self._calls)

@@ -9,10 +9,9 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import IO, Any
 
-from torchfuse.runner.loop import timed, turn_of, warm_up
+from torchfuse.runner.loop import Turns, timed, warm_up
 from torchfuse.runner.runtimes import decoded, runtime_for
 
 __all__ = ["become_worker"]
@@ -87,7 +86,7 @@ class _Loaded:
         self._can_set_threads = threads is not None
         self._threads = _running_threads() if threads is None else threads
         self._timed = timed(call)
-        self._page_faults, self._timed_calls = 0, 0
+        self._turns = Turns(self._timed)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -105,21 +104,12 @@ class _Loaded:
             count, settled = warm_up(self._timed, command["count"])
             return {"warmup_runs": count, "settled": settled}
         if command["do"] == "turn":
-            return {"samples_s": self._turn(command["untimed"], command["timed"])}
+            return {"samples_s": self._turns(command["untimed"], command["timed"])}
         assert command["do"] == "memory"
-        calls = max(1, self._timed_calls)
         return {
             "peak_memory_bytes": _memory_bytes("VmHWM"),
-            "page_faults": self._page_faults / calls,
+            "page_faults": self._turns.page_faults,
         }
-
-    def _turn(self, untimed: int, count: int) -> list[float]:
-        turn_of(self._timed)(untimed, 0)
-        before = getrusage(RUSAGE_SELF).ru_minflt
-        samples_s = list(turn_of(self._timed)(0, count))
-        self._page_faults += getrusage(RUSAGE_SELF).ru_minflt - before
-        self._timed_calls += count
-        return samples_s
 
 
 def _written(path: Path, dtype: str, shape: list[int], data: bytes) -> dict[str, Any]:

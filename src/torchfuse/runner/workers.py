@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torchfuse.runner.allocator import keep_freed_memory
 from torchfuse.runner.interpreter import ONE_THREAD, command_for, environment
 from torchfuse.runner.runtimes import runtime_for
 from torchfuse.runner.worker import become_worker
@@ -131,6 +132,7 @@ def start_workers(count: int, forms: Sequence[str]) -> Iterator[list[Worker]]:
 def nurse(argument: str) -> None:
     """Be the process that workers are forked from, and say how each ends, until all have."""
     pipes, forms = json.loads(argument)
+    keep_freed_memory()
     warnings.simplefilter("ignore")
     for form in forms:
         with contextlib.suppress(RuntimeError):  # the worker that needs it will say so
