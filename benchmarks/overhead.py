@@ -11,7 +11,7 @@ All processes keep the memory that they free. By glibc's defaults it depends on 
 has allocated whether a model's large intermediate results are mapped anew for each call, and that
 alone makes MobileNetV2's `.ptl` up to twice as slow, in either process.
 
-    python benchmarks/overhead.py [--rounds 15] [--runs 100] [--json overhead.json]
+    python benchmarks/overhead.py [--rounds 40] [--runs 100] [--json overhead.json]
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Times:
 def main() -> None:
     """Build, measure, print the table, and save every sample."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--runs", type=int, default=100, help="timed calls of each in a round")
     parser.add_argument("--build", type=Path, default=Path("out/native"), help="for the binaries")
     parser.add_argument("--tool-source", type=Path, help="PyTorch's speed_benchmark_torch.cc")
