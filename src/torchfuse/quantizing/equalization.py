@@ -33,6 +33,7 @@ from torch import Tensor, fx
 
 from torchfuse.quantizing.importance import Importance, importance
 from torchfuse.quantizing.lockstep import attribute, set_attribute
+from torchfuse.quantizing.static import group_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,12 +97,6 @@ def _clamp_limits(node: fx.Node) -> tuple[float | None, float | None]:
     defaults = (-1.0, 1.0) if "hardtanh" in str(node.target) else (None, None)
     given = [*node.args[1:3], *defaults[len(node.args) - 1 :]]
     return given[0], given[1]
-
-
-def _group_count(node: fx.Node) -> int:
-    if node.target in _LINEARS:
-        return 1
-    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
 def _groups(graph_module: fx.GraphModule, ranges: dict[fx.Node, Tensor]) -> list[_Group]:
@@ -169,7 +164,7 @@ def _reads_by_channel(graph_module: fx.GraphModule, node: fx.Node, group: _Group
     dims = source.meta["val"].dim()
     if node.target in _LINEARS and dims != 2:  # channels would not be on axis 1
         return False
-    return int(shape[1]) * _group_count(node) == group.channels
+    return int(shape[1]) * group_count(node) == group.channels
 
 
 def _adds_alike(node: fx.Node) -> bool:
@@ -209,8 +204,8 @@ def _apply(graph_module: fx.GraphModule, group: _Group, found: Importance) -> bo
         assert isinstance(source, fx.Node)
         weight = attribute(graph_module, source.target)
         inputs = weight.shape[1]
-        by_group = scale.reshape(_group_count(node), 1, inputs, *[1] * (weight.dim() - 2))
-        rows = weight.double().reshape(_group_count(node), -1, *weight.shape[1:])
+        by_group = scale.reshape(group_count(node), 1, inputs, *[1] * (weight.dim() - 2))
+        rows = weight.double().reshape(group_count(node), -1, *weight.shape[1:])
         set_attribute(graph_module, source.target, (rows / by_group).reshape(weight.shape))
     return True
 
@@ -224,7 +219,7 @@ def _scales(graph_module: fx.GraphModule, group: _Group, found: Importance) -> T
     least, most = _limits(group, found)
     full = (whole / largest.clamp(min=float(whole) / _LARGEST_SCALE)).clamp(least, most)
     full[largest == 0] = 1
-    mixing = [node for node in group.readers if _group_count(node) != group.channels]
+    mixing = [node for node in group.readers if group_count(node) != group.channels]
     if not mixing:
         return full
     noise = _Noise(graph_module, held, mixing, found)
@@ -269,7 +264,7 @@ class _Noise:
         self.layers = []
         for node in readers:
             weight = attribute(graph_module, node.args[1].target)  # type: ignore[union-attr]
-            if _group_count(node) == 1 and found.weights[node].dim():
+            if group_count(node) == 1 and found.weights[node].dim():
                 size = weight.double().abs().reshape(*weight.shape[:2], -1).amax(2)
                 self.layers.append((size, found.weights[node]))
 

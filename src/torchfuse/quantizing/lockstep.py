@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torchfuse.inputs import Case
 
-__all__ = ["Step", "attribute", "set_attribute", "steps"]
+__all__ = ["Step", "attribute", "paired_steps", "set_attribute", "steps"]
 
 
 class Step:
@@ -68,6 +68,19 @@ def steps(
                 run.up_to(node)
             yield Step(node, runs, weights)
             weights.forget()
+
+
+def paired_steps(
+    reference: fx.GraphModule,
+    quantized: fx.GraphModule,
+    data: Sequence[Case],
+    layers: Container[Any],
+) -> Iterator[tuple[Step, Step]]:
+    """Yield each layer of a float graph beside the same one of the int8 graph made from it."""
+    pairs = zip(steps(reference, data, layers), steps(quantized, data, layers), strict=True)
+    for expected, step in pairs:
+        assert expected.node.name == step.node.name, "both graphs have the same layers"
+        yield expected, step
 
 
 class _Run:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torchfuse.checking import copy_tensors
 from torchfuse.errors import InputError
 from torchfuse.quantizing.calibration import sample_count
-from torchfuse.quantizing.sensitivity import sqnr_db
+from torchfuse.quantizing.sensitivity import SignalToNoise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,13 +116,12 @@ def outputs_of(model: nn.Module, data: Sequence[Case]) -> Outputs:
 
 def sqnr_of_outputs(expected: Outputs, got: Outputs) -> float:
     """Return the signal-to-noise ratio over all cases, in dB."""
-    signal = noise = 0.0
+    found = SignalToNoise()
     for a_case, b_case in zip(expected, got, strict=True):
         for a, b in zip(a_case, b_case, strict=True):
             if a.is_floating_point():
-                signal += float(a.double().square().sum())
-                noise += float((a.double() - b.double()).square().sum())
-    return sqnr_db(signal, noise)
+                found.take(a, b)
+    return found.sqnr_db
 
 
 def _are_scores(outputs: Outputs) -> bool:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torchfuse.quantizing.lockstep import Step, attribute, set_attribute, steps
+from torchfuse.quantizing.lockstep import Step, attribute, paired_steps, set_attribute
+from torchfuse.quantizing.static import group_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,16 +45,16 @@ def correct(
     """
     generator = torch.Generator().manual_seed(0)
     corrected = 0
-    pairs = zip(steps(reference, data, _LAYERS), steps(quantized, data, _LAYERS), strict=True)
-    for expected, step in pairs:
-        assert expected.node.name == step.node.name, "both graphs have the same layers"
-        if _int8_parameters(step.node) is None:
+    for expected, step in paired_steps(reference, quantized, data, _LAYERS):
+        parameters = _int8_parameters(step.node)
+        if parameters is None:
             continue
         weight = expected.node.args[1]
         assert isinstance(weight, fx.Node)
         _correct_layer(
             quantized,
             step,
+            parameters,
             _Given(attribute(reference, weight.target), step.inputs, expected.outputs),
             rounding=rounding,
             generator=generator,
@@ -62,7 +63,7 @@ def correct(
     return corrected
 
 
-def _int8_parameters(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def _int8_parameters(node: fx.Node) -> _Parameters | None:
     """The int8 values of the layer's weight, their scales and its bias; None: not int8."""
     dequantized = node.args[1]
     bias = node.args[2] if len(node.args) > 2 else None
@@ -73,7 +74,15 @@ def _int8_parameters(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     values, scales = dequantized.args[:2]
     if len(bias.users) > 1 or not isinstance(values, fx.Node) or not isinstance(scales, fx.Node):
         return None
-    return values, scales, bias
+    return _Parameters(values, scales, bias)
+
+
+class _Parameters(NamedTuple):
+    """Constants of an int8 layer."""
+
+    values: fx.Node
+    scales: fx.Node
+    bias: fx.Node
 
 
 class _Given(NamedTuple):
@@ -87,16 +96,15 @@ class _Given(NamedTuple):
 def _correct_layer(
     graph: fx.GraphModule,
     step: Step,
+    parameters: _Parameters,
     given: _Given,
     *,
     rounding: bool,
     generator: torch.Generator,
 ) -> None:
-    parameters = _int8_parameters(step.node)
-    assert parameters is not None
     stored, scales, bias = parameters
     int8 = attribute(graph, stored.target)
-    groups = int(step.node.args[6]) if len(step.node.args) > 6 else 1  # type: ignore[arg-type]
+    groups = group_count(step.node)
     mean_x, mean_y, covariance = _moments(step.node, given, groups, generator, rounding=rounding)
     scale = attribute(graph, scales.target).double().reshape(groups, -1, 1)
     rows = int8.double().reshape(groups, -1, mean_x.shape[1])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from torchfuse.quantizing.importance import by_channel
-from torchfuse.quantizing.lockstep import steps
+from torchfuse.quantizing.lockstep import paired_steps
 from torchfuse.quantizing.report import LayerError
-from torchfuse.quantizing.static import LAYERS, module_path
+from torchfuse.quantizing.static import LAYERS, group_count, module_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchfuse.inputs import Case
     from torchfuse.quantizing.lockstep import Step
 
-__all__ = ["errors_by_node", "layer_errors", "sqnr_db"]
+__all__ = ["SignalToNoise", "errors_by_node", "layer_errors", "sqnr_db"]
 
 # Beyond these a cause is named. An int8 tensor has 8 bits over its whole range: where the 99.9th
 # percentile is a fourth of the largest value, 2 of them are spent on one value in a thousand.
@@ -43,6 +43,24 @@ def sqnr_db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
+class SignalToNoise:
+    """The power of a signal and of what is added to it, over all that is taken in."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = 0.0
+
+    def take(self, expected: Tensor, got: Tensor) -> None:
+        """Take in a tensor as it should be and as it is."""
+        a = expected.double()
+        self._signal += float(a.square().sum())
+        self._noise += float((a - got.double()).square().sum())
+
+    @property
+    def sqnr_db(self) -> float:
+        """The ratio of both, in dB."""
+        return sqnr_db(self._signal, self._noise)
+
+
 def layer_errors(
     quantized: fx.GraphModule, reference: fx.GraphModule, data: Sequence[Case]
 ) -> tuple[LayerError, ...]:
@@ -57,9 +75,7 @@ def errors_by_node(
     """Return the error of each layer by its node's name, in running order."""
     seen: dict[str, _Layer] = {}
     for case in data:
-        pairs = zip(steps(reference, [case], LAYERS), steps(quantized, [case], LAYERS), strict=True)
-        for expected, step in pairs:
-            assert expected.node.name == step.node.name, "both graphs have the same layers"
+        for expected, step in paired_steps(reference, quantized, [case], LAYERS):
             layer = seen.setdefault(step.node.name, _Layer(step.node))
             layer.take(expected, step)
     return {name: layer.error() for name, layer in seen.items()}
@@ -70,7 +86,8 @@ class _Layer:
 
     def __init__(self, node: fx.Node) -> None:
         self._node = node
-        self._total, self._own = _Noise(), _Noise()
+        self._total = SignalToNoise()
+        self._own: SignalToNoise | None = None  # None: it cannot be told from what it is given
         self._samples = 0
         self._values = 0
         # Of its float inputs; all of a fixed size, since what stays from each case, however small,
@@ -84,29 +101,26 @@ class _Layer:
         self._total.take(wanted, got)
         own = _own_output(step, x)
         if own is not None:
+            self._own = self._own or SignalToNoise()
             self._own.take(wanted, own)
         self._samples += x.shape[0]
         self._values += x.numel()
         magnitudes = x.abs()
-        largest = by_channel(magnitudes).amax(1) if self._has_groups else magnitudes.max()
+        largest = (
+            by_channel(magnitudes).amax(1) if group_count(self._node) > 1 else magnitudes.max()
+        )
         self._largest = torch.maximum(largest, largest if self._largest is None else self._largest)
         octaves = magnitudes.double().log2().clamp(max=_OCTAVES[1])
         self._histogram += torch.histc(octaves, _BINS, *_OCTAVES)
 
-    @property
-    def _has_groups(self) -> bool:
-        groups = self._node.args[6] if len(self._node.args) > 6 else 1
-        return isinstance(groups, int) and groups > 1
-
     def error(self) -> LayerError:
         """Return what int8 does to the layer, and why."""
         total_db = self._total.sqnr_db
-        assert total_db is not None
         return LayerError(
             module=module_path(self._node),
             operator=LAYERS[self._node.target],  # type: ignore[index]
             sqnr_db=total_db,
-            own_sqnr_db=self._own.sqnr_db,
+            own_sqnr_db=None if self._own is None else self._own.sqnr_db,
             cause="" if total_db > _LOW_DB else self._cause(),
         )
 
@@ -118,7 +132,7 @@ class _Layer:
             causes.append(
                 f"outliers: its largest input is {largest / bulk:.0f}× the 99.9th percentile"
             )
-        if self._has_groups and (ratio := _imbalance(self._largest)) > _IMBALANCE:
+        if group_count(self._node) > 1 and (ratio := _imbalance(self._largest)) > _IMBALANCE:
             causes.append(f"unbalanced channels: one range is {ratio:.0f}× the median channel's")
         if self._samples < _FEW_SAMPLES:
             causes.append(f"few samples: {self._samples}, where some dozens are needed")
@@ -133,25 +147,6 @@ class _Layer:
             return 0.0
         reached = int(torch.searchsorted(self._histogram.cumsum(0), wanted))
         return float(2.0 ** (_OCTAVES[0] + (reached + 0.5) / _PER_OCTAVE))
-
-
-class _Noise:
-    """The power of a signal and of what is added to it."""
-
-    def __init__(self) -> None:
-        self._signal = self._noise = 0.0
-        self._taken = False
-
-    def take(self, expected: Tensor, got: Tensor) -> None:
-        a = expected.double()
-        self._signal += float(a.square().sum())
-        self._noise += float((a - got.double()).square().sum())
-        self._taken = True
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """None: nothing was taken in."""
-        return sqnr_db(self._signal, self._noise) if self._taken else None
 
 
 def _own_output(step: Step, x: Tensor) -> Tensor | None:

@@ -31,6 +31,7 @@ __all__ = [
     "by_argument_name",
     "converted",
     "float_graph",
+    "group_count",
     "is_quantized_graph",
     "keep_integers",
     "layers_of",
@@ -317,6 +318,11 @@ def layers_of(converted: fx.GraphModule) -> Iterable[QuantizedLayer]:
                 operator=LAYERS[node.target],
                 int8=all("dequantize" in str(operand.target) for operand in operands),
             )
+
+
+def group_count(node: fx.Node) -> int:
+    """Return the groups of a layer's node: 1 for all but grouped convolutions."""
+    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
 def module_path(node: fx.Node) -> str:

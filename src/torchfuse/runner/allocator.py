@@ -1,7 +1,6 @@
 """Memory that a call has freed stays this process's, so that the next call need not get it anew."""
 
 import contextlib
-import ctypes
 import os
 
 __all__ = ["keep_freed_memory"]
@@ -21,7 +20,9 @@ def keep_freed_memory() -> None:
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    with contextlib.suppress(ValueError, OSError, AttributeError):
+    with contextlib.suppress(ValueError, OSError, AttributeError, ImportError):
+        import ctypes  # which a board's Python may lack
+
         if os.confstr("CS_GNU_LIBC_VERSION"):  # ValueError: another C library
             library = ctypes.CDLL(None)
             library.mallopt(_MMAP_MAX, 0)
