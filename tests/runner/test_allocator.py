@@ -54,9 +54,10 @@ def test_a_file_is_measured_so_and_a_live_model_that_is_not_is_cautioned_about(
         if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
             monkeypatch.delenv(name)
     x = torch.ones(LARGE // 4)
-    in_file = measure(model_files("third.pt"), x, runs=CALLS, warmup=10)
+    in_file = measure(model_files("third.pt"), x, runs=100, warmup=10)
     assert in_file.file is not None
-    assert in_file.file.page_faults < PAGES / CALLS / 100
+    # The heap may still grow by a block once or twice; without keeping, each call maps one.
+    assert in_file.file.page_faults < PAGES / CALLS / 10
     live = measure(lambda x: x * 0.333333, x, runs=CALLS, warmup=1)
     assert live.page_faults >= PAGES / CALLS * 0.9
     assert "page-faults" in {caution.kind for caution in live.cautions}
