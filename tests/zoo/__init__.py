@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from as_if_trained import as_if_trained
+from as_if_trained import as_if_trained, keep_scale
 from torchfuse.models.mobilenet_v2 import MobileNetV2
 from zoo import families
 from zoo.conformer import ConformerBlock
@@ -45,10 +45,7 @@ class Entry:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             built = self.build()
-            for module in built.modules():
-                if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-                    # Some start at nearly 0, and rounding would be all that passes through them.
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            keep_scale(built)
         return as_if_trained(built, lambda model: model(self.inputs(batch=4, seed=2)))
 
 
