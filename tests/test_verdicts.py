@@ -19,8 +19,8 @@ from verdict_table import of_model, table  # noqa: E402
 
 SMALL = ("Conformer block", "seed 49", "never_wrong/test_order.py")
 BLOCK = """Conformer block
-  on forward(2×20×16)
-  640 outputs 2.52981e+01 -2.07105e+01 6.39318e+00
+  on forward(1×20×16)
+  320 outputs 1.78885e+01 -2.90532e+01 1.16870e+01
   fused conv_bn conv.depthwise + conv.batch_norm
 """
 
@@ -74,12 +74,12 @@ def test_the_table_is_what_the_code_decides(name: str, capsys: pytest.CaptureFix
             "conv.batch_norm: – → fused conv_bn conv.depthwise + conv.batch_norm",
         ),
         (
-            "-2.07105e+01",
-            "-2.07200e+01",
-            "outputs: 640 values, 2.52981e+01 -2.07200e+01 6.39318e+00 → "
-            "640 values, 2.52981e+01 -2.07105e+01 6.39318e+00",
+            "-2.90532e+01",
+            "-2.90600e+01",
+            "outputs: 320 values, 1.78885e+01 -2.90600e+01 1.16870e+01 → "
+            "320 values, 1.78885e+01 -2.90532e+01 1.16870e+01",
         ),
-        ("2×20×16", "2×20×32", "inputs: forward(2×20×32) → forward(2×20×16)"),
+        ("1×20×16", "1×20×32", "inputs: forward(1×20×32) → forward(1×20×16)"),
         ("  on forward", "  raises FusionError: No.\n  on forward", "raises: FusionError: No. → –"),
         (BLOCK, "", "is not in the table"),
     ],
@@ -106,7 +106,7 @@ def test_a_row_whose_model_is_gone_is_reported(
 def test_writing_brings_the_table_back_and_keeps_digits_that_only_rounding_changed(
     tables: Path,
 ) -> None:
-    before = edit(tables, "6.39318e+00", "6.39317e+00")
+    before = edit(tables, "1.16870e+01", "1.16869e+01")
     path = tables / "coverage.txt"
     damaged = before.replace("fused conv_bn conv.depthwise", "skipped conv.depthwise")
     path.write_text(damaged, encoding="utf-8")
@@ -164,6 +164,6 @@ def test_a_name_that_nothing_has_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_damaged_table_is_refused(tables: Path) -> None:
-    edit(tables, "640 outputs", "640")
+    edit(tables, "320 outputs", "320")
     with pytest.raises(SystemExit, match=r"coverage.txt:\d+ is no line of a table of verdicts"):
         run(tables, "Conformer block")

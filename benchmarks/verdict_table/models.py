@@ -48,7 +48,7 @@ def _of_entry(entry: Entry) -> Verdicts:
     if entry not in HAND_WRITTEN and find_spec("torchvision"):
         # transformers imports it where it finds it.
         import verdict_table.torchvision_without_cuda  # noqa: F401
-    return verdicts_of(entry.name, entry.model(), entry.inputs())
+    return _built(entry.name, entry.build, lambda batch: (entry.inputs(8)[:batch],))
 
 
 def timm_families() -> Models:
@@ -117,18 +117,19 @@ def _built(
     """Return the verdicts on a new model, with statistics of four examples, fused with one of them.
 
     With one they had not seen, a deep model would amplify rounding beyond what float32 can prove.
-    They are computed in float64: in float32 they would be others on another processor, by as much
-    as a deep model amplifies, and so would be the outputs.
+    They are computed in float64 and without dropout: else they would be others on another
+    processor, by as much as a deep model amplifies, and so would be the outputs.
     """
     torch.manual_seed(0)
     model = build().eval()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
     def run(training: nn.Module) -> None:
-        training.eval()  # as it is used: without its losses, its dropout, its auxiliary heads
+        training.eval()  # as it is used: a detector without its losses
         for norm in norms:
             norm.train()
         training(*_in(dtype, inputs(4)))
+        training.train()  # which drops what some cache, in this dtype, while they are evaluated
 
     if norms:
         keep_scale(model)
