@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -148,6 +149,24 @@ LEFT_ALONE = {
         "is computed, not stored",
         lambda m, x: m.bn(F.conv2d(x, m.conv.weight * 2)),
     ),
+    "a part of a weight": (
+        "The weight of `conv2d` is a part or a view of a stored tensor",
+        lambda m, x: m.bn(F.conv2d(x.repeat(1, 2, 1, 1)[:, :2], m.conv.weight[:, :2])),
+    ),
+    "a view of a weight": (
+        "The weight of `linear` is a part or a view",
+        lambda m, x: m.bn1d(F.linear(x, m.linear.weight.t()).flatten(0, 2)),
+    ),
+    "a part of a bias": (
+        "The bias of `conv2d` is a part or a view",
+        lambda m, x: m.bn(F.conv2d(x, m.conv.weight, m.linear.bias[:4])),
+    ),
+    "a part of the statistics": (
+        "The running_mean of `batch_norm` is a part or a view",
+        lambda m, x: F.batch_norm(
+            m.conv(x), m.bn1d.running_mean[:4], m.bn1d.running_var[4:], m.bn.weight, m.bn.bias
+        ),
+    ),
     "another axis": (
         r"not the channel axis \(2\) of the 3-D output of `linear`",
         lambda m, x: m.bn1d(m.linear(x[:, 0].repeat(1, 2, 1)[:, :8])),
@@ -259,6 +278,19 @@ def test_an_input_with_the_name_of_a_builtin_keeps_it() -> None:
 
     folded = proved(export(Net().eval(), (IMAGE,)))
     assert folded.program.graph_signature.user_inputs == ("input",)
+
+
+def test_names_that_python_cannot_write_are_no_obstacle() -> None:
+    """The graph's code has an argument for each bias that folding adds."""
+
+    def block() -> nn.Sequential:
+        layers = {"conv-1": nn.Conv2d(4, 4, 1, bias=False), "1 norm": nn.BatchNorm2d(4)}
+        return nn.Sequential(OrderedDict(layers))
+
+    blocks = {"block1-0": block(), "block1 0": block(), "block1_0": block()}
+    folded = proved(export(nn.Sequential(OrderedDict(blocks)).eval(), (IMAGE,)))
+    assert len(folded.plan.fusions) == 3
+    assert "block1-0.conv-1.bias" in folded.program.state_dict
 
 
 def test_the_state_dict_keeps_the_keys_of_what_stayed() -> None:

@@ -227,6 +227,8 @@ class _Edit:
             target += "_folded"
         with self.graph.inserting_before(beside):
             node = self.graph.placeholder(f"p_{target.replace('.', '_')}")
+        # The graph's code names arguments by their target: `p_block-0_bias` would be no name.
+        node.target = node.name
         node.meta["val"] = beside.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
         self.state[target] = tensor
         self.order.insert(self.order.index(beside.name), node.name)

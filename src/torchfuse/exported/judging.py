@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import fx
+
 from torchfuse.capture.exported import module_path, read
 from torchfuse.judging.dataflow import origin
 from torchfuse.judging.finding import not_after_a_layer
@@ -83,7 +85,11 @@ def judge(
         between = tuple(moved for _, moved in traced)
         match = Match(*fold.modules, tuple(firsts), between, tuple(seconds))
         assert rule.check_in_graph is not None
-        refusal_or_none = _refuted(norm, refuted) or rule.check_in_graph(subject, match)
+        refusal_or_none = (
+            _refuted(norm, refuted)
+            or rule.check_in_graph(subject, match)
+            or _stored_whole(fold, targets)
+        )
         if refusal_or_none is None:
             found.folds.append(fold)
         else:
@@ -100,6 +106,22 @@ def _refuted(norm: Node, refuted: Mapping[str, float]) -> Refusal | None:
         f"Folding it changed what it puts out by {refuted[norm.name]:.2g} times what rounding "
         "explains."
     )
+
+
+def _stored_whole(fold: FoldInProgram, targets: Mapping[str, str]) -> Refusal | None:
+    """None if both calls read their weights and statistics as stored; a view of one is a node."""
+    layer, norm = fold.modules
+    for path, node, roles in (
+        (layer, fold.layer, ("weight", "bias")),
+        (norm, fold.norm, ("weight", "bias", "running_mean", "running_var")),
+    ):
+        for role, given in zip(roles, node.args[1:], strict=False):
+            if isinstance(given, fx.Node) and given.name not in targets:
+                return Refusal(
+                    f"The {role} of `{path}` is a part or a view of a stored tensor.",
+                    "Store what the call reads as a tensor of its own.",
+                )
+    return None
 
 
 def _path(node: Node) -> str:
