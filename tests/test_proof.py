@@ -220,6 +220,21 @@ def test_a_merge_that_breaks_the_model_is_rolled_back() -> None:
     assert torch.equal(result.model(IMAGE), model(IMAGE))
 
 
+@pytest.mark.parametrize("times", [12, 40], ids=["in float32", "in float64 too"])
+def test_a_model_that_amplifies_rounding_is_fused(times: int) -> None:
+    class Chaotic(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sin(super().forward(x)) ** 2
+            for _ in range(times):  # each doubles what rounding did
+                x = 4 * x * (1 - x)
+            return x
+
+    torch.manual_seed(0)
+    result = torchfuse.fuse(trained(Chaotic(), IMAGE), IMAGE)
+    assert len(result.plan.fusions) == 2
+    assert result.check.passed
+
+
 def test_masked_scores_do_not_stop_a_fold() -> None:
     class Masked(Two):
         def forward(self, x: Tensor) -> Tensor:

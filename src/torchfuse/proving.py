@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,18 +30,24 @@ __all__ = [
     "PairDifference",
     "PairProof",
     "compare",
+    "decided",
     "is_blurred",
     "is_finite",
     "other_inputs",
     "outputs_of",
+    "rounding",
     "variations",
     "widened",
+    "widened_case",
+    "within",
 ]
 
 # What rounding may do to one layer, as max|a − b| / max|a|; beyond it, float64 decides.
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
 # A fold may be this much less exact than the original, measured against float64.
 _WORSE = 4.0
+# It rounds in every layer, and so may move outputs further than one rounding of the inputs does.
+_ROUNDINGS = 100.0
 
 
 def other_inputs(case: Case, seed: int) -> Case:
@@ -123,12 +129,44 @@ def widened(
 ) -> tuple[nn.Module, list[Case], list[dict[str, Any]]] | None:
     """The model, its cases and its outputs in float64; None if it does not run like that."""
     wide = copied(model).double()
-    wide_cases = [Case(_widened(c.args), _widened(dict(c.kwargs)), c.method) for c in tried]
+    wide_cases = [widened_case(case) for case in tried]
     try:
         outputs = outputs_of(wide, wide_cases)
     except Exception:  # noqa: BLE001 - the model insists on its dtype
         return None
     return wide, wide_cases, outputs
+
+
+def widened_case(case: Case) -> Case:
+    """The same call with its real numbers in float64."""
+    return Case(_widened(case.args), _widened(dict(case.kwargs)), case.method)
+
+
+def rounding(
+    model: nn.Module, tried: Sequence[Case], expected: Sequence[dict[str, Any]]
+) -> Equivalence:
+    """How far `model`'s outputs move when each input moves to a next number of its dtype."""
+    moved = [Case(_nudged(c.args), _nudged(dict(c.kwargs)), c.method) for c in tried]
+    return compare(expected, outputs_of(model, moved))
+
+
+def within(check: Equivalence, noise: Equivalence) -> Equivalence:
+    """`check`, in which what does not exceed 100 times the rounding `noise` passes.
+
+    A model may amplify the last digits of its inputs to any size (a deep one whose weights are
+    random, a chaotic one): there a fixed tolerance would refuse what is right.
+    """
+    moved = {output.name: output.max_abs for output in noise.outputs}
+
+    def passes(output: OutputDifference) -> bool:
+        by = moved.get(output.name)
+        if output.max_abs is None or by is None:
+            return output.passed
+        return output.passed or output.max_abs <= _ROUNDINGS * by
+
+    return Equivalence(
+        tuple(replace(o, passed=True, problem=None) if passes(o) else o for o in check.outputs)
+    )
 
 
 def outputs_of(model: nn.Module, cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -232,26 +270,44 @@ def _judged(
     fused: Tensor,
 ) -> PairDifference:
     expected = _normed(layer, norm, output)
+
+    def in_float64() -> tuple[Tensor, Tensor]:
+        wide_layer, wide_norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
+        wide_args, wide_kwargs = _widened(args), _widened(kwargs)
+        exact = _normed(wide_layer, wide_norm, wide_layer(*wide_args, **wide_kwargs))
+        folded = folded_layer(wide_layer, *rewrite(wide_layer, wide_norm))
+        return exact, folded(*wide_args, **wide_kwargs)
+
+    return decided(expected, fused, _ROUNDING.get(output.dtype, 0.0), in_float64)
+
+
+def decided(
+    expected: Tensor,
+    fused: Tensor,
+    within: float,
+    in_float64: Callable[[], tuple[Tensor, Tensor]],
+) -> PairDifference:
+    """How far what a folded layer gives is from what was `expected`.
+
+    Up to `within` (relative) it is rounding. Beyond that, rounding hides small errors, and
+    `in_float64` repeats both: there a right fold agrees to the last digits, and the error of either
+    side can be measured.
+    """
     difference, peak = _apart(expected, fused), _peak(expected)
     max_rel = difference / peak if peak else difference
     if not math.isfinite(max_rel):
         return PairDifference(max_rel, "its output is NaN or Inf, so nothing can be shown.")
-    if max_rel <= _ROUNDING.get(output.dtype, 0.0):
+    if max_rel <= within:
         return PairDifference(max_rel, None)
-    # Rounding hides small errors: repeat in float64, where a right fold agrees to the last digits,
-    # and where the error of either side can be measured.
-    wide_layer, wide_norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
-    wide_args, wide_kwargs = _widened(args), _widened(kwargs)
-    exact = _normed(wide_layer, wide_norm, wide_layer(*wide_args, **wide_kwargs))
-    wide = folded_layer(wide_layer, *rewrite(wide_layer, wide_norm))(*wide_args, **wide_kwargs)
+    exact, wide = in_float64()
     peak = _peak(exact)
     if _apart(exact, wide) > 1e-9 * peak:
         return PairDifference(max_rel, f"the folded layer is off by {max_rel:.2g} (relative).")
     before, after = _apart(exact, expected), _apart(exact, fused)
-    if after > _WORSE * before + _WORSE * torch.finfo(output.dtype).eps * peak:
+    if after > _WORSE * before + _WORSE * torch.finfo(expected.dtype).eps * peak:
         return PairDifference(
             max_rel,
-            f"in {output.dtype} the folded layer is off by {after:.2g}, the original by "
+            f"in {expected.dtype} the folded layer is off by {after:.2g}, the original by "
             f"{before:.2g}.",
         )
     return PairDifference(max_rel, None)
@@ -285,3 +341,22 @@ def _widened(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _widened(entry) for key, entry in value.items()}
     return value
+
+
+def _nudged(value: Any) -> Any:
+    """Real numbers each replaced by the next larger or smaller one of their dtype."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def nudged(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            up = torch.rand(value.shape, generator=generator, device="cpu") < 0.5
+            towards = torch.where(up.to(value.device), math.inf, -math.inf).to(value.dtype)
+            # (an infinite one, as in a mask, stays)
+            return torch.where(value.isfinite(), torch.nextafter(value, towards), value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(nudged, value))
+        if isinstance(value, dict):
+            return {key: nudged(entry) for key, entry in value.items()}
+        return value
+
+    return nudged(value)

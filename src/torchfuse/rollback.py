@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torchfuse import proving
@@ -11,7 +12,7 @@ from torchfuse.copying import copied
 from torchfuse.equivalence import Equivalence, OutputDifference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -53,7 +54,12 @@ def fuse_what_agrees(
         wide = proving.widened(copied, target, tried)
         exact = check
         if wide is not None:
-            exact = _keep_what_agrees(_Trial(wide[0], found, keep, {}), found, *wide[1:])
+            exact = _keep_what_agrees(
+                _Trial(wide[0], found, keep, {}),
+                found,
+                *wide[1:],
+                noise=cache(lambda: proving.rounding(*wide)),
+            )
         elif not check.passed:
             exact = _keep_what_agrees(trial, found, tried, expected)
         with trial.of(found.matches):
@@ -95,13 +101,21 @@ class _Trial:
 
 
 def _keep_what_agrees(
-    trial: _Trial, found: Found, inputs: Sequence[Case], outputs: Sequence[dict[str, Any]]
+    trial: _Trial,
+    found: Found,
+    inputs: Sequence[Case],
+    outputs: Sequence[dict[str, Any]],
+    noise: Callable[[], Equivalence] | None = None,
 ) -> Equivalence:
-    """Leaves in `found` the matches that agree, by halving; how far the rest of them is."""
+    """Leaves in `found` the matches that agree, by halving; how far the rest of them is.
+
+    Agreeing is to differ by no more than the dtype's rounding, or than `noise` explains.
+    """
 
     def outcome(matches: list[tuple[Rule, Match]]) -> Equivalence:
         with trial.of(matches):
-            return _compared(trial.model, inputs, outputs)
+            check = _compared(trial.model, inputs, outputs)
+        return check if check.passed or noise is None else proving.within(check, noise())
 
     everything = found.matches
     kept: list[tuple[Rule, Match]] = []

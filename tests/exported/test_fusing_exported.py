@@ -17,7 +17,8 @@ from as_if_trained import as_if_trained
 from foldable import count
 from fusing_checks import IMAGE, ROW, assert_same, like
 from torchfuse.capture.exported import read
-from torchfuse.errors import InputError
+from torchfuse.errors import FusionError, InputError
+from torchfuse.exported import fusing as exported_fusing
 from torchfuse.exported import judging as exported_judging
 from torchfuse.exported.fusing import Folded, fold
 from torchfuse.rules import RULES
@@ -334,7 +335,7 @@ def test_a_fold_that_is_one_percent_off_is_rolled_back(monkeypatch: pytest.Monke
     assert [fusion.modules for fusion in folded.plan.fusions] == [("up", "bn2")]
     (skip,) = folded.plan.skips
     assert skip.modules == ("conv", "bn")
-    assert "Folding it changed what it puts out by" in skip.reason
+    assert "The fold did not pass its proof: the folded layer is off by 0.0" in skip.reason
 
 
 def test_a_program_without_example_inputs_cannot_be_proved() -> None:
@@ -355,6 +356,83 @@ def test_fuse_exported_gives_the_program_the_plan_the_proof_and_the_key_map() ->
     assert len(result.check.outputs) == 2  # the example inputs, and others like them
     assert result.key_map["bn.weight"] == "conv.weight"
     assert_same(program.module()(IMAGE), result.model.module()(IMAGE))
+
+
+def doubled(x: Tensor, times: int) -> Tensor:
+    """The fractional part of x · 2^times, made smooth: each step doubles what rounding did to x."""
+    x = torch.sin(x) ** 2
+    for _ in range(times):
+        x = 4 * x * (1 - x)
+    return x
+
+
+@pytest.mark.parametrize("times", [16, 40], ids=["in float32", "in float64 too"])
+def test_a_program_that_amplifies_rounding_is_fused(times: int) -> None:
+    program = exported(lambda m, x: doubled(m.bn(m.conv(x)), times))
+    result = torchfuse.fuse_exported(program)
+    assert len(result.plan.fusions) == 1
+    assert result.check.passed
+    assert result.plan.scope == ("The exported method, in the modes it was exported in.",)
+    other = like(IMAGE, 1)
+    assert not torch.allclose(program.module()(other), result.model.module()(other), atol=1e-3)
+
+
+def test_a_pair_that_amplifies_rounding_is_judged_in_float64() -> None:
+    program = exported(lambda m, x: m.bn(m.conv(x)))
+    program.state_dict["conv.bias"].data += 1e5  # the batch norm takes most of it away again
+    program.state_dict["bn.running_mean"] += 1e5
+    result = torchfuse.fuse_exported(program)
+    assert len(result.plan.fusions) == 1
+    assert result.check.passed
+
+
+def only_in_float32(x: Tensor) -> Tensor:
+    return (x.view(torch.int32) ^ torch.zeros_like(x, dtype=torch.int32)).view(torch.float32)
+
+
+def test_an_amplifying_program_that_runs_in_float32_alone_keeps_what_its_pairs_show() -> None:
+    program = exported(lambda m, x: doubled(only_in_float32(m.bn(m.conv(x))), 16))
+    result = torchfuse.fuse_exported(program)
+    assert len(result.plan.fusions) == 1
+    assert "Each fusion was compared on its own" in result.plan.scope[-1]
+    assert "does not run in float64" in result.plan.scope[-1]
+
+
+def test_a_small_error_that_only_the_whole_program_shows_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two batch norms in a row, the first is not there to compare after the second."""
+    program = exported(lambda m, x: doubled(m.bn(m.conv(x)), 16))
+    monkeypatch.setattr(exported_fusing, "pair_differences", lambda *_: {})
+    (rule,) = [rule for rule in RULES if rule.name == "conv_bn"]
+
+    def slightly_off(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        weight, bias = rule.rewrite(layer, norm)
+        return weight * (1 + 1e-5), bias
+
+    wrong = [replace(r, rewrite=slightly_off) if r is rule else r for r in RULES]
+    monkeypatch.setattr(exported_judging, "RULES", tuple(wrong))
+    with pytest.raises(FusionError, match="differs from the given one"):
+        torchfuse.fuse_exported(program)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_percent_is_seen_in_half_precision_too(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = as_if_trained(Model(lambda m, x: m.bn(m.conv(x))), lambda m: m(like(IMAGE, 5, 4)))
+    program = export(model.to(dtype), (IMAGE.to(dtype),))
+    assert len(torchfuse.fuse_exported(program).plan.fusions) == 1
+    (rule,) = [rule for rule in RULES if rule.name == "conv_bn"]
+
+    def one_percent_off(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        weight, bias = rule.rewrite(layer, norm)
+        return weight * 1.01, bias
+
+    wrong = [replace(r, rewrite=one_percent_off) if r is rule else r for r in RULES]
+    monkeypatch.setattr(exported_judging, "RULES", tuple(wrong))
+    assert torchfuse.fuse_exported(program).plan.fusions == ()
 
 
 def test_fuse_exported_without_verifying_has_no_check() -> None:

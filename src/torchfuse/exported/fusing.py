@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_map
 
 from torchfuse.errors import FusionError, InputError
 from torchfuse.exported.judging import judge
@@ -28,7 +30,7 @@ from torchfuse.planning import Fusion, FusionPlan
 from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torchfuse.exported.judging import FoldInProgram
     from torchfuse.planning import Skip
@@ -45,6 +47,7 @@ class Folded:
     program: ExportedProgram
     plan: FusionPlan
     key_map: dict[str, str | None]  # old state_dict key → new one; None: taken in
+    in_float64: Callable[[], tuple[ExportedProgram, ExportedProgram]]  # the old one, and this
 
 
 def fuse_exported(
@@ -61,7 +64,7 @@ def fuse_exported(
 
     Raises:
         InputError: a rule that does not exist, or `verify` for a program without example inputs.
-        FusionError: the new program differs although each of its fusions is exact.
+        FusionError: the new program differs, in float64 too, although each of its fusions is exact.
     """
     if not isinstance(exported_program, ExportedProgram):
         raise InputError(
@@ -69,13 +72,24 @@ def fuse_exported(
             "torchfuse.fuse for a module."
         )
     folded = fold(exported_program, prove=verify, rules=_known(rules))
-    check = whole_difference(exported_program, folded.program) if verify else None
-    if check is not None and not check.passed:
+    if not verify:
+        return FusionResult(folded.program, folded.plan, None, folded.key_map)
+    check, decides = whole_difference(exported_program, folded.program, folded.in_float64)
+    plan = folded.plan
+    if not decides:
+        plan = dataclasses.replace(plan, scope=(*plan.scope, _NOT_IN_FLOAT64))
+    elif not check.passed:
         raise FusionError(
             f"The fused program differs from the given one ({check.problems[0]}), although each "
             "fusion was exact on its own; is the program deterministic?"
         )
-    return FusionResult(folded.program, folded.plan, check, folded.key_map)
+    return FusionResult(folded.program, plan, check, folded.key_map)
+
+
+_NOT_IN_FLOAT64 = (
+    "Each fusion was compared on its own: the whole program differs by more than rounding in one "
+    "layer explains, and does not run in float64, which would tell."
+)
 
 
 def _known(rules: Collection[str] | None) -> Collection[str] | None:
@@ -96,12 +110,14 @@ def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None
     Raises:
         InputError: `prove`, and the program was saved without example inputs.
     """
-    refuted: dict[str, float] = {}  # batch norm → relative difference
+    refuted: dict[str, str] = {}  # batch norm → how it differs
     while True:
         edit = _Edit(program, refuted, rules)
         folded = edit.folded()
-        differences = pair_differences(program, folded.program, edit.pairs) if prove else {}
-        wrong = {name: value for name, value in differences.items() if not value <= 1}
+        if not prove:
+            return folded
+        differences = pair_differences(program, folded.program, edit.pairs, folded.in_float64)
+        wrong = {name: d.problem for name, d in differences.items() if d.problem is not None}
         if not wrong:
             return folded
         refuted |= wrong
@@ -113,10 +129,11 @@ class _Edit:
     def __init__(
         self,
         program: ExportedProgram,
-        refuted: Mapping[str, float],
+        refuted: Mapping[str, str],
         rules: Collection[str] | None,
     ) -> None:
         self.old = program
+        self.refuted, self.rules = refuted, rules
         self.graph = _copied(program.graph)
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         self.order = [spec.arg.name for spec in program.graph_signature.input_specs]
@@ -125,13 +142,13 @@ class _Edit:
         self.taken_in: dict[str, str] = {}  # old key → new key of what took it in
         self.fusions: list[Fusion] = []
         self.skips: list[Skip] = []
-        self._fold_all(refuted, rules)
+        self._fold_all()
 
-    def _fold_all(self, refuted: Mapping[str, float], rules: Collection[str] | None) -> None:
+    def _fold_all(self) -> None:
         """Folds until nothing more can be: of two batch norms in a row, the second comes later."""
         while True:
             targets = {name: str(spec.target) for name, spec in self.specs.items() if spec.target}
-            found = judge(self.old, self.graph, targets, rules, refuted)
+            found = judge(self.old, self.graph, targets, self.rules, self.refuted)
             self.skips = found.skips
             for fold_ in found.folds:
                 self._fold(fold_)
@@ -287,7 +304,11 @@ class _Edit:
         key_map = {
             key: key if key in self.state else self.taken_in.get(key) for key in old.state_dict
         }
-        return Folded(program, plan, key_map)
+        return Folded(program, plan, key_map, self._in_float64)
+
+    def _in_float64(self) -> tuple[ExportedProgram, ExportedProgram]:
+        wide = _widened(self.old)
+        return wide, _Edit(wide, self.refuted, self.rules).folded().program
 
     def _renamed(self, argument: Any) -> Any:
         """Return the output `argument`, naming the node that stands for a folded batch norm."""
@@ -317,6 +338,38 @@ def _copied(graph: Graph) -> Graph:
     for old, new in zip(graph.nodes, copied.nodes, strict=True):
         new.name = old.name
     return copied
+
+
+def _widened(program: ExportedProgram) -> ExportedProgram:
+    """Return a copy of `program` that computes in float64: tensors, inputs, and casts."""
+    graph = _copied(program.graph)
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:  # it insists on a dtype
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            node.args = map_aggregate(node.args, _wide)
+            node.kwargs = map_aggregate(node.kwargs, _wide)
+    return ExportedProgram(
+        torch.fx.GraphModule(program.graph_module, graph),
+        graph,
+        copy.deepcopy(program.graph_signature),
+        {name: _wide(tensor) for name, tensor in program.state_dict.items()},
+        program.range_constraints,
+        copy.copy(program.module_call_graph),
+        tree_map(_wide, program.example_inputs),
+        {name: _wide(constant) for name, constant in program.constants.items()},
+        verifiers=program.verifiers,
+    )
+
+
+def _wide(value: Any) -> Any:
+    """Return `value` in float64, if it is a tensor of real numbers, or such a dtype."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    wide = value.detach().double()
+    return nn.Parameter(wide, value.requires_grad) if isinstance(value, nn.Parameter) else wide
 
 
 def _args(node: Node) -> tuple[Any, ...]:

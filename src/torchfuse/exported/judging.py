@@ -55,12 +55,12 @@ def judge(
     fx_graph: Graph,
     targets: Mapping[str, str],
     rules: Collection[str] | None,
-    refuted: Mapping[str, float],
+    refuted: Mapping[str, str],
 ) -> FoundInProgram:
     """Return what `rules` (None: all) can fold in `fx_graph`, a later state of `program`'s graph.
 
     `targets` names the stored tensors of its placeholders; `refuted` are the batch norms that did
-    not pass their proof, each with the difference it made.
+    not pass their proof, each with the reason.
     """
     reading = read(program, fx_graph, targets)
     subject = Subject(program.graph_module, reading.graph, {})
@@ -99,13 +99,10 @@ def judge(
     return found
 
 
-def _refuted(norm: Node, refuted: Mapping[str, float]) -> Refusal | None:
+def _refuted(norm: Node, refuted: Mapping[str, str]) -> Refusal | None:
     if norm.name not in refuted:
         return None
-    return Refusal(
-        f"Folding it changed what it puts out by {refuted[norm.name]:.2g} times what rounding "
-        "explains."
-    )
+    return Refusal(f"The fold did not pass its proof: {refuted[norm.name]}")
 
 
 def _stored_whole(fold: FoldInProgram, targets: Mapping[str, str]) -> Refusal | None:
