@@ -36,6 +36,7 @@ __all__ = [
     "other_inputs",
     "outputs_of",
     "rounding",
+    "unwrapped",
     "variations",
     "widened",
     "widened_case",
@@ -326,11 +327,21 @@ def _normed(layer: nn.Module, norm: _BatchNorm, output: Tensor) -> Tensor:
 
 def _apart(a: Tensor, b: Tensor) -> float:
     """max|a − b|."""
-    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    return _peak(a.double() - b.double())
 
 
 def _peak(a: Tensor) -> float:
-    return a.double().abs().max().item() if a.numel() else 0.0
+    return unwrapped(a.double().abs()).max().item() if a.numel() else 0.0
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """`tensor` as values, where torch.vmap or torch.func put it into a tensor of its own kind.
+
+    Those of all samples, that is: inside torch.vmap a tensor seems to be that of one of them.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _widened(value: Any) -> Any:

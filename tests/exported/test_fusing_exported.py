@@ -71,6 +71,14 @@ def tied(m: Model, x: Tensor) -> Tensor:
     return m.bn2(F.conv2d(m.bn(m.conv(x)), m.conv.weight, m.conv.bias, padding=1))
 
 
+def mapped(m: Model, x: Tensor) -> Tensor:
+    def inner(y: Tensor) -> Tensor:
+        return m.bn2(m.conv2(y))
+
+    y = m.bn(m.conv(x))
+    return inner(y) if m.training else torch.vmap(inner)(y[None])[0]
+
+
 FUSES = {
     "a conv": (1, lambda m, x: m.bn(m.conv(x))),
     "a conv without a bias": (1, lambda m, x: m.bn(m.conv2(x))),
@@ -95,6 +103,7 @@ FUSES = {
     "two batch norms in a row": (2, lambda m, x: m.bn2(m.bn(m.conv(x)))),
     "tied weights": (2, tied),
     "a weight that is read as a value": (1, lambda m, x: m.bn(m.conv(x)) + m.conv.weight.mean()),
+    "a pair inside torch.vmap": (2, mapped),
     "a change in place afterwards": (1, lambda m, x: m.bn(m.conv(x)).add_(1).relu_()),
 }
 
@@ -433,6 +442,16 @@ def test_one_percent_is_seen_in_half_precision_too(
     wrong = [replace(r, rewrite=one_percent_off) if r is rule else r for r in RULES]
     monkeypatch.setattr(exported_judging, "RULES", tuple(wrong))
     assert torchfuse.fuse_exported(program).plan.fusions == ()
+
+
+def test_a_program_that_export_could_not_follow_is_an_error() -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        return torch.func.vjp(lambda y: m.bn(m.conv(y)), x)[0]
+
+    model = Model(body).eval()
+    program = export(model, (IMAGE,))
+    with pytest.raises(InputError, match=r"its constant 'conv\.lifted_tensor_0' has no values"):
+        torchfuse.fuse_exported(program)
 
 
 def test_fuse_exported_without_verifying_has_no_check() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
@@ -63,7 +64,8 @@ def fuse_exported(
     the same sizes; `.check` is None without.
 
     Raises:
-        InputError: a rule that does not exist, or `verify` for a program without example inputs.
+        InputError: a rule that does not exist, `verify` for a program without example inputs, or
+            a program that torch.export could not follow.
         FusionError: the new program differs, in float64 too, although each of its fusions is exact.
     """
     if not isinstance(exported_program, ExportedProgram):
@@ -71,6 +73,13 @@ def fuse_exported(
             f"Expected a torch.export.ExportedProgram, got {type(exported_program).__name__}; use "
             "torchfuse.fuse for a module."
         )
+    for name, constant in exported_program.constants.items():
+        if isinstance(constant, Tensor) and is_fake(constant):
+            raise InputError(
+                f"Expected a program that can run, but its constant '{name}' has no values: "
+                "torch.export leaves that behind of derivatives (torch.func.grad, vjp) in a "
+                "model's forward; use torchfuse.fuse on the module it was exported from."
+            )
     folded = fold(exported_program, prove=verify, rules=_known(rules))
     if not verify:
         return FusionResult(folded.program, folded.plan, None, folded.key_map)

@@ -22,6 +22,7 @@ from torchfuse.proving import (
     other_inputs,
     outputs_of,
     rounding,
+    unwrapped,
     widened_case,
     within,
 )
@@ -157,7 +158,9 @@ class _Recorder(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         if n.name in self._wanted_inputs:
-            self.inputs[n.name] = self.env[n.args[0]].clone()  # type: ignore[index]  # it may be changed in place later
+            given = self.env[n.args[0]]  # type: ignore[index]
+            if given is unwrapped(given):  # (inside torch.vmap it is of this run alone)
+                self.inputs[n.name] = given.clone()  # it may be changed in place later
         if n.name in self._replacements:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             assert callable(n.target)
@@ -165,7 +168,7 @@ class _Recorder(torch.fx.Interpreter):
         else:
             value = super().run_node(n)
         if n.name in self._wanted_outputs:
-            self.outputs[n.name] = value.clone()
+            self.outputs[n.name] = unwrapped(value).clone()
         return value
 
 
