@@ -7,11 +7,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError
-from torchfuse.inputs import Case, cases
+from torchfuse.inputs import Case, cases, require_finite_tensors
 from torchfuse.nesting import named_leaves
 from torchfuse.restoring import restored
 
@@ -23,6 +23,7 @@ __all__ = [
     "OutputDifference",
     "compare_outputs",
     "copied_leaves",
+    "is_finite",
     "tolerance",
     "verify",
 ]
@@ -59,6 +60,10 @@ def verify(
     signal-to-noise ratio is at least `min_sqnr_db`. Without `rtol` and `atol` the tolerance is
     what rounding in the output's dtype explains; with only `min_sqnr_db` it alone decides. NaN,
     Inf, and another structure, shape or dtype never pass.
+
+    Raises:
+        InputError: a tolerance, a model or inputs that make no sense; a reference whose outputs
+            are NaN or Inf because its weights are.
     """
     for name, bound in (("rtol", rtol), ("atol", atol), ("min_sqnr_db", min_sqnr_db)):
         if bound is not None and (math.isnan(bound) or (bound < 0 and name != "min_sqnr_db")):
@@ -73,6 +78,8 @@ def verify(
     outputs: list[OutputDifference] = []
     for index, case in enumerate(listed):
         expected = run(reference, case)
+        if isinstance(reference, nn.Module) and not is_finite(expected):
+            require_finite_tensors(reference)
         actual = run(candidate, case)
         prefix = f"case {index + 1}: " if len(listed) > 1 else ""
         outputs += compare_outputs(
@@ -96,6 +103,15 @@ def copied_leaves(output: Any) -> dict[str, Any]:
         name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
         for name, leaf in named_leaves(output)
     }
+
+
+def is_finite(output: dict[str, Any]) -> bool:
+    """Whether all tensors in an output are."""
+    return all(
+        bool(torch.isfinite(leaf).all())
+        for leaf in output.values()
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized
+    )
 
 
 def copy_tensors(value: Any) -> Any:

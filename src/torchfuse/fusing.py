@@ -12,7 +12,7 @@ from torchfuse.applying import apply, undo
 from torchfuse.checkpoints import key_map
 from torchfuse.copying import copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError
-from torchfuse.inputs import Case, cases, check_model
+from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
 from torchfuse.rollback import fuse_what_agrees
 from torchfuse.rules import RULES, Rule
@@ -58,6 +58,7 @@ def plan(
     a layer that stays.
     """
     check_model(model)
+    require_finite_tensors(model)
     found = find(model, cases(example_inputs), _chosen(rules))
     return found.plan()
 
@@ -83,6 +84,7 @@ def fuse(
             "The model is on the meta device, where there are no values to compare: load its "
             "weights first, or pass verify=False."
         )
+    require_finite_tensors(model)
     given = cases(example_inputs)
     found = find(model, given, _chosen(rules))
     old_keys = list(model.state_dict())

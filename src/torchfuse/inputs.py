@@ -8,10 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from torchfuse.errors import InputError
 
-__all__ = ["Case", "cases", "check_model"]
+__all__ = ["Case", "cases", "check_finite", "check_model", "require_finite_tensors"]
+
+# Their weights and statistics are numbers to calculate with; Inf is no number that can be meant.
+_WEIGHTED = (_ConvNd, nn.Linear, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# The real and complex dtypes that torch calculates in; float8 and the like only store.
+_CALCULATED = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +63,45 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             "A scripted or traced module cannot be edited; fuse the nn.Module it was made from."
+        )
+
+
+def require_finite_tensors(model: nn.Module) -> None:
+    """Raises InputError if a parameter of `model` holds NaN, or a layer's weight NaN or Inf.
+
+    A layer is a convolution, a linear layer or a norm, its statistics included. Elsewhere Inf may
+    be meant (a mask of scores), and in a buffer NaN too (a value that is not set yet).
+    """
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        is_layer = isinstance(module, _WEIGHTED) or "running_var" in module._buffers
+        tensors = dict(module.named_parameters(recurse=False))
+        if is_layer:
+            tensors |= dict(module.named_buffers(recurse=False))
+        for name, tensor in tensors.items():
+            check_finite(prefix + name, tensor, infinite=is_layer)
+
+
+def check_finite(name: str, tensor: torch.Tensor, *, infinite: bool) -> None:
+    """Raises InputError if `tensor`, which is called `name`, holds NaN or, if `infinite`, Inf.
+
+    Tensors without values (on the meta device) and those of other libraries' classes pass.
+    """
+    known = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not known or tensor.is_meta or tensor.dtype not in _CALCULATED:
+        return
+    values = tensor.detach()
+    if bool(values.sum().isfinite()):  # one pass; whatever is not finite makes it so
+        return
+    has_nan, has_inf = values.isnan(), values.isinf()
+    kinds = {"NaN": has_nan, "Inf": has_inf} if infinite else {"NaN": has_nan}
+    found = {kind: count for kind, has in kinds.items() if (count := int(has.sum()))}
+    if found:
+        kind = " and ".join(found)
+        raise InputError(
+            f"Expected finite weights, but '{name}' has {kind} in {sum(found.values())} of its "
+            f"{values.numel()} values; load a checkpoint without {' or '.join(found)}, or look for "
+            "an overflow in training."
         )
 
 

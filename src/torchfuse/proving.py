@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchfuse.checking import compare_outputs, copied_leaves, copy_tensors, run
+from torchfuse.checking import compare_outputs, copied_leaves, copy_tensors, is_finite, run
 from torchfuse.equivalence import Equivalence
 from torchfuse.inputs import Case
 from torchfuse.restoring import restored
@@ -104,15 +104,6 @@ def _resized(value: Any, batch: bool, spatial: bool) -> Any:
     if type(value) is dict:
         return {key: _resized(entry, batch, spatial) for key, entry in value.items()}
     return value
-
-
-def is_finite(output: dict[str, Any]) -> bool:
-    """Whether all tensors in an output are."""
-    return all(
-        bool(torch.isfinite(leaf).all())
-        for leaf in output.values()
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized
-    )
 
 
 def is_blurred(outputs: Sequence[dict[str, Any]]) -> bool:

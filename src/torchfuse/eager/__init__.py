@@ -25,6 +25,7 @@ from torchfuse.eager.sequences import (
     fuse_known_modules,
 )
 from torchfuse.errors import FusionError, FusionWarning, InputError
+from torchfuse.inputs import require_finite_tensors
 
 __all__ = ["SUPPORTED_SEQUENCES", "fuse_known_modules", "fuse_modules", "fuse_modules_qat"]
 
@@ -60,7 +61,8 @@ def fuse_modules(
             model's outputs are compared with the original's.
 
     Raises:
-        InputError: `modules_to_fuse` is no list of names, or a name is not in the model.
+        InputError: `modules_to_fuse` is no list of names, a name is not in the model, or, with
+            `example_inputs`, a weight is NaN or Inf.
         FusionError: fusing would change what the model computes, or (with `strict`) a sequence
             is not supported.
 
@@ -134,6 +136,7 @@ def _fuse(
     if example_inputs is not None:
         from torchfuse.eager.recorded import check_fused_output, check_order
 
+        require_finite_tensors(model)
         check_order(model, lists, example_inputs)
         trial = fuser.apply(_copied(model), lists)
         check_fused_output(model, trial, example_inputs)

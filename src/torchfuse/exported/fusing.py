@@ -23,10 +23,12 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
+from torchfuse.capture.kinds import kind_of
 from torchfuse.errors import FusionError, InputError
 from torchfuse.exported.judging import judge
 from torchfuse.exported.proving import Pair, pair_differences, whole_difference
 from torchfuse.fusing import FusionResult
+from torchfuse.inputs import check_finite
 from torchfuse.planning import Fusion, FusionPlan
 from torchfuse.rules import RULES
 
@@ -65,7 +67,7 @@ def fuse_exported(
 
     Raises:
         InputError: a rule that does not exist, `verify` for a program without example inputs, or
-            a program that torch.export could not follow.
+            a program that torch.export could not follow, or whose weights are not finite.
         FusionError: the new program differs, in float64 too, although each of its fusions is exact.
     """
     if not isinstance(exported_program, ExportedProgram):
@@ -80,6 +82,7 @@ def fuse_exported(
                 "torch.export leaves that behind of derivatives (torch.func.grad, vjp) in a "
                 "model's forward; use torchfuse.fuse on the module it was exported from."
             )
+    _require_finite(exported_program)
     folded = fold(exported_program, prove=verify, rules=_known(rules))
     if not verify:
         return FusionResult(folded.program, folded.plan, None, folded.key_map)
@@ -98,6 +101,26 @@ def fuse_exported(
 _NOT_IN_FLOAT64 = (
     "Each fusion was compared on its own: the whole program differs by more than rounding in one "
     "layer explains, and does not run in float64, which would tell."
+)
+
+
+def _require_finite(program: ExportedProgram) -> None:
+    """Raises InputError as `require_finite_tensors` does; which are layers is read in the graph."""
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        if spec.target in program.state_dict and spec.arg.name in placeholders:
+            users = placeholders[spec.arg.name].users
+            kinds = {kind_of(getattr(user.target, "overloadpacket", user.target)) for user in users}
+            of_layer = not kinds.isdisjoint(_LAYERS)
+            if of_layer or spec.kind is InputKind.PARAMETER:
+                check_finite(spec.target, program.state_dict[spec.target], infinite=of_layer)
+
+
+_LAYERS = frozenset(
+    {
+        *("conv", "conv_transpose", "linear", "addmm"),
+        *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
+    }
 )
 
 
