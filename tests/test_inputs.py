@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import torchfuse
 from fusing_checks import IMAGE, ConvBn, trained
-from torchfuse.errors import InputError
+from torchfuse.errors import CaptureError, InputError
 from torchfuse.inputs import require_finite_tensors
 
 VERBS: dict[str, Callable[[nn.Module], object]] = {
@@ -45,6 +45,55 @@ def test_infinite_statistics_are_named(verb: str) -> None:
     model.bn.running_mean[:2] = float("inf")
     with pytest.raises(InputError, match=r"'bn\.running_mean' has Inf in 2 of its 4 values; load"):
         VERBS[verb](model)
+
+
+CALLS = {**VERBS, "measure": lambda model: torchfuse.measure(model, IMAGE, runs=1, warmup=0)}
+del CALLS["fuse_exported"]  # takes what ran already
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("verb", CALLS)
+def test_a_model_in_half_precision_that_does_not_run_on_the_inputs_is_an_error(
+    verb: str, dtype: torch.dtype
+) -> None:
+    model = trained(ConvBn(), IMAGE).to(dtype)
+    with pytest.raises(InputError) as error:
+        CALLS[verb](model)
+    assert str(error.value) == (
+        f"Expected a model in float32, got {dtype} ('conv.weight'); call model.float() first, or "
+        f"give inputs in {dtype}."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_works_on_inputs_in_half_precision(dtype: torch.dtype) -> None:
+    model, image = trained(ConvBn(), IMAGE).to(dtype), IMAGE.to(dtype)
+    assert len(torchfuse.plan(model, image).fusions) == 1
+    fused = torchfuse.fuse(model, image)
+    by_name = torchfuse.fuse_modules(model, ["conv", "bn"], example_inputs=image)
+    program = torchfuse.fuse_exported(torch.export.export(model, (image,)))
+    for check in (fused.check, program.check, torchfuse.verify(model, by_name, image)):
+        assert check.passed
+    assert len(fused.plan.fusions) == len(program.plan.fusions) == 1
+    assert fused.model.conv.weight.dtype == dtype
+    assert torchfuse.measure(fused.model, image, runs=1, warmup=0).runs == 1
+
+
+def test_what_has_no_kernel_in_half_precision_says_what_to_do() -> None:
+    class Inverse(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.inv(super().forward(x))
+
+    with pytest.raises(InputError, match=r"got torch.float16 \('weight'\); call model.float\(\)"):
+        torchfuse.plan(Inverse(4, 4).half(), torch.randn(4, 4).half())
+
+
+def test_another_error_of_a_model_in_half_precision_stays_what_it_is() -> None:
+    model, image = trained(ConvBn(), IMAGE).half(), IMAGE.half()
+    with pytest.raises(CaptureError, match="to have 4 channels, but got 3 channels"):
+        torchfuse.fuse(model, image[:, :3])
+    with pytest.raises(RuntimeError, match="to have 4 channels, but got 3 channels"):
+        torchfuse.verify(model, model, image[:, :3])
 
 
 class Masked(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError
-from torchfuse.inputs import Case, cases, require_finite_tensors
+from torchfuse.inputs import Case, cases, half_precision, require_finite_tensors
 from torchfuse.nesting import named_leaves
 from torchfuse.restoring import restored
 
@@ -77,15 +77,24 @@ def verify(
     listed = cases(example_inputs)
     outputs: list[OutputDifference] = []
     for index, case in enumerate(listed):
-        expected = run(reference, case)
+        expected = _run_or_say_why_not(reference, case)
         if isinstance(reference, nn.Module) and not is_finite(expected):
             require_finite_tensors(reference)
-        actual = run(candidate, case)
+        actual = _run_or_say_why_not(candidate, case)
         prefix = f"case {index + 1}: " if len(listed) > 1 else ""
         outputs += compare_outputs(
             expected, actual, rtol=rtol, atol=atol, min_sqnr_db=min_sqnr_db, prefix=prefix
         )
     return Equivalence(tuple(outputs))
+
+
+def _run_or_say_why_not(model: Callable[..., Any], case: Case) -> dict[str, Any]:
+    try:
+        return run(model, case)
+    except Exception as error:
+        if (half := half_precision(model, case, error)) is not None:
+            raise half from error
+        raise
 
 
 def run(model: Callable[..., Any], case: Case) -> dict[str, Any]:

@@ -10,10 +10,18 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from torchfuse.errors import InputError
 
-__all__ = ["Case", "cases", "check_finite", "check_model", "require_finite_tensors"]
+__all__ = [
+    "Case",
+    "cases",
+    "check_finite",
+    "check_model",
+    "half_precision",
+    "require_finite_tensors",
+]
 
 # Their weights and statistics are numbers to calculate with; Inf is no number that can be meant.
 _WEIGHTED = (_ConvNd, nn.Linear, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -103,6 +111,31 @@ def check_finite(name: str, tensor: torch.Tensor, *, infinite: bool) -> None:
             f"{values.numel()} values; load a checkpoint without {' or '.join(found)}, or look for "
             "an overflow in training."
         )
+
+
+def half_precision(model: Any, case: Case, error: Exception) -> InputError | None:
+    """What to say of a call of `model` that ended in `error` because its weights are in half.
+
+    None if that is not why: it may well run in half precision, on inputs in half precision.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    halves = (torch.float16, torch.bfloat16)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    found = next(((name, t.dtype) for name, t in tensors if t.dtype in halves), None)
+    given = {leaf.dtype for leaf in tree_leaves((case.args, dict(case.kwargs))) if _is_real(leaf)}
+    blamed = any(word in str(error) for word in ("Half", "BFloat16"))  # no kernel for it
+    if found is None or not (given - {found[1]} or blamed):
+        return None
+    name, dtype = found
+    other = f", or give inputs in {dtype}" if given - {dtype} else ""
+    return InputError(
+        f"Expected a model in float32, got {dtype} ('{name}'); call model.float() first{other}."
+    )
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _case(entry: Any, where: str) -> Case:

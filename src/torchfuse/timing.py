@@ -218,11 +218,12 @@ def measure_interleaved(
     far, so that a caller can show or save them.
 
     Raises:
-        InputError: no variants, no runs, no threads, or several cases.
+        InputError: no variants, no runs, no threads, several cases, or a model in half precision
+            that does not run on them.
         ArtifactError: a file is missing, damaged or of an unknown kind.
         UnsupportedError: a file's process ended.
     """
-    from torchfuse.inputs import cases
+    from torchfuse.inputs import cases, half_precision
     from torchfuse.tasks import Task, task_of
 
     check_counts(runs, threads, warmup, variants)
@@ -239,16 +240,22 @@ def measure_interleaved(
             else functools.partial(variant, *case.args, **case.kwargs)
             for name, variant in variants.items()
         }
-        return measure_prepared(
-            prepared,
-            warmup=warmup,
-            runs=runs,
-            threads=threads,
-            seed=seed,
-            clock=clock,
-            on_round=on_round,
-            on_partial=on_partial,
-        )
+        try:
+            return measure_prepared(
+                prepared,
+                warmup=warmup,
+                runs=runs,
+                threads=threads,
+                seed=seed,
+                clock=clock,
+                on_round=on_round,
+                on_partial=on_partial,
+            )
+        except Exception as error:
+            for variant in variants.values():
+                if (half := half_precision(variant, case, error)) is not None:
+                    raise half from error
+            raise
 
 
 def measure_prepared(

@@ -34,6 +34,7 @@ from torchfuse.capture.memory import Memory, storage_key
 from torchfuse.capture.threads import handing_over
 from torchfuse.errors import CaptureError
 from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
+from torchfuse.inputs import half_precision
 from torchfuse.nesting import named_leaves
 from torchfuse.parametrized import is_weight_hook
 from torchfuse.restoring import MODULE_TABLES, CopyOnWrite, restored
@@ -185,6 +186,8 @@ class _Recording:
             except CaptureError:
                 raise
             except Exception as error:
+                if (half := half_precision(self.model, case, error)) is not None:
+                    raise half from error
                 raise CaptureError(
                     f"{type(self.model).__name__} failed on {case}: {type(error).__name__}: {error}"
                 ) from error
