@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchfuse import proving
 from torchfuse.applying import apply, undo
+from torchfuse.checking import run
 from torchfuse.checkpoints import key_map
-from torchfuse.copying import copied
+from torchfuse.copying import calls_of, copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError
 from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
@@ -95,12 +96,22 @@ def fuse(
         found.drop_unproved(proof.found)
     target = model if inplace else _copy(model)
     check = None
-    if verify:
-        check, done = fuse_what_agrees(
-            target, found, tried, expected, keep=keep_originals, weights=proof.weights
+    with calls_of(model) as called:
+        if verify:
+            check, done = fuse_what_agrees(
+                target, found, tried, expected, keep=keep_originals, weights=proof.weights
+            )
+        else:
+            if not inplace:
+                run(target, given[0])
+            done = apply(target, found.subject.graph, found.matches, keep=keep_originals)
+    if called and not inplace:
+        part = f"its `{called[0]}`" if called[0] else "it"
+        raise FusionError(
+            f"A copy of this {type(model).__name__} runs the original ({part}), which its code "
+            "reaches by a way that copy.deepcopy does not copy, such as a global name; pass "
+            "inplace=True to change the model itself."
         )
-    else:
-        done = apply(target, found.subject.graph, found.matches, keep=keep_originals)
     attach(target, done)
     plan_ = found.plan()
     plan_ = replace(

@@ -5,7 +5,6 @@ torch.ao's `prepare` and `convert` know, the others become `nn.Identity`. Where 
 mute, these are not: see the docstring of `fuse_modules`.
 """
 
-import copy
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from torchfuse.copying import copied
 from torchfuse.eager.refusals import hooks_without_a_place, listed, refuse_sharing
 from torchfuse.eager.sequences import (
     SUPPORTED_SEQUENCES,
@@ -24,7 +24,7 @@ from torchfuse.eager.sequences import (
     folds,
     fuse_known_modules,
 )
-from torchfuse.errors import FusionError, FusionWarning, InputError
+from torchfuse.errors import FusionError, FusionWarning, InputError, UnsupportedError
 from torchfuse.inputs import require_finite_tensors
 
 __all__ = ["SUPPORTED_SEQUENCES", "fuse_known_modules", "fuse_modules", "fuse_modules_qat"]
@@ -148,12 +148,9 @@ def _fuse(
 
 def _copied(model: Model) -> Model:
     try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        raise FusionError(
-            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to change the "
-            "model itself, or remove weight_norm and the like first"
-        ) from error
+        return copied(model)
+    except UnsupportedError as error:
+        raise FusionError(f"{error} Or pass inplace=True to change the model itself.") from error
 
 
 @dataclass
