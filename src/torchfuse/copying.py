@@ -3,15 +3,14 @@
 import copy
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.judging.attached import modules_in
@@ -169,16 +168,18 @@ def _same(parts: Sequence[Any], others: Sequence[Any]) -> bool:
 @contextmanager
 def calls_of(model: nn.Module) -> Iterator[list[str]]:
     """A context that gives the paths of the modules of `model` that this thread calls in it."""
-    paths = {id(module): path for path, module in model.named_modules()}
     called: list[str] = []
     thread = threading.get_ident()
 
-    def note(module: nn.Module, _: Any) -> None:
-        if id(module) in paths and threading.get_ident() == thread:
-            called.append(paths[id(module)])
+    def noting(path: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if threading.get_ident() == thread:
+                called.append(path)
 
-    handle = register_module_forward_pre_hook(note)
-    try:
+        return note
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_pre_hook(noting(path)).remove)
         yield called
-    finally:
-        handle.remove()

@@ -26,7 +26,7 @@ from torchfuse.surgery import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
 
@@ -96,7 +96,7 @@ def fuse(
         found.drop_unproved(proof.found)
     target = model if inplace else _copy(model)
     check = None
-    with calls_of(model) as called:
+    with _on_its_own(model, target):
         if verify:
             check, done = fuse_what_agrees(
                 target, found, tried, expected, keep=keep_originals, weights=proof.weights
@@ -105,13 +105,6 @@ def fuse(
             if not inplace:
                 run(target, given[0])
             done = apply(target, found.subject.graph, found.matches, keep=keep_originals)
-    if called and not inplace:
-        part = f"its `{called[0]}`" if called[0] else "it"
-        raise FusionError(
-            f"A copy of this {type(model).__name__} runs the original ({part}), which its code "
-            "reaches by a way that copy.deepcopy does not copy, such as a global name; pass "
-            "inplace=True to change the model itself."
-        )
     attach(target, done)
     plan_ = found.plan()
     plan_ = replace(
@@ -168,6 +161,23 @@ def _copy(model: nn.Module) -> nn.Module:
         for done in copy.deepcopy(fusions_of(model)):
             attach(target, done)
     return target
+
+
+@contextlib.contextmanager
+def _on_its_own(model: nn.Module, target: nn.Module) -> Iterator[None]:
+    """A context in which `target` is run; raises FusionError if that ran what it is a copy of."""
+    if target is model:
+        yield
+        return
+    with calls_of(model) as called:
+        yield
+    if called:
+        part = f"its `{called[0]}`" if called[0] else "it"
+        raise FusionError(
+            f"A copy of this {type(model).__name__} runs the original ({part}), which its code "
+            "reaches by a way that copy.deepcopy does not copy, such as a global name; pass "
+            "inplace=True to change the model itself."
+        )
 
 
 def _reference(
