@@ -30,7 +30,7 @@ from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
 from torchfuse.render.units import duration
 from torchfuse.runner.allocator import keep_freed_memory
-from torchfuse.targets import torchscript
+from torchfuse.targets import mobile_optimizer, torchscript
 from torchfuse.timing import Measurement, measure_interleaved, ratio
 
 BASELINE = "eager fp32"
@@ -83,8 +83,8 @@ def made() -> Iterator[tuple[str, Callable[[], Any]]]:
         moved = copy.deepcopy(eager).to(**channels_last)
         yield f"{name}, channels_last", bound(moved, x.to(**channels_last))
     scripted = torchscript.script(model, Case((x,))).module
-    for name, fold in (("TorchScript fp32", False), ("TorchScript fp32 fused", True)):
-        yield name, bound(torchscript.optimize_for_mobile(scripted, fold=fold), x)
+    yield "TorchScript fp32", bound(mobile_optimizer.frozen(scripted), x)
+    yield "TorchScript fp32 fused", bound(torchfuse.optimize_for_mobile(scripted), x)
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "fp16", "int8"):
             progress(f"exporting .pte {precision}")

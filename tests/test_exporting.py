@@ -206,7 +206,7 @@ ERRORS = {
         Network,
         {},
         InputError,
-        "but the model itself and 3 more modules are in training mode; call model",
+        "but the model itself and 1 more module are in training mode; call model",
     ),
     "NaN": (
         lambda: ReturnsNaN().eval(),

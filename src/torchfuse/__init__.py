@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
     from torchfuse.quantizing.report import QuantizationReport
     from torchfuse.quantizing.training import convert_qat, prepare_qat
+    from torchfuse.targets.mobile_optimizer import optimize_for_mobile
     from torchfuse.timing import Measurement, measure
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "load",
     "load_unfused_state_dict",
     "measure",
+    "optimize_for_mobile",
     "plan",
     "prepare_qat",
     "quantize",
@@ -128,6 +130,7 @@ _HOME = {
     "load": "exporting",
     "load_unfused_state_dict": "checkpoints",
     "measure": "timing",
+    "optimize_for_mobile": "targets.mobile_optimizer",
     "plan": "fusing",
     "convert_qat": "quantizing.training",
     "prepare_qat": "quantizing.training",

@@ -44,11 +44,12 @@ from torchfuse.quantizing import (
     checked_calibration,
     is_quantized_graph,
     quantize,
+    require_converted,
     require_eval_mode,
     require_forward,
 )
 from torchfuse.restoring import random_state_kept
-from torchfuse.targets import executorch, torchscript
+from torchfuse.targets import executorch, mobile_optimizer, torchscript
 
 __all__ = ["export", "load", "loaded"]
 
@@ -128,6 +129,7 @@ def export(
     form = artifact_format(path)
     check_destination(path)
     require_eval_mode(model)
+    require_converted(model)
     examples = cases(example_inputs)
     require_forward(examples)
     for case in examples:
@@ -229,6 +231,11 @@ def _executorch(
     calibration: list[Case] | None,
     dynamic_shapes: Any,
 ) -> _Made:
+    if torchscript.is_quantized(model):
+        raise UnsupportedError(
+            "A model that torch.ao converted is for '.pt' and '.ptl'; for '.pte' give the model "
+            "before prepare, with precision='int8' and calibration data."
+        )
     reference = model
     if precision == "int8":
         result = quantize(model, case, calibration, dynamic_shapes=dynamic_shapes)
@@ -293,16 +300,20 @@ def _torchscript(
     if precision not in (None, made):
         raise InputError(f"Expected a model that can be saved in {precision}, got one in {made}.")
     scripted = torchscript.script(reference, case)
-    optimized = torchscript.optimize_for_mobile(scripted.module, fold=optimize)
-    payload = torchscript.serialize(optimized, form)
+    prepared = (mobile_optimizer.folded if optimize else mobile_optimizer.frozen)(scripted.module)
+    payload = torchscript.serialize(prepared, form)
     traced = scripted.traced_because
+    without_data = mobile_optimizer.without_data(prepared)
     return _Made(
         payload=payload,
         precision=made,
         metadata={},
         run=torchscript.deserialize(payload, form),
         reference=reference,
-        notes=() if traced is None else (_TRACED.format(traced),),
+        notes=(
+            *(() if traced is None else (_TRACED.format(traced),)),
+            *(() if without_data is None else (without_data,)),
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.quieting import quiet
 from torchfuse.targets import torchscript
+from torchfuse.targets.mobile_optimizer import folded, frozen
 
 INPUT = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 CASE = Case((INPUT,))
@@ -74,32 +75,14 @@ def reload(module, form):
 
 
 @pytest.mark.parametrize("form", ["pt", "ptl"])
-@pytest.mark.parametrize("fold", [True, False], ids=["folded", "not folded"])
-def test_what_is_loaded_back_computes_what_eager_computes(fold, form):
+@pytest.mark.parametrize("made", [folded, frozen])
+def test_what_is_loaded_back_computes_what_eager_computes(made, form):
     model = settled(Branching())
     scripted = torchscript.script(model, CASE)
     assert scripted.traced_because is None
-    loaded = reload(torchscript.optimize_for_mobile(scripted.module, fold=fold), form)
+    loaded = reload(made(scripted.module), form)
     with torch.no_grad():
         torch.testing.assert_close(loaded(INPUT), model(INPUT), rtol=1e-5, atol=1e-6)
-
-
-def test_optimize_for_mobile_folds_batch_norms_and_fuses_add_with_relu_and_drops_dropout():
-    module = torchscript.script(settled(Branching()), CASE).module
-    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module))
-    assert counts["aten::conv2d"] + counts["aten::linear"] == 3
-    assert counts["aten::_add_relu"] == 1
-    for gone in ("aten::batch_norm", "aten::dropout", "aten::add", "aten::relu"):
-        assert counts[gone] == 0
-
-
-def test_the_non_fused_artifact_is_really_not_fused():
-    module = torchscript.script(settled(Branching()), CASE).module
-    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module, fold=False))
-    assert counts["aten::batch_norm"] == 2
-    assert counts["aten::add"] == 1
-    assert counts["aten::relu"] == 1
-    assert counts["aten::_add_relu"] == 0
 
 
 @pytest.mark.parametrize("form", ["pt", "ptl"])
@@ -108,7 +91,7 @@ def test_an_int8_model_runs_after_scripting_saving_and_loading(fusions, form):
     model = quantized(AnnotatedConvBnReLUModel(), fusions)
     scripted = torchscript.script(model, CASE)
     assert scripted.traced_because is None
-    loaded = reload(torchscript.optimize_for_mobile(scripted.module), form)
+    loaded = reload(folded(scripted.module), form)
     assert torch.equal(loaded(INPUT), model(INPUT))
 
 
@@ -123,15 +106,9 @@ def test_an_int8_model_runs_after_scripting_saving_and_loading(fusions, form):
 )
 def test_the_int8_operators_are_those_that_were_fused(fusions, expected):
     module = torchscript.script(quantized(AnnotatedConvBnReLUModel(), fusions), CASE).module
-    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module))
+    counts = torchscript.op_counts(folded(module))
     work = [op for op in counts if op.startswith("quantized::") or "relu" in op or "norm" in op]
     assert work == expected
-
-
-def test_packed_parameters_are_constants_of_the_graph():
-    model = quantized(AnnotatedConvBnReLUModel(), [["conv", "bn", "relu"]])
-    optimized = torchscript.optimize_for_mobile(torchscript.script(model, CASE).module)
-    assert torchscript.op_counts(optimized)["prim::GetAttr"] == 0
 
 
 def test_int8_is_close_to_float_and_not_equal_to_it():
@@ -222,36 +199,3 @@ def test_loading_an_int8_file_says_nothing(tmp_path):
     command = [sys.executable, "-c", code, path]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout == run.stderr == ""
-
-
-class Auxiliary(nn.Module):
-    """A batch norm of its own for training."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3)
-        self.main, self.second, self.auxiliary = (nn.BatchNorm2d(3) for _ in range(3))
-
-    def forward(self, x):
-        y = self.conv(x)
-        if self.training:
-            return self.auxiliary(y)
-        return self.second(torch.relu(self.main(y)))
-
-
-def test_a_branch_for_training_is_no_fold():
-    module = torchscript.script(settled(Auxiliary()), CASE).module
-    counts = torchscript.op_counts(torchscript.optimize_for_mobile(module, fold=False))
-    assert counts["aten::batch_norm"] == 2
-
-
-def test_a_freeze_that_folds_one_of_two_batch_norms_is_an_error(monkeypatch):
-    freeze = torch.jit.freeze
-    monkeypatch.setattr(
-        torch.jit,
-        "freeze",
-        lambda module, optimize_numerics: freeze(module, optimize_numerics=True),
-    )
-    module = torchscript.script(settled(Auxiliary()), CASE).module
-    with pytest.raises(UnsupportedError, match="with its 2 batch norms, got 1: this build of tor"):
-        torchscript.optimize_for_mobile(module, fold=False)

@@ -18,7 +18,11 @@ from torchfuse.quantizing.calibration import (
     read_calibration,
     sample_count,
 )
-from torchfuse.quantizing.fitness import require_eval_mode, require_forward
+from torchfuse.quantizing.fitness import (
+    require_converted,
+    require_eval_mode,
+    require_forward,
+)
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quantizing.recovery import STEPS, Recovered, measured, recovered
 from torchfuse.quantizing.report import Calibrated, QuantizationReport
@@ -39,6 +43,7 @@ __all__ = [
     "checked_calibration",
     "is_quantized_graph",
     "quantize",
+    "require_converted",
     "require_eval_mode",
     "require_forward",
 ]
@@ -111,6 +116,7 @@ def quantize(
     """
     _check_options(scheme, backend, recovery, max_drop, evaluate)
     require_eval_mode(model)
+    require_converted(model)
     example = cases(example_inputs, "example_inputs")[0]
     chosen, notes = _chosen_scheme(model, scheme, calibration)
     wanted = _Wanted(tuple(recovery), max_drop, labels, evaluate, explain)

@@ -1,6 +1,7 @@
 """The legacy mobile target: TorchScript for the full (`.pt`) and the lite interpreter (`.ptl`).
 
-TorchScript and torch.ao's eager quantization are deprecated; whatever needs them is in this file.
+TorchScript and torch.ao's eager quantization are deprecated; whatever needs them is in this file
+and in mobile_optimizer.py.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.backends.xnnpack
 from torch import nn
 from torch.ao import quantization as ao
 from torch.ao.nn import quantized as nnq
@@ -27,13 +27,13 @@ from torchfuse.inputs import Case
 from torchfuse.quantizing import calibrate
 from torchfuse.quieting import quiet
 from torchfuse.restoring import put_back
+from torchfuse.targets.mobile_optimizer import nodes
 
 __all__ = [
     "Scripted",
     "deserialize",
     "is_quantized",
     "op_counts",
-    "optimize_for_mobile",
     "quantize",
     "script",
     "serialize",
@@ -114,40 +114,6 @@ def script(model: nn.Module, case: Case) -> Scripted:
     return Scripted(traced, reason)
 
 
-def optimize_for_mobile(
-    module: torch.jit.ScriptModule, *, fold: bool = True
-) -> torch.jit.ScriptModule:
-    """Return `module` frozen, without dropout, and (with `fold`) with what can be folded folded.
-
-    The passes of torch.utils.mobile_optimizer.optimize_for_mobile, which raises in a build without
-    XNNPACK, as far as this build has them: batch norms and constant additions and factors are
-    folded into convs and linears, add followed by ReLU becomes one operator, and freezing hoists
-    packed parameters into the graph as constants. Only the rewriting into XNNPACK's prepacked
-    operators is left to torch's own, which is used where the build has XNNPACK.
-
-    With `fold=False` nothing is fused: the module is frozen without any change of numerics.
-    """
-    if fold and torch.backends.xnnpack.enabled:  # type: ignore[attr-defined]  # set when imported
-        from torch.utils.mobile_optimizer import optimize_for_mobile as torchs_own
-
-        optimized: torch.jit.ScriptModule = torchs_own(module)
-        return optimized
-    with quiet():
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), optimize_numerics=fold)
-    if fold:
-        torch._C._jit_pass_fuse_add_relu(frozen.graph)  # type: ignore[attr-defined]  # not in its stub
-    else:
-        # What freezing alone leaves, since branches for training go, with their batch norms.
-        bare = torch.jit._recursive.wrap_cpp_module(torch._C._freeze_module(module._c, []))
-        kept, before = op_counts(frozen)["aten::batch_norm"], op_counts(bare)["aten::batch_norm"]
-        if kept != before:
-            raise UnsupportedError(
-                f"Expected a non-fused model with its {before} batch norms, got {kept}: this build "
-                "of torch folds them when it freezes; leave optimize=False out."
-            )
-    return frozen
-
-
 def is_quantized(model: nn.Module) -> bool:
     """Return whether torch.ao has converted a part of `model` to int8."""
     return any(".quantized." in f"{type(m).__module__}." for m in model.modules())
@@ -155,16 +121,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 def op_counts(module: torch.jit.ScriptModule) -> Counter[str]:
     """Return how often each operator stands in the graph of `forward`, nested blocks included."""
-    counts: Counter[str] = Counter()
-
-    def count(block: Any) -> None:
-        for node in block.nodes():
-            counts[node.kind()] += 1
-            for inner in node.blocks():
-                count(inner)
-
-    count(module.inlined_graph)
-    return counts
+    return Counter(node.kind() for node in nodes(module.inlined_graph))
 
 
 def serialize(module: torch.jit.ScriptModule, form: str) -> bytes:
