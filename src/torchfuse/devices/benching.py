@@ -10,6 +10,7 @@ import torch
 from torchfuse.checking import compare_outputs
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.native_runner import native_runner
+from torchfuse.devices.operators import operators_of
 from torchfuse.devices.python_runner import PythonRunner
 from torchfuse.devices.record import ArtifactName, Record
 from torchfuse.devices.run import DeviceRun
@@ -127,10 +128,19 @@ def _compared(task: Task, outputs: tuple[torch.Tensor, ...]) -> Equivalence:
             compare_outputs(
                 dict(zip(names, task.expected, strict=True)),
                 dict(zip(names, outputs, strict=True)),
-                min_sqnr_db=_MIN_SQNR_DB.get(task.metadata.get("precision", "")),
+                min_sqnr_db=_MIN_SQNR_DB.get(_precision(task)),
             )
         )
     )
+
+
+def _precision(task: Task) -> str:
+    """Return the precision that is noted in the file, or that its operators tell."""
+    noted: str | None = task.metadata.get("precision")
+    if noted is None:
+        quantized = any(name.startswith("quantized") for name in operators_of(task))
+        return "int8" if quantized else "unknown"
+    return noted
 
 
 def _require_equal(transport: Transport, differences: Mapping[str, Equivalence]) -> None:
