@@ -118,15 +118,9 @@ class Delegation:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Delegation":
         """Return what `to_dict` was called on."""
-        operators = tuple(
-            OperatorDelegation(**{**op, "reasons": tuple(op["reasons"])})
-            for op in data["operators"]
-        )
-        conversions = tuple(
-            Conversion(tuple(conversion["around"]), conversion["elements"])
-            for conversion in data["conversions"]
-        )
-        return cls(**{**data, "operators": operators, "conversions": conversions})
+        import msgspec
+
+        return msgspec.convert(data, cls)
 
     def __str__(self) -> str:
         """One line per operator, the ones left outside first, and a closing sentence."""

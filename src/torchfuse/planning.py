@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torchfuse.errors import InputError
+from dataclasses import dataclass
 
 __all__ = ["Fusion", "FusionPlan", "Skip"]
 
@@ -68,29 +64,17 @@ class FusionPlan:
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2)
+        from torchfuse.render.json import to_json
+
+        return to_json(self, _FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> FusionPlan:
-        """The plan that `to_json` wrote."""
-        try:
-            data: dict[str, Any] = json.loads(text)
-            if data.pop("format") != _FORMAT:
-                raise KeyError("format")
-            return cls(
-                model=data["model"],
-                scope=tuple(data["scope"]),
-                fusions=tuple(
-                    Fusion(**{**fusion, "modules": tuple(fusion["modules"])})
-                    for fusion in data["fusions"]
-                ),
-                skips=tuple(
-                    Skip(**{**skip, "modules": tuple(skip["modules"])}) for skip in data["skips"]
-                ),
-                originals_bytes=data["originals_bytes"],
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"Expected a plan as FusionPlan.to_json() writes it ({_FORMAT}), got text that is "
-                f"not one ({type(error).__name__}: {error}); write it again with this version."
-            ) from error
+        """The plan that `to_json` wrote.
+
+        Raises:
+            InputError: it did not write this text.
+        """
+        from torchfuse.render.json import from_json
+
+        return from_json(cls, text, _FORMAT)

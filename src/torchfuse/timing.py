@@ -3,14 +3,13 @@
 import contextlib
 import functools
 import gc
-import json
 import os
 import secrets
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,25 +137,20 @@ class Measurement:
 
     def to_json(self) -> str:
         """Return this measurement as JSON, every sample included."""
-        return json.dumps(asdict(self), indent=2)
+        from torchfuse.render.json import to_json
+
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Measurement":
-        """Return the measurement that `to_json` wrote."""
-        return cls.from_dict(json.loads(text))
+        """Return the measurement that `to_json` wrote.
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Measurement":
-        """Return the measurement of these fields, as `asdict` gives them."""
-        file = fields.get("file")
-        return cls(
-            **{
-                **fields,
-                "samples_s": tuple(fields["samples_s"]),
-                "file": None if file is None else FileFacts(**file),
-                "cautions": tuple(Caution(**c) for c in fields.get("cautions", ())),
-            }
-        )
+        Raises:
+            InputError: it did not write this text.
+        """
+        from torchfuse.render.json import from_json
+
+        return from_json(cls, text)
 
 
 def ratio(numerator: Measurement, denominator: Measurement) -> Ratio:

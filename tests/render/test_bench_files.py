@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from dataclasses import replace
 
 from torchfuse.devices.facts import DeviceFacts
@@ -49,7 +50,7 @@ def test_json_holds_every_sample_every_ratio_and_every_fact() -> None:
         }
     ]
     assert run["cautions"][0]["kind"] == "governor"
-    assert run["differences_from_this_machine"]["fast.pte"]["sqnr_db"] == "Infinity"
+    assert run["differences_from_this_machine"]["fast.pte"]["sqnr_db"] == sys.float_info.max
 
 
 def test_an_interrupted_run_is_read_back_as_it_was() -> None:

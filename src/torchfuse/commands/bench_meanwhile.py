@@ -63,7 +63,7 @@ class Report:
             )
         try:
             settings, runs = earlier_runs(path.read_text())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"Expected what 'torchfuse bench --json' saved in '{path}', but it is something "
                 "else; leave out --resume to measure anew."

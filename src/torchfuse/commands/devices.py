@@ -38,7 +38,7 @@ def command(hosts: tuple[str, ...], json_path: Path | None) -> None:
     for problem in problems:
         click.echo(f"Note: {problem}", err=True)
     if json_path is not None:
-        write_atomically(json_path, to_json(devices).encode())
+        write_atomically(json_path, (to_json(devices) + "\n").encode())
     asked = {f"ssh:{host}" for host in hosts}
     if unreachable := [d for d in devices if d.name in asked and d.advice is not None]:
         raise TorchfuseError(f"{', '.join(d.name for d in unreachable)} cannot be used as it is.")

@@ -48,5 +48,5 @@ def command(out: Path, runs: int) -> None:
             console.print(line)
         for note in comparison.notes:
             console.print(f"Note, {comparison.model}, {note}")
-    write_atomically(out / "comparison.json", to_json(comparisons).encode())
+    write_atomically(out / "comparison.json", (to_json(comparisons) + "\n").encode())
     console.print(f"The artifacts and comparison.json are in {out}.", soft_wrap=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 __all__ = [
     "Accuracy",
@@ -70,7 +69,9 @@ class QuantizationReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(asdict(self), indent=2)
+        from torchfuse.render.json import to_json
+
+        return to_json(self)
 
     def __str__(self) -> str:
         """What `torchfuse quantize` prints."""

@@ -2,13 +2,14 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.render.devices import described
+from torchfuse.render.json import parsed
 from torchfuse.render.json import to_json as plain_json
 from torchfuse.render.profile import markdown
 from torchfuse.render.tables import markdown_row
@@ -29,20 +30,15 @@ def to_json(
     runs: Sequence[DeviceRun], *, versions: Mapping[str, str], settings: Mapping[str, Any]
 ) -> str:
     """Return everything that was measured, every sample and every ratio to the fastest."""
-    return plain_json(
-        {
-            "versions": versions,
-            "settings": settings,
-            "runs": [_run(run) for run in runs],
-        }
-    )
+    report = {"versions": versions, "settings": settings, "runs": [_run(run) for run in runs]}
+    return plain_json(report) + "\n"
 
 
 def _run(run: DeviceRun) -> dict[str, Any]:
     done = [m for m in run.measurements if m.samples_s]
     fastest = min(done, key=lambda m: m.median_s, default=None)
     return {
-        "device": asdict(run.device),
+        "device": run.device,
         "runner": run.runner,
         "error": run.error,
         "results": [{**asdict(m), **_summary(m)} for m in done],
@@ -57,8 +53,8 @@ def _run(run: DeviceRun) -> dict[str, Any]:
             if fastest is not None and m is not fastest
             for found in [ratio(m, fastest)]
         ],
-        "profiles": [asdict(profile) for profile in run.profiles],
-        "cautions": [asdict(caution) for caution in run.cautions],
+        "profiles": run.profiles,
+        "cautions": run.cautions,
         "differences_from_this_machine": {
             name: {"max_abs": d.max_abs, "max_rel": d.max_rel, "sqnr_db": d.sqnr_db}
             for name, d in run.differences
@@ -75,19 +71,29 @@ def earlier_runs(text: str) -> tuple[Mapping[str, Any], dict[str, dict[str, Meas
     """Return settings and versions and, by device and model, the measurements of `to_json`.
 
     Raises:
-        ValueError, KeyError, TypeError: the text is no such JSON.
+        ValueError: the text is no such JSON.
     """
-    report = json.loads(text)
-    known = {field.name for field in fields(Measurement)}
-    return {**report["settings"], "versions": report["versions"]}, {
-        run["device"]["name"]: {
-            result["name"]: Measurement.from_dict(
-                {name: value for name, value in result.items() if name in known}
-            )
-            for result in run["results"]
-        }
-        for run in report["runs"]
+    report = parsed(_Report, text)
+    return {**report.settings, "versions": report.versions}, {
+        run.device.name: {result.name: result for result in run.results} for run in report.runs
     }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is read back of a device's run."""
+
+    device: DeviceFacts
+    results: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is read back of what `to_json` wrote."""
+
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    runs: tuple[_Run, ...]
 
 
 def to_csv(runs: Sequence[DeviceRun]) -> str:

@@ -1,28 +1,93 @@
-"""Results as JSON: every field, raw samples included."""
+"""Results as JSON and back: every field, raw samples included.
 
-import dataclasses
+JSON has no infinity, and what has one (equal outputs have an infinite signal-to-noise ratio) must
+still be a number that is above every bound. So ±∞ is the largest number that a double holds,
+±1.7976931348623157e308, and is read back as what it was. null is unknown, and nothing else.
+"""
+
+from __future__ import annotations
+
 import json
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["to_json"]
+import msgspec
+
+from torchfuse.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["from_json", "parsed", "to_json"]
+
+_T = TypeVar("_T")
+_LARGEST = sys.float_info.max
 
 
-def to_json(result: Any) -> str:
-    """Return a result, or a list of results, as JSON; NaN and Inf become null and "Infinity"."""
-    return json.dumps(_plain(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+def to_json(result: Any, form: str | None = None) -> str:
+    """Return a result, or a list or dict of results, as JSON; `form` becomes its "format"."""
+    plain = _each_float(msgspec.to_builtins(result, str_keys=True, enc_hook=_plain), _finite)
+    if form is not None:
+        plain = {"format": form, **plain}
+    return json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def from_json(kind: type[_T], text: str | bytes, form: str | None = None) -> _T:
+    """Return the result that `to_json` wrote.
+
+    Raises:
+        InputError: it wrote something else, or in another form.
+    """
+    try:
+        if form is not None:
+            _require_form(json.loads(text), form)
+        return parsed(kind, text)
+    except (ValueError, RecursionError) as error:
+        named = "" if form is None else f" ({form})"
+        raise InputError(
+            f"Expected what {kind.__name__}.to_json() writes{named}, got text that is not that "
+            f"({first_line(error)}); write it again with this version."
+        ) from error
+
+
+def parsed(kind: type[_T], text: str | bytes) -> _T:
+    """Return JSON as a dataclass; fields that it does not have are left out.
+
+    Raises:
+        ValueError: it is no JSON, or not of that kind; the text says where.
+    """
+    return msgspec.convert(_each_float(json.loads(text), _infinite), kind)
+
+
+def _require_form(data: Any, form: str) -> None:
+    given = data.get("format") if isinstance(data, dict) else None
+    if given != form:
+        raise ValueError("it has no format" if given is None else f"its format is {given!r}")
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError
+
+
+def _each_float(value: Any, changed: Callable[[float], float | None]) -> Any:
+    if isinstance(value, float):
+        return changed(value)
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {key: _each_float(item, changed) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
-    return str(value) if isinstance(value, Path) else value
+        return [_each_float(item, changed) for item in value]
+    return value
+
+
+def _finite(value: float) -> float | None:
+    if math.isnan(value):
+        return None
+    return max(-_LARGEST, min(value, _LARGEST))
+
+
+def _infinite(value: float) -> float:
+    return math.copysign(math.inf, value) if abs(value) == _LARGEST else value
