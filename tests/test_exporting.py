@@ -82,6 +82,9 @@ def test_int8_is_near_the_model_and_much_smaller_in_its_weights(x: Tensor, tmp_p
         model, x, tmp_path / "int8.pte", precision="int8", calibration=calibration
     )
     assert small.precision == "int8"
+    assert small.equivalence is not None
+    assert small.equivalence.verdict.startswith("within the bound: SQNR ")
+    assert "equivalent" not in str(small)
     assert small.size_bytes < whole.size_bytes / 3
     assert small.equivalence is not None
     assert small.equivalence.sqnr_db is not None

@@ -27,6 +27,7 @@ class Equivalence:
     """All output differences of one comparison; the properties give the worst of them."""
 
     outputs: tuple[OutputDifference, ...]
+    min_sqnr_db: float | None = None  # the bound that alone decided; None: equality within rounding
 
     @property
     def passed(self) -> bool:
@@ -66,7 +67,22 @@ class Equivalence:
             f"SQNR {o.sqnr_db:.1f} dB, {'passed' if o.passed else 'DIFFERS'}"
             for o in self.outputs
         ]
-        return "\n".join([*lines, "equivalent" if self.passed else "NOT equivalent"])
+        return "\n".join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in the words of what it was judged by.
+
+        Noise below a bound is no equivalence: an int8 model's largest error may be a sixth of the
+        largest output.
+        """
+        if self.min_sqnr_db is None:
+            return "equivalent" if self.passed else "NOT equivalent"
+        if self.passed and self.max_abs == 0:
+            return "equal"
+        where = "within" if self.passed else "NOT within"
+        found = "" if self.sqnr_db is None else f"SQNR {self.sqnr_db:.1f} dB, "
+        return f"{where} the bound: {found}at least {self.min_sqnr_db:.1f} dB asked for"
 
 
 def _known(figures: list[float | None]) -> list[float]:

@@ -123,15 +123,13 @@ def _compared(task: Task, outputs: tuple[torch.Tensor, ...]) -> Equivalence:
     """Return how far the device's outputs are from this machine's."""
     many = len(task.expected) > 1
     names = [f"output {i}" if many else "output" for i in range(len(task.expected))]
-    return Equivalence(
-        tuple(
-            compare_outputs(
-                dict(zip(names, task.expected, strict=True)),
-                dict(zip(names, outputs, strict=True)),
-                min_sqnr_db=_MIN_SQNR_DB.get(_precision(task)),
-            )
-        )
+    min_sqnr_db = _MIN_SQNR_DB.get(_precision(task))
+    found = compare_outputs(
+        dict(zip(names, task.expected, strict=True)),
+        dict(zip(names, outputs, strict=True)),
+        min_sqnr_db=min_sqnr_db,
     )
+    return Equivalence(tuple(found), min_sqnr_db)
 
 
 def _precision(task: Task) -> str:
