@@ -48,6 +48,8 @@ from torchfuse.quantizing import (
     require_eval_mode,
     require_forward,
 )
+from torchfuse.quantizing.static import layers_of
+from torchfuse.quantizing.unquantized import mostly_float
 from torchfuse.restoring import random_state_kept
 from torchfuse.targets import executorch, mobile_optimizer, torchscript
 
@@ -86,6 +88,7 @@ class _Made:
     delegation: Delegation | None = None
     other_cases: tuple[Case, ...] = ()  # at other sizes
     notes: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()  # notes that the user was warned of when the model was quantized
 
 
 def export(
@@ -185,7 +188,7 @@ def export(
         sha256=hashlib.sha256(data).hexdigest(),
         delegation=made.delegation,
         equivalence=equivalence,
-        notes=tuple(notes),
+        notes=(*made.known, *notes),
     )
 
 
@@ -269,7 +272,13 @@ def _executorch(
         reference=reference,
         delegation=lowered.delegation,
         other_cases=tuple(_other_sizes(program, case)),
+        known=_in_float(reference) if made == "int8" else (),
     )
+
+
+def _in_float(model: nn.Module) -> tuple[str, ...]:
+    left = mostly_float(tuple(layers_of(model))) if isinstance(model, fx.GraphModule) else None
+    return () if left is None else (f"quantized in part: {left}",)
 
 
 def _torchscript(

@@ -28,6 +28,12 @@ class _NoisyWarning:
 _WARNINGS = (
     # torch.export deep-copies its own pytree specs
     _NoisyWarning(r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"copyreg", FutureWarning),
+    # torch.export, of torch's own recurrent layers
+    _NoisyWarning(
+        r"The tensor attributes self\.\S*_flat_weights\[.* were assigned during export",
+        r"contextlib",
+        UserWarning,
+    ),
     # executorch reads its schemas with the functions that Python 3.11 deprecates
     _NoisyWarning(
         r"(read|open)_(text|binary) is deprecated",

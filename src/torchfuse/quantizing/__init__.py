@@ -27,6 +27,12 @@ from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quantizing.recovery import STEPS, Recovered, measured, recovered
 from torchfuse.quantizing.report import Calibrated, QuantizationReport
 from torchfuse.quantizing.static import QuantizedLayer, argument_names, is_quantized_graph
+from torchfuse.quantizing.unquantized import (
+    in_float,
+    mostly_float,
+    quantized_share,
+    require_quantized,
+)
 from torchfuse.quieting import quiet
 from torchfuse.restoring import random_state_kept
 
@@ -112,7 +118,7 @@ def quantize(
         CalibrationError: the calibration data is missing, empty, constant, or holds NaN or Inf, or
             the model cannot run on it.
         InputError: an unknown scheme, backend or step; labels that do not fit.
-        UnsupportedError: torch.export cannot capture the model.
+        UnsupportedError: torch.export cannot capture the model, or nothing in it can be quantized.
     """
     _check_options(scheme, backend, recovery, max_drop, evaluate)
     require_eval_mode(model)
@@ -151,6 +157,13 @@ def quantize(
     notes += found.warnings
     if chosen == "int4":
         notes += _left_in_float(layers)
+    on_request = any(step.name == "keeping_float" for step in found.steps)
+    if not on_request:
+        named = f"{chosen} for {'XNNPACK' if backend == 'xnnpack' else backend}"
+        require_quantized(found.model.graph, layers, named)
+        left = mostly_float(layers, named)
+        if left is not None and chosen != "int4":  # that has a note of its own
+            notes.append(f"Only {left}; expect little gain in size and speed.")
     _warn(notes)
     report = QuantizationReport(
         scheme=chosen if backend == "xnnpack" else f"{chosen} for {backend}",
@@ -160,11 +173,8 @@ def quantize(
         recovery=found.steps,
         accuracy=found.accuracy,
         notes=(*notes, *found.notes),
-        in_float=tuple(
-            f"{layer.module or 'the model itself'} ({layer.operator})"
-            for layer in layers
-            if not layer.int8
-        ),
+        in_float=in_float(layers),
+        quantized_share=quantized_share(layers),
     )
     return QuantizationResult(found.model, layers, report)
 

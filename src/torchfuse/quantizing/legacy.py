@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ENGINES", "Made", "quantized"]
 
 ENGINES = ("qnnpack", "x86", "fbgemm", "onednn")
-_COMPUTING = ("conv", "linear", "matmul")
+_COMPUTING = ("conv", "linear", "matmul", "lstm", "gru", "rnn")
 
 
 class Made(NamedTuple):
@@ -103,9 +103,17 @@ def _layers(converted: fx.GraphModule) -> list[QuantizedLayer]:
             name = type(module).__name__.lower()
             if any(word in name for word in _COMPUTING):
                 is_int8 = "quantized" in type(module).__module__
-                found.append(QuantizedLayer(str(node.target), name, is_int8))
+                found.append(QuantizedLayer(str(node.target), name, is_int8, _weights(module)))
         elif node.op == "call_function":
             name = str(getattr(node.target, "__name__", node.target))
             if any(word in name for word in _COMPUTING):
                 found.append(QuantizedLayer("", name, "quantized" in str(node.target)))
     return found
+
+
+def _weights(module: nn.Module) -> int:
+    """How many numbers a layer's matrices hold; those of a quantized one are behind a method."""
+    if "quantized" in type(module).__module__:
+        weight = getattr(module, "weight", None)
+        return int(weight().numel()) if callable(weight) else 0
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)

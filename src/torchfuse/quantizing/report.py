@@ -66,6 +66,7 @@ class QuantizationReport:
     accuracy: tuple[Accuracy, ...]
     notes: tuple[str, ...]
     in_float: tuple[str, ...] = ()  # layers with multiply-accumulates that do not compute in int8
+    quantized_share: float | None = None  # of the weights of such layers; None: they have none
 
     def to_json(self) -> str:
         """The report as JSON text."""

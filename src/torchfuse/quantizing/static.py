@@ -51,6 +51,12 @@ LAYERS = {
     torch.ops.aten.matmul.default: "matmul",
 }
 
+# What else multiplies and accumulates, by the operator's name: none of it is ever quantized.
+_NEVER_INT8 = {
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell", "bilinear", "einsum",
+}  # fmt: skip
+
 # With `careful`; and how many steps of its scale a bias may be large, of 2³¹.
 _LEAST_SCALE = 2.0**-24
 _LARGEST_BIAS = 2.0**28
@@ -70,6 +76,7 @@ class QuantizedLayer:
     module: str  # path of the module that called it; "" is the model itself
     operator: str
     int8: bool
+    weights: int = dataclasses.field(default=0, compare=False)  # how many numbers; 0: it has none
 
 
 def float_graph(
@@ -317,7 +324,29 @@ def layers_of(converted: fx.GraphModule) -> Iterable[QuantizedLayer]:
                 module=module_path(node),
                 operator=LAYERS[node.target],
                 int8=all("dequantize" in str(operand.target) for operand in operands),
+                weights=_weights(converted, node),
             )
+        elif (name := _operator(node)) in _NEVER_INT8:
+            weights = _weights(converted, node)
+            yield QuantizedLayer(module_path(node), name, int8=False, weights=weights)
+
+
+def _operator(node: fx.Node) -> str:
+    """The name of an aten operator, without its overload; "" for any other node."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return "" if packet is None else str(packet.__name__)
+
+
+def _weights(graph: fx.GraphModule, node: fx.Node) -> int:
+    """How many numbers a layer's matrices hold, quantized or not."""
+    count = 0
+    for operand in node.all_input_nodes:
+        source: Any = operand
+        while any(word in str(source.target) for word in ("dequantize", "inner_tensor")):
+            source = source.args[0]
+        if source.op == "get_attr" and (tensor := attribute(graph, source.target)).dim() > 1:
+            count += tensor.numel()
+    return count
 
 
 def group_count(node: fx.Node) -> int:
