@@ -25,7 +25,12 @@ from torchfuse.quantizing.fitness import (
 )
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quantizing.recovery import STEPS, Recovered, measured, recovered
-from torchfuse.quantizing.report import Calibrated, QuantizationReport
+from torchfuse.quantizing.report import (
+    Accuracy,
+    Calibrated,
+    QuantizationReport,
+    samples_in_words,
+)
 from torchfuse.quantizing.static import QuantizedLayer, argument_names, is_quantized_graph
 from torchfuse.quantizing.unquantized import (
     in_float,
@@ -171,7 +176,7 @@ def quantize(
         sqnr_db=found.sqnr_db,
         layers=found.layers,
         recovery=found.steps,
-        accuracy=found.accuracy,
+        accuracy=() if data is None else _on(data, found.accuracy, chosen, evaluate),
         notes=(*notes, *found.notes),
         in_float=in_float(layers),
         quantized_share=quantized_share(layers),
@@ -312,6 +317,15 @@ def _chosen_scheme(model: nn.Module, scheme: str | None, calibration: Any) -> tu
         "The model has linear layers and no convolutions, so activations are quantized as they "
         "come (int8_dynamic), which needs no calibration data."
     ]
+
+
+def _on(
+    data: CalibrationData, accuracy: Sequence[Accuracy], scheme: str, evaluate: Any
+) -> tuple[Accuracy, ...]:
+    """The measures, each with the data that it is on; the first is the user's, if there is one."""
+    own = 0 if evaluate is None else 1
+    words = samples_in_words(scheme, sample_count(data.cases))
+    return (*accuracy[:own], *(replace(measure, data=words) for measure in accuracy[own:]))
 
 
 def _calibrated(data: CalibrationData, growth: float | None) -> Calibrated:

@@ -5,12 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "WITHOUT_RANGES",
     "Accuracy",
     "Calibrated",
     "LayerError",
     "QuantizationReport",
     "RecoveryStep",
+    "samples_in_words",
 ]
+
+WITHOUT_RANGES = ("int8_dynamic", "int4")  # activations are quantized as they come
+
+
+def samples_in_words(scheme: str, samples: int) -> str:
+    """Return the given data as what it was for: on what a model is fitted to, it does best.
+
+    >>> samples_in_words("int8", 16)
+    'the 16 calibration samples themselves'
+    """
+    if scheme in WITHOUT_RANGES:
+        return "the given sample" if samples == 1 else f"the {samples} given samples"
+    return (
+        "the calibration sample itself"
+        if samples == 1
+        else f"the {samples} calibration samples themselves"
+    )
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ class Accuracy:
     measure: str  # "agreement", "top-1" or the name of the user's function
     before: float  # in percent for agreement and top-1
     after: float
+    data: str | None = None  # what it is on, in words; None: whatever the user's function takes
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from torchfuse.quantizing.report import WITHOUT_RANGES, samples_in_words
 from torchfuse.render.tables import as_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from torchfuse.quantizing.report import Calibrated, QuantizationReport
+    from torchfuse.quantizing.report import Accuracy, Calibrated, QuantizationReport
 
 __all__ = ["renderable", "text"]
 
 _WORST = 10
-_WITHOUT_RANGES = ("int8_dynamic", "int4")  # activations are quantized as they come
 
 
 def text(report: QuantizationReport, width: int | None = None) -> str:
@@ -37,10 +37,7 @@ def renderable(report: QuantizationReport) -> RenderableType:
         parts += [Text(), _layers(report)]
     if report.recovery:
         parts += [Text(), _recovery(report)]
-    parts += [
-        Text(f"{measure.measure}: {measure.before:.4g} before, {measure.after:.4g} after")
-        for measure in report.accuracy
-    ]
+    parts += [Text(_accuracy(measure)) for measure in report.accuracy]
     if report.in_float:
         parts.append(Text(f"Computed in float: {', '.join(report.in_float)}"))
     parts += [Text(f"Note: {note}") for note in report.notes]
@@ -50,12 +47,20 @@ def renderable(report: QuantizationReport) -> RenderableType:
 def _headline(report: QuantizationReport) -> str:
     if report.sqnr_db is None:
         return f"Quantized: {report.scheme}"
-    return f"Quantized: {report.scheme}, outputs at {_decibels(report.sqnr_db)}"
+    on = ""
+    if report.calibrated is not None:
+        on = f" on {samples_in_words(report.scheme, report.calibrated.samples)}"
+    return f"Quantized: {report.scheme}, outputs at {_decibels(report.sqnr_db)}{on}"
+
+
+def _accuracy(found: Accuracy) -> str:
+    on = "" if found.data is None else f", on {found.data}"
+    return f"{found.measure}: {found.before:.4g} before, {found.after:.4g} after{on}"
 
 
 def _calibrated(calibrated: Calibrated, scheme: str) -> str:
     samples = "1 sample" if calibrated.samples == 1 else f"{calibrated.samples} samples"
-    if scheme in _WITHOUT_RANGES:
+    if scheme in WITHOUT_RANGES:
         return f"Measured on {calibrated.source}, {samples}"
     growth = calibrated.widest_late_growth
     if calibrated.settled is None or growth is None:
@@ -69,7 +74,9 @@ def _calibrated(calibrated: Calibrated, scheme: str) -> str:
 
 def _layers(report: QuantizationReport) -> Table:
     shown = report.layers[:_WORST]
-    title = f"The {len(shown)} layers furthest from float, of {len(report.layers)}"
+    title = (
+        f"The {len(shown)} layers furthest from float, of {len(report.layers)}, on the same data"
+    )
     table = _table(title)
     table.add_column("layer", overflow="fold")
     table.add_column("operator", no_wrap=True)
@@ -88,7 +95,7 @@ def _layers(report: QuantizationReport) -> Table:
 
 
 def _recovery(report: QuantizationReport) -> Table:
-    table = _table("Recovery")
+    table = _table("Recovery, by what it gains on the same data")
     table.add_column("step", no_wrap=True)
     table.add_column("outputs before", justify="right", no_wrap=True)
     table.add_column("after", justify="right", no_wrap=True)
