@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torchfuse.errors import ArtifactError
+from torchfuse.errors import ArtifactError, InputError
 from torchfuse.runner.interpreter import command_for, environment
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ __all__ = [
     "artifact_format",
     "check",
     "check_destination",
+    "check_destinations",
+    "check_folder",
     "seal_pte",
     "seal_zip",
     "write_atomically",
@@ -160,13 +162,7 @@ def check_destination(path: str | os.PathLike[str]) -> None:
     Raises:
         ArtifactError: folder missing, no permission, a read-only file, or a folder of that name.
     """
-    try:
-        target = Path(os.path.realpath(path))
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            target.stat()
-    except (OSError, ValueError) as error:  # too long, or with a null character
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise _cannot_write(path, f"{reason}", "choose another name") from error
+    target = _resolved(path)
     if target.is_dir():
         raise _cannot_write(path, "it is a folder", "add a file name")
     if target.exists() and not target.is_file():
@@ -177,9 +173,60 @@ def check_destination(path: str | os.PathLike[str]) -> None:
         raise _cannot_write(path, "the file is read-only", "choose another name")
     if not target.parent.is_dir():
         raise _cannot_write(path, f"the folder '{target.parent}' does not exist", "create it first")
-    if not _is_writable(target.parent):
+    _require_writable_folder(path, target.parent)
+
+
+def check_destinations(paths: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """Find out, before long work, whether each option's file can be written; None: not asked for.
+
+    Raises:
+        ArtifactError: one of them cannot be written.
+        InputError: two of them are the same file.
+    """
+    given = {option: path for option, path in paths.items() if path is not None}
+    for path in given.values():
+        check_destination(path)
+    if len({_resolved(path) for path in given.values()}) < len(given):
+        names = ", ".join(f"{option} {os.fspath(path)}" for option, path in given.items())
+        raise InputError(f"Expected a file for each of {names}, got one twice.")
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Find out, before long work, whether files can be written into a folder; leave no trace.
+
+    The folder need not exist: then it must be possible to make it, with those that it lies in.
+
+    Raises:
+        ArtifactError: it is a file, or lies in one, or there is no permission.
+    """
+    existing = _resolved(path)
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise _cannot_write(path, f"'{existing}' is no folder", "choose another name")
+    _require_writable_folder(path, existing)
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    """Return the path that a symbolic link leads to."""
+    try:
+        target = Path(os.path.realpath(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()
+    except PermissionError as error:
         raise _cannot_write(
-            path, f"no permission to write in '{target.parent}'", "choose a folder that is yours"
+            path, "no permission to look into its folder", "choose a folder that is yours"
+        ) from error
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise _cannot_write(path, f"{reason}", "choose another name") from error
+    return target
+
+
+def _require_writable_folder(path: str | os.PathLike[str], folder: Path) -> None:
+    if not _is_writable(folder):
+        raise _cannot_write(
+            path, f"no permission to write in '{folder}'", "choose a folder that is yours"
         )
 
 

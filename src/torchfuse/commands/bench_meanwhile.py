@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchfuse.artifacts import check_destinations, write_atomically
 from torchfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,13 +19,16 @@ _SAVE_AND_SHOW_EVERY_S = 0.5  # more often would disturb what is measured
 
 
 class Report:
-    """The files of a run: known to be writable before measuring, whole at any moment."""
+    """The files of a run: known to be writable before any work, whole at any moment.
+
+    Raises:
+        ArtifactError: one of them cannot be written.
+        InputError: two of them are the same file.
+    """
 
     def __init__(self, paths: Mapping[str, str | None]) -> None:
+        check_destinations({f"--{form}": path for form, path in paths.items()})
         self._paths = {form: Path(path) for form, path in paths.items() if path is not None}
-        if len({path.resolve() for path in self._paths.values()}) < len(self._paths):
-            names = ", ".join(f"--{form} {path}" for form, path in self._paths.items())
-            raise InputError(f"Expected a file for each of {names}, got one twice.")
         self._settings: Mapping[str, Any] = {}
         self._runs: dict[str, DeviceRun] = {}
         self._saved_at_s = time.monotonic()
@@ -47,7 +51,7 @@ class Report:
         earlier = self._earlier() if resume else {}
         for path in self._paths.values():
             # What an earlier run left stays until this one has something to put in its place.
-            self._write(path, path.read_bytes() if path.is_file() else b"")
+            write_atomically(path, path.read_bytes() if path.is_file() else b"")
         if not all(path.is_file() and path.stat().st_size for path in self._paths.values()):
             self.save()
         return earlier
@@ -96,14 +100,8 @@ class Report:
             "markdown": lambda: to_markdown(runs),
         }
         for form, path in self._paths.items():
-            self._write(path, texts[form]().encode())
+            write_atomically(path, texts[form]().encode())
         self._saved_at_s = time.monotonic()
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        from torchfuse.artifacts import write_atomically
-
-        write_atomically(path, data)
 
 
 class Progress:

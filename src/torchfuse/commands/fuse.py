@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchfuse import model_source
+from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options, rule_option
 from torchfuse.commands.plan import print_plan
 from torchfuse.errors import FusionError, InputError, UnsupportedError
@@ -49,6 +50,7 @@ def command(
             f"'{output}' has no suffix that says what to write: use .pt or .safetensors for a "
             "state dict, .pt2 for an exported program."
         )
+    check_destination(output)
     import torchfuse
 
     loaded = model_source.load(model, inputs, weights)
@@ -64,8 +66,6 @@ def command(
     assert check is not None
     if not check.passed:
         raise FusionError(f"The fused model differs, nothing was written: {check.problems[0]}")
-    from torchfuse.artifacts import write_atomically
-
     fused = result.model
     if output.suffix == ".pt2" and not loaded.exported:
         fused = _exported(fused, loaded.example_inputs)

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from torchfuse import model_source
+from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options, rule_option
 from torchfuse.errors import InputError
 from torchfuse.render import plan as render
@@ -54,20 +55,20 @@ def command(
     MODEL is path/to/file.py:callable, package.module:callable, or an exported program file.pt2. It
     is planned in evaluation mode.
     """
+    saved = None if json_file in (None, _STDOUT) else json_file
+    if saved is not None:
+        check_destination(saved)
+    _check_rules(fail_on)
     loaded = model_source.load(model, inputs, weights)
     plan = planned(loaded, rules)
-    _check_rules(fail_on)
     if json_file == _STDOUT:
         click.echo(plan.to_json())
     else:
         print_plan(plan)
     if target is not None:  # beside JSON on stdout, it must not be part of it
         click.echo(f"\n{worth(plan, target)}", err=json_file == _STDOUT)
-    if json_file not in (None, _STDOUT):
-        from torchfuse.artifacts import write_atomically
-
-        assert json_file is not None
-        write_atomically(json_file, (plan.to_json() + "\n").encode())
+    if saved is not None:
+        write_atomically(saved, (plan.to_json() + "\n").encode())
     _fail_on_skips(plan, fail_on)
 
 

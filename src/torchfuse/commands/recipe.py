@@ -5,13 +5,15 @@ from pathlib import Path
 
 import click
 
+from torchfuse.artifacts import check_destination, check_folder, write_atomically
+
 __all__ = ["command"]
 
 
 @click.command("recipe", short_help="PyTorch's recipe, end to end, on this machine.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     default=Path("out"),
     show_default=True,
     help="Folder for the artifacts and for comparison.json.",
@@ -21,10 +23,13 @@ __all__ = ["command"]
 )
 def command(out: Path, runs: int) -> None:
     """Run PyTorch's "Fuse Modules" recipe end to end, on this machine (one to three minutes)."""
+    report = out / "comparison.json"
+    check_folder(out)
+    if out.is_dir():
+        check_destination(report)
     from rich.console import Console
 
     from torchfuse import recipe
-    from torchfuse.artifacts import write_atomically
     from torchfuse.render import comparison as render
     from torchfuse.render.json import to_json
     from torchfuse.render.progress import progress
@@ -48,5 +53,5 @@ def command(out: Path, runs: int) -> None:
             console.print(line)
         for note in comparison.notes:
             console.print(f"Note, {comparison.model}, {note}")
-    write_atomically(out / "comparison.json", (to_json(comparisons) + "\n").encode())
+    write_atomically(report, (to_json(comparisons) + "\n").encode())
     console.print(f"The artifacts and comparison.json are in {out}.", soft_wrap=True)
