@@ -1,6 +1,7 @@
 """`torchfuse quantize MODEL`: from pictures to a file, and a report."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,13 @@ def net():
 
 def closeness(model):
     return 80 - (model(torch.ones(1, 3, 8, 8)) - Net()(torch.ones(1, 3, 8, 8))).abs().sum().detach()
+
+
+fallen = iter([1.0])
+
+
+def falling(model):
+    return next(fallen, 0.0)
 
 
 class Leaving(Net):
@@ -122,6 +130,53 @@ def test_the_users_own_measure_is_named_by_its_file(folder: Path) -> None:
     assert "closeness: 80 before" in result.stdout
 
 
+def unmet(folder: Path, *arguments: object) -> Result:
+    """A measure that falls by one point whatever stays in float."""
+    return run(
+        folder, "net", "--data", folder / "pictures", *PICTURES, "--max-drop", "0.5",
+        "--evaluate", f"{folder / 'net.py'}:falling", "--json", folder / "report.json", *arguments,
+    )  # fmt: skip
+
+
+def test_a_drop_that_cannot_be_avoided_ends_with_status_1_and_writes_nothing(folder: Path) -> None:
+    result = unmet(folder)
+    assert result.exit_code == 1
+    assert not (folder / "out.pte").exists()
+    assert "Wrote" not in result.stdout
+    assert result.stderr == (
+        f"torchfuse: '{folder / 'out.pte'}' was to lose at most 0.5 points of falling (--max-drop) "
+        "and loses 1 with every layer in float; nothing was written: --keep-anyway writes it all "
+        "the same.\n"
+    )
+    report = json.loads((folder / "report.json").read_text())
+    assert report["max_drop"] == {
+        "measure": "falling",
+        "asked": 0.5,
+        "reached": 1.0,
+        "met": False,
+    }
+    assert report["written"] is False
+
+
+def test_a_file_that_lost_too_much_is_written_where_that_is_wanted(folder: Path) -> None:
+    result = unmet(folder, "--keep-anyway")
+    assert result.exit_code == 1
+    assert check(folder / "out.pte").metadata is not None
+    assert "loses 1 with every layer in float; it was written all the same.\n" in result.stderr
+    assert json.loads((folder / "report.json").read_text())["written"] is True
+
+
+def test_a_drop_that_is_met_is_in_the_report_too(folder: Path) -> None:
+    result = run(
+        folder, "net", "--data", folder / "pictures", *PICTURES, "--max-drop", "50",
+        "--json", folder / "report.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((folder / "report.json").read_text())
+    assert report["max_drop"]["met"] is True
+    assert report["written"] is True
+
+
 @pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
 def test_what_runs_where_is_listed_with_the_conversions_in_between(folder: Path) -> None:
     report = folder / "report.json"
@@ -177,6 +232,9 @@ def test_fp16_needs_no_data(folder: Path) -> None:
         (("--recover", "rounding", "--no-recovery"), InputError, "got both"),
         (("--preprocess-inside",), InputError, "--preprocess-inside needs --mean"),
         (("--data", "random", "--evaluate", "nets.pt2"), InputError, "Expected a function"),
+        (("--keep-anyway",), InputError, "--keep-anyway is about --max-drop"),
+        (("--scheme", "fp16", "--max-drop", "1"), InputError, "--max-drop is about what quantizi"),
+        (("--data", "."), CalibrationError, "folder of pictures, .* give --mean and --std"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(
@@ -184,5 +242,5 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
 ) -> None:
     result = run(folder, "net", *arguments)
     assert isinstance(result.exception, error)
-    assert message in str(result.exception)
+    assert re.search(message, str(result.exception))
     assert not (folder / "out.pte").exists()

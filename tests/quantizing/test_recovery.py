@@ -12,6 +12,7 @@ from torchfuse.quantizing import quantize, static
 from torchfuse.quantizing.calibration import calibrate
 from torchfuse.quantizing.equalization import equalize
 from torchfuse.quantizing.lockstep import attribute, set_attribute
+from torchfuse.quantizing.report import MaxDrop
 from torchfuse.quantizing.rounding import _rounded, correct
 
 
@@ -226,6 +227,8 @@ def test_layers_are_kept_in_float_until_max_drop_is_met() -> None:
     (accuracy,) = result.report.accuracy
     assert accuracy.measure == "agreement"
     assert accuracy.before - accuracy.after <= 0
+    assert result.report.max_drop is not None
+    assert result.report.max_drop.met
     kept = [layer for layer in result.layers if not layer.int8]
     names = [step.name for step in result.report.recovery]
     assert ("keeping_float" in names) == bool(kept)
@@ -270,6 +273,7 @@ def test_a_drop_that_cannot_be_avoided_is_said() -> None:
         result = quantize(model, DATA[0], DATA, evaluate=falling, max_drop=0.1)
     assert not result.layers[0].int8
     assert "is not met" in result.report.notes[0]
+    assert result.report.max_drop == MaxDrop("falling", asked=0.1, reached=1.0, met=False)
 
 
 def test_max_drop_needs_a_measure() -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from torchfuse import model_source
+from torchfuse.artifacts import check_destinations, write_atomically
+from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.model_options import model_options
-from torchfuse.errors import InputError
+from torchfuse.errors import InputError, QuantizationWarning
 
 if TYPE_CHECKING:
-    from torchfuse.quantizing.preprocessing import Preprocessing
+    from collections.abc import Mapping
+
+    from torchfuse.artifacts import Artifact
+    from torchfuse.quantizing.report import QuantizationReport
 
 __all__ = ["command"]
 
 _SCHEMES = ("int8", "int8_dynamic", "int4", "fp16")
-_PICTURE_DIMENSIONS = 4
 _BACKENDS = ("xnnpack", "qnnpack", "x86", "fbgemm", "onednn")
 _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 
@@ -34,28 +39,10 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
     "--backend", type=click.Choice(_BACKENDS), default="xnnpack", show_default=True,
     help="For .pt and .ptl one of torch's own engines: plain int8, stubs put in automatically.",
 )  # fmt: skip
-@click.option(
-    "--data", metavar="PATH",
-    help="Calibration data: .npy, .npz, a folder of pictures, or 'random' for a look at speed.",
-)  # fmt: skip
+@data_options
 @click.option(
     "--scheme", type=click.Choice(_SCHEMES),
     help="Default: int8; int8_dynamic for linear models without data.",
-)  # fmt: skip
-@click.option(
-    "--size",
-    metavar="HxW",
-    help="Pictures: size in pixels, such as 224x224. Default: the example's.",
-)
-@click.option("--mean", metavar="R,G,B", help="Pictures: mean on a scale of 0 to 1.")
-@click.option("--std", metavar="R,G,B", help="Pictures: standard deviation on that scale.")
-@click.option(
-    "--layout", type=click.Choice(["NCHW", "NHWC"]), default="NCHW", show_default=True,
-    help="Pictures: axes of what the model takes.",
-)  # fmt: skip
-@click.option(
-    "--preprocess-inside", is_flag=True,
-    help="Put the normalisation into the file, which then takes uint8 pixels, N×H×W×3.",
 )  # fmt: skip
 @click.option(
     "--recover", type=click.Choice(_STEPS), multiple=True,
@@ -65,7 +52,11 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 @click.option(
     "--max-drop", type=click.FloatRange(min=0), metavar="POINTS",
     help="Keep layers in float until at most so many points of agreement, top-1 or what "
-    "--evaluate returns are lost.",
+    "--evaluate returns are lost; end with status 1 where that is impossible.",
+)  # fmt: skip
+@click.option(
+    "--keep-anyway", is_flag=True,
+    help="Write OUT even if --max-drop is not met, which ends with status 1 all the same.",
 )  # fmt: skip
 @click.option(
     "--labels", type=click.Path(path_type=Path), metavar="FILE",
@@ -86,16 +77,12 @@ def command(
     weights: Path | None,
     output: Path,
     backend: str,
-    data: str | None,
+    given: DataOptions,
     scheme: str | None,
-    size: str | None,
-    mean: str | None,
-    std: str | None,
-    layout: str,
-    preprocess_inside: bool,
     recover: tuple[str, ...],
     no_recovery: bool,
     max_drop: float | None,
+    keep_anyway: bool,
     labels: Path | None,
     evaluate: str | None,
     explain: bool,
@@ -106,8 +93,24 @@ def command(
     MODEL is path/to/file.py:callable or package.module:callable.
     """
     _check_suffix(output, backend)
+    check_destinations({"-o": output, "--json": json_file})
     if recover and no_recovery:
         raise InputError("Expected --recover or --no-recovery, got both.")
+    if keep_anyway and max_drop is None:
+        raise InputError("--keep-anyway is about --max-drop; give that too, or leave both out.")
+    if scheme == "fp16":
+        _refuse_with_fp16(
+            {
+                "--data": given.data is not None,
+                "--recover": bool(recover),
+                "--max-drop": max_drop is not None,
+                "--labels": labels is not None,
+                "--evaluate": evaluate is not None,
+                "--explain": explain,
+                "--json": json_file is not None,
+            }
+        )
+    given.check()
     loaded = model_source.load(model, inputs, weights)
     if loaded.exported:
         raise InputError(
@@ -116,46 +119,72 @@ def command(
         )
     import torchfuse
 
+    network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
+    metadata = None if preprocessing is None else preprocessing.to_dict()
     if scheme == "fp16":
-        artifact = torchfuse.export(loaded.model, loaded.example_inputs, output, precision="fp16")
-        _closing(artifact)
+        _closing(
+            torchfuse.export(network, example, output, precision="fp16", preprocessing=metadata)
+        )
         return
-    network, example = loaded.model, loaded.example_inputs
-    preprocessing = _preprocessing(size, mean, std, layout, example)
-    if preprocess_inside:
-        network, example = _with_preprocessing(network, preprocessing)
-    static = scheme in (None, "int8") and data is not None and backend == "xnnpack"
+    static = scheme in (None, "int8") and given.data is not None and backend == "xnnpack"
     steps = () if no_recovery or not static else (recover or _STEPS)
-    result = torchfuse.quantize(
-        network,
-        example,
-        data,
-        scheme=scheme,
-        backend=backend,
-        preprocessing=preprocessing,
-        recovery=steps,
-        max_drop=max_drop,
-        labels=None if labels is None else _labels(labels),
-        evaluate=None if evaluate is None else model_source.load_function(evaluate),
-        explain=explain,
-    )
+    with warnings.catch_warnings():
+        # Said below, as what the command ends with.
+        warnings.filterwarnings("ignore", "max_drop=.* is not met", QuantizationWarning)
+        result = torchfuse.quantize(
+            network,
+            example,
+            given.data,
+            scheme=scheme,
+            backend=backend,
+            preprocessing=preprocessing,
+            recovery=steps,
+            max_drop=max_drop,
+            labels=None if labels is None else _labels(labels),
+            evaluate=None if evaluate is None else model_source.load_function(evaluate),
+            explain=explain,
+        )
+    _show(result.report)
+    reached = result.report.max_drop
+    is_met = reached is None or reached.met
+    artifact = None
+    if is_met or keep_anyway:
+        artifact = torchfuse.export(result.model, example, output, preprocessing=metadata)
+    if json_file is not None:
+        _write_report(json_file, result.report, artifact)
+    if artifact is not None:
+        _closing(artifact)
+    if reached is not None and not reached.met:
+        what = "it was written" if keep_anyway else "nothing was written: --keep-anyway writes it"
+        click.echo(
+            f"torchfuse: '{output}' was to lose at most {reached.asked:g} points of "
+            f"{reached.measure} (--max-drop) and loses {reached.reached:.3g} with every layer in "
+            f"float; {what} all the same.",
+            err=True,
+        )
+        sys.exit(1)
+
+
+def _show(report: QuantizationReport) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
 
         from torchfuse.render.quantization import renderable
 
-        Console().print(renderable(result.report))
+        Console().print(renderable(report))
     else:
-        click.echo(str(result.report))
-    metadata = None if preprocessing is None else preprocessing.to_dict()
-    artifact = torchfuse.export(result.model, example, output, preprocessing=metadata)
-    if json_file is not None:
-        from torchfuse.artifacts import write_atomically
+        click.echo(str(report))
 
-        delegation = None if artifact.delegation is None else artifact.delegation.to_dict()
-        found = {**json.loads(result.report.to_json()), "delegation": delegation}
-        write_atomically(json_file, (json.dumps(found, indent=2) + "\n").encode())
-    _closing(artifact)
+
+def _write_report(path: Path, report: QuantizationReport, artifact: Artifact | None) -> None:
+    """Write the report as JSON, with what the file's delegate runs, if there is a file."""
+    delegation = None if artifact is None else artifact.delegation
+    found = {
+        **json.loads(report.to_json()),
+        "delegation": None if delegation is None else delegation.to_dict(),
+        "written": artifact is not None,
+    }
+    write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
 
 
 def _check_suffix(output: Path, backend: str) -> None:
@@ -168,66 +197,19 @@ def _check_suffix(output: Path, backend: str) -> None:
         )
 
 
-def _closing(artifact: Any) -> None:
+def _refuse_with_fp16(given: Mapping[str, bool]) -> None:
+    for option, is_given in given.items():
+        if is_given:
+            raise InputError(
+                f"{option} is about what quantizing loses, which is not measured for fp16; leave "
+                "it out."
+            )
+
+
+def _closing(artifact: Artifact) -> None:
     if artifact.delegation is not None:
         click.echo(f"\n{artifact.delegation}")
     click.echo(f"\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
-
-
-def _preprocessing(
-    size: str | None, mean: str | None, std: str | None, layout: str, example: Any
-) -> Preprocessing | None:
-    if size is None and mean is None and std is None:
-        return None
-    if mean is None or std is None:
-        raise InputError("Expected --mean and --std together: each changes the input.")
-    from torchfuse.quantizing.preprocessing import Preprocessing
-
-    return Preprocessing(
-        size=_size_of(example, layout) if size is None else _parsed_size(size),
-        mean=_numbers("--mean", mean),
-        std=_numbers("--std", std),
-        layout="NCHW" if layout == "NCHW" else "NHWC",
-    )
-
-
-def _parsed_size(text: str) -> tuple[int, int]:
-    height, separator, width = text.partition("x")
-    if not (separator and height.isdigit() and width.isdigit()):
-        raise InputError(f"Expected --size as HxW, such as 224x224, got '{text}'.")
-    return int(height), int(width)
-
-
-def _size_of(example: Any, layout: str) -> tuple[int, int]:
-    """The height and width of the example's picture."""
-    from torchfuse.inputs import cases
-
-    case = cases(example)[0]
-    (picture, *_) = (*case.args, *case.kwargs.values(), None)
-    shape = tuple(getattr(picture, "shape", ()))
-    if len(shape) != _PICTURE_DIMENSIONS:
-        raise InputError("Expected --size, since the example input is no picture to take it from.")
-    return shape[2:] if layout == "NCHW" else shape[1:3]
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(
-            f"Expected {option} as three numbers such as 0.485,0.456,0.406, got '{text}'."
-        ) from error
-
-
-def _with_preprocessing(network: Any, preprocessing: Preprocessing | None) -> tuple[Any, Any]:
-    if preprocessing is None:
-        raise InputError("--preprocess-inside needs --mean and --std.")
-    import torch
-
-    from torchfuse.quantizing.preprocessing import WithPreprocessing
-
-    pixels = torch.randint(0, 256, (1, *preprocessing.size, 3), dtype=torch.uint8)
-    return WithPreprocessing(network, preprocessing), pixels
 
 
 def _labels(path: Path) -> Any:

@@ -114,7 +114,8 @@ def quantize(
             other; each is reported with what it gained, and undone if that was nothing.
         max_drop: apply all steps, then keep the most sensitive layers in float, until accuracy
             drops by no more points than this: of top-1 with `labels`, of `evaluate`'s measure,
-            else of agreement with the float model on the calibration data.
+            else of agreement with the float model on the calibration data. Where that cannot be
+            met, a warning says so, and the report's `max_drop.met` is False.
         labels: the class of each calibration sample, integers `[samples]`.
         evaluate: takes a model, returns a measure of which more is better.
         explain: measure each layer's error, and its likely cause.
@@ -180,6 +181,7 @@ def quantize(
         notes=(*notes, *found.notes),
         in_float=in_float(layers),
         quantized_share=quantized_share(layers),
+        max_drop=found.max_drop,
     )
     return QuantizationResult(found.model, layers, report)
 

@@ -26,7 +26,7 @@ from torchfuse.quantizing.measures import (
     outputs_of,
     sqnr_of_outputs,
 )
-from torchfuse.quantizing.report import Accuracy, LayerError, RecoveryStep
+from torchfuse.quantizing.report import Accuracy, LayerError, MaxDrop, RecoveryStep
 from torchfuse.quantizing.rounding import correct
 from torchfuse.quantizing.sensitivity import errors_by_node, layer_errors
 
@@ -62,6 +62,7 @@ class Recovered:
     accuracy: tuple[Accuracy, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    max_drop: MaxDrop | None = None
 
 
 def recovered(
@@ -88,8 +89,7 @@ def recovered(
     for name in STEPS:
         if name in steps or (steps and name == "careful_ranges"):
             work.try_step(name)
-    if max_drop is not None:
-        work.keep_float(wanted[0], before[0], max_drop)
+    kept = None if max_drop is None else work.keep_float(wanted[0], before[0], max_drop)
     outputs = outputs_of(work.int8, data)
     return Recovered(
         model=work.int8,
@@ -100,6 +100,7 @@ def recovered(
         accuracy=_accuracy(wanted, before, work.int8, outputs),
         notes=tuple(work.notes),
         warnings=tuple(work.warnings),
+        max_drop=kept,
     )
 
 
@@ -206,12 +207,12 @@ class _Work:
         step = RecoveryStep("careful_ranges", before, self.sqnr_db, True, note)
         self.steps.append(step)
 
-    def keep_float(self, measure: Measure, before: float, max_drop: float) -> None:
+    def keep_float(self, measure: Measure, before: float, max_drop: float) -> MaxDrop:
         """Leave the layers that lose most in float until the measure drops by at most max_drop."""
         layers = [node for node in self.reference.graph.nodes if node.target in static.LAYERS]
         drop = before - measure.of(self.int8, outputs_of(self.int8, self.data))
         if drop <= max_drop:
-            return
+            return MaxDrop(measure.name, max_drop, drop, met=True)
         by_loss = _by_own_loss(self.int8, self.reference, self.some)
         at_a_time = max(1, round(len(layers) * _SHARE_KEPT))
         sqnr_before = self.sqnr_db
@@ -226,7 +227,8 @@ class _Work:
         more = f" and {kept - _SHOWN} more" if kept > _SHOWN else ""
         note = f"{kept} of {len(layers)} layers: {shown}{more}"
         self.steps.append(RecoveryStep("keeping_float", sqnr_before, self.sqnr_db, True, note))
-        if drop > max_drop:
+        reached = MaxDrop(measure.name, max_drop, drop, met=drop <= max_drop)
+        if not reached.met:
             self.warnings.append(
                 f"max_drop={max_drop:g} is not met: {measure.name} drops by {drop:.3g} with all "
                 f"{kept} layers in float."
@@ -235,6 +237,7 @@ class _Work:
             self.notes.append(
                 f"{kept} of {len(layers)} layers stay in float to meet max_drop={max_drop:g}."
             )
+        return reached
 
 
 def _by_own_loss(int8: fx.GraphModule, reference: fx.GraphModule, data: list[Case]) -> list[str]:

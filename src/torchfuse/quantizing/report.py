@@ -9,6 +9,7 @@ __all__ = [
     "Accuracy",
     "Calibrated",
     "LayerError",
+    "MaxDrop",
     "QuantizationReport",
     "RecoveryStep",
     "samples_in_words",
@@ -75,6 +76,16 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class MaxDrop:
+    """How much of a measure might be lost, and how much was in the end."""
+
+    measure: str  # as in Accuracy
+    asked: float  # points of the measure, at most
+    reached: float  # points; less than 0: the measure grew
+    met: bool
+
+
+@dataclass(frozen=True)
 class QuantizationReport:
     """Everything that quantizing has to say beside the model."""
 
@@ -87,6 +98,7 @@ class QuantizationReport:
     notes: tuple[str, ...]
     in_float: tuple[str, ...] = ()  # layers with multiply-accumulates that do not compute in int8
     quantized_share: float | None = None  # of the weights of such layers; None: they have none
+    max_drop: MaxDrop | None = None  # None: not asked for
 
     def to_json(self) -> str:
         """The report as JSON text."""
