@@ -194,22 +194,22 @@ TIMES: list[tuple[Samples, str, str]] = [
     (
         samples(quiet_times(spread=0.1, seed=1)),
         "spread",
-        "the median is known to ±2.6% only; for ±2% at this spread give about 87 runs (--iter)",
+        "the median is known to ±2.6% only; for ±2% at this spread give about 87 runs",
     ),
     (
         samples(np.repeat(quiet_times(8, spread=0.1), 5), turn_runs=5),
         "spread",
-        "the median is known to ±4.2% only; for ±2% at this spread give about 180 runs (--iter)",
+        "the median is known to ±4.2% only; for ±2% at this spread give about 180 runs",
     ),
     (
         samples([1e-3, 1.001e-3]),
         "spread",
-        "2 rounds of runs say little; for ±2% at this spread give about 6 runs (--iter)",
+        "2 rounds of runs say little; for ±2% at this spread give about 6 runs",
     ),
     (
         samples([1e-3], turn_runs=1),
         "spread",
-        "1 round of runs say little; for ±2% at this spread give about 6 runs (--iter)",
+        "1 round of runs say little; for ±2% at this spread give about 6 runs",
     ),
     (
         samples([1e-3, 9e-3] * 5),

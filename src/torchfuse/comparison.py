@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torchfuse.delegation import Delegation
 from torchfuse.equivalence import Equivalence
+from torchfuse.noise import Caution
 from torchfuse.stats import Ratio
 from torchfuse.timing import Measurement, ratio
 
@@ -12,6 +13,9 @@ __all__ = ["FOLDED", "NOT_FUSED", "Comparison", "Row", "gain"]
 # Names of variants that every comparison has.
 NOT_FUSED = "not fused"
 FOLDED = "folded by lowering"  # ExecuTorch folds batch norms, whether the model was fused or not
+
+
+_FORMAT = "torchfuse-comparison-1"
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,45 @@ class Comparison:
         """The non-fused fp32 eager model."""
         return self.rows[0]
 
+    @property
+    def cautions(self) -> tuple[Caution, ...]:
+        """What makes the times less trustworthy, each once."""
+        return tuple(dict.fromkeys(c for row in self.rows for c in row.latency.cautions))
+
     def find(self, variant: str, target: str, precision: str) -> Row | None:
         """Return the row of that name, or None where that variant was left out."""
         wanted = (variant, target, precision)
         rows = (row for row in self.rows if (row.variant, row.target, row.precision) == wanted)
         return next(rows, None)
+
+    def __str__(self) -> str:
+        """What `torchfuse compare` prints: a table, what was bought, and what to know of both."""
+        from torchfuse.render.comparison import text
+
+        return text(self)
+
+    def to_markdown(self) -> str:
+        """The same as Markdown."""
+        from torchfuse.render.comparison import markdown
+
+        return markdown(self)
+
+    def to_json(self) -> str:
+        """The comparison as JSON text, with every sample; `from_json` gives back an equal one."""
+        from torchfuse.render.json import to_json
+
+        return to_json(self, _FORMAT)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Comparison":
+        """The comparison that `to_json` wrote.
+
+        Raises:
+            InputError: it did not write this text.
+        """
+        from torchfuse.render.json import from_json
+
+        return from_json(cls, text, _FORMAT)
 
 
 def gain(slower: Row, faster: Row) -> Ratio:

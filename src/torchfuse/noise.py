@@ -372,7 +372,7 @@ def _spread(name: str, samples: Samples) -> Caution | None:
     if needed > _MANY_TIMES_THE_RUNS * len(rounds):
         advice = "the times spread too far for more runs to help: close other programs first"
     else:
-        advice = f"for ±{_WANTED_INTERVAL:.0%} at this spread give about {runs} runs (--iter)"
+        advice = f"for ±{_WANTED_INTERVAL:.0%} at this spread give about {runs} runs"
     return Caution("spread", f"{what}; {advice}", fails=True, name=name)
 
 

@@ -1,6 +1,8 @@
 """A comparison as text: every figure with its unit, and what was bought in one sentence."""
 
 import io
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,15 @@ from rich.console import Console
 from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row
 from torchfuse.delegation import Delegation, OperatorDelegation
 from torchfuse.equivalence import Equivalence, OutputDifference
-from torchfuse.render.comparison import closing_sentence, delegation_lines, table
+from torchfuse.noise import Caution
+from torchfuse.render.comparison import (
+    caution_lines,
+    closing_sentence,
+    delegation_lines,
+    markdown,
+    table,
+)
+from torchfuse.render.comparison import text as whole_text
 from torchfuse.timing import Measurement, ratio
 
 GOLDEN = (Path(__file__).parent / "comparison.golden.txt").read_text()
@@ -29,7 +39,7 @@ def row(variant, target, precision, median_s, size_bytes, max_rel, accuracy, del
         latency(median_s),
         ratio(latency(4e-3), latency(median_s)),
         size_bytes,
-        Equivalence((difference,)),
+        Equivalence((difference,), 14.0 if precision == "int8" else None),
         accuracy,
         delegation,
     )
@@ -109,3 +119,70 @@ def test_a_slowdown_is_called_one():
 def test_the_closing_sentence_says_for_which_processors_it_holds() -> None:
     sentence = closing_sentence(Comparison("Net", ROWS, (), "x86_64"))
     assert sentence.startswith("Net, on x86_64: fusing made it ")
+
+
+def test_int8_is_shown_by_its_noise_and_equal_outputs_as_no_difference() -> None:
+    equal = Equivalence((OutputDifference("output", 0.0, 0.0, math.inf, True),), 14.0)
+    shown = text([Comparison("Net", (ROWS[0], ROWS[3], replace(ROWS[3], difference=equal)), ())])
+    noisy, same = shown.splitlines()[3:]
+    assert "60.0 dB" in noisy
+    assert "0.0e+00" in same
+
+
+LOAD = Caution("other-load", "other programs used 80% of the time; close them", fails=True)
+SPREAD = Caution("spread", "the median is known to ±9.0% only; give about 90 runs", True, "a")
+
+
+def cautioned(*cautions: Caution) -> tuple[Row, ...]:
+    return (
+        replace(ROWS[0], latency=replace(ROWS[0].latency, cautions=cautions)),
+        *ROWS[1:],
+    )
+
+
+def test_what_makes_the_times_less_trustworthy_is_below_the_table() -> None:
+    comparison = Comparison("Net", cautioned(LOAD, SPREAD), ("left out: int8",))
+    assert comparison.cautions == (LOAD, SPREAD)
+    assert whole_text(comparison).splitlines()[-3:] == [
+        "Note, Net, left out: int8",
+        "Warning: other programs used 80% of the time; close them.",
+        "Warning: a: the median is known to ±9.0% only; give about 90 runs.",
+    ]
+
+
+def test_a_warning_that_many_rows_have_is_one_line() -> None:
+    rows = cautioned(SPREAD, replace(SPREAD, name="b"), replace(SPREAD, name="c"))
+    assert caution_lines([Comparison("Net", rows, ())]) == [
+        "Warning: a (and 2 more rows): the median is known to ±9.0% only; give about 90 runs."
+    ]
+
+
+def test_of_several_models_a_warning_names_its_own() -> None:
+    several = [Comparison("Net", ROWS, ()), Comparison("Other", cautioned(LOAD), ())]
+    assert caution_lines(several) == [
+        "Warning: Other: other programs used 80% of the time; close them."
+    ]
+
+
+def test_the_same_as_markdown() -> None:
+    comparison = Comparison("Net", cautioned(LOAD), ("left out: fp|16",))
+    assert (
+        markdown(comparison)
+        == """\
+| variant | target | median | IQR | speed-up | size | differs by | accuracy |
+|---|---|---:|---:|---:|---:|---:|---:|
+| not fused | eager fp32 | 4.00 ms | 30.00 µs | baseline |  |  | 99.00 % |
+| fused | eager fp32 | 2.00 ms | 15.00 µs | 2.00× (1.98…2.02) |  | 1.0e-07 | 99.00 % |
+| folded by lowering | .pte fp32 | 1.00 ms | 7.50 µs | 4.00× (3.96…4.04) | 1.20 MB | 2.0e-07 | 99.00 % |
+| folded by lowering | .pte int8 | 500.00 µs | 3.75 µs | 8.00× (7.92…8.08) | 300.00 kB | 60.0 dB | 98.50 % |
+
+Differences are from the first row's outputs, on the example inputs: the largest over the largest \
+output, or in dB, signal to noise.
+
+Net: fusing made it 2.00× (1.98…2.02) as fast in eager mode (+0.00 points of accuracy); quantizing \
+made it 2.00× (1.98…2.02) as fast in ExecuTorch (25 % of the size, -0.50 points of accuracy).
+
+- left out: fp|16
+- Warning: other programs used 80% of the time; close them.
+"""  # noqa: E501
+    )

@@ -31,7 +31,6 @@ def command(out: Path, runs: int) -> None:
 
     from torchfuse import recipe
     from torchfuse.render import comparison as render
-    from torchfuse.render.json import to_json
     from torchfuse.render.progress import progress
     from torchfuse.runner.allocator import keep_freed_memory
 
@@ -44,14 +43,9 @@ def command(out: Path, runs: int) -> None:
             progress=step,
             runs=runs,
         )
-    console.print(render.table(comparisons))
-    for comparison in comparisons:
-        console.print("\n" + render.closing_sentence(comparison))
-    console.print()
-    for comparison in comparisons:
-        for line in render.delegation_lines(comparison):
-            console.print(line)
-        for note in comparison.notes:
-            console.print(f"Note, {comparison.model}, {note}")
-    write_atomically(report, (to_json(comparisons) + "\n").encode())
+    console.print(render.renderable(comparisons))
+    for line in render.caution_lines(comparisons):
+        click.echo(line, err=True)
+    whole = ",\n".join(comparison.to_json() for comparison in comparisons)
+    write_atomically(report, f"[{whole}]\n".encode())
     console.print(f"The artifacts and comparison.json are in {out}.", soft_wrap=True)

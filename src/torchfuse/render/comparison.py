@@ -1,32 +1,103 @@
 """A comparison as a table, with a closing sentence on what fusing and quantizing bought."""
 
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row, gain
-from torchfuse.render.tables import without_lines
+from torchfuse.render.tables import as_text, markdown_row, without_lines
 from torchfuse.render.units import duration, size
 from torchfuse.stats import Ratio
 
-__all__ = ["closing_sentence", "delegation_lines", "table"]
+if TYPE_CHECKING:
+    from torchfuse.noise import Caution
+
+__all__ = [
+    "caution_lines",
+    "closing_sentence",
+    "delegation_lines",
+    "markdown",
+    "renderable",
+    "table",
+    "text",
+]
+
+_HEADINGS = ("median", "IQR", "speed-up", "size", "differs by", "accuracy")
+_LEGEND = (
+    "Differences are from the first row's outputs, on the example inputs: the largest over the "
+    "largest output, or in dB, signal to noise."
+)
 
 
-def table(comparisons: list[Comparison]) -> Table:
+def text(comparison: Comparison, width: int | None = None) -> str:
+    """Return all there is to say as plain text, `width` columns wide; None: no line is wrapped."""
+    lines = [as_text(renderable([comparison]), width), *caution_lines([comparison])]
+    return "\n".join(lines)
+
+
+def renderable(comparisons: Sequence[Comparison]) -> RenderableType:
+    """Return all but the cautions, as rich prints it."""
+    parts: list[RenderableType] = [table(comparisons), Text(_LEGEND)]
+    for comparison in comparisons:
+        parts += [Text(), Text(closing_sentence(comparison))]
+    parts.append(Text())
+    for comparison in comparisons:
+        parts += [Text(line) for line in delegation_lines(comparison)]
+        parts += [Text(f"Note, {comparison.model}, {note}") for note in comparison.notes]
+    return Group(*parts)
+
+
+def caution_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return what makes the times less trustworthy, a line for each kind, as `bench` shows it."""
+    lines = []
+    for comparison in comparisons:
+        where = "" if len(comparisons) == 1 else f"{comparison.model}: "
+        by_kind: dict[tuple[str, bool], list[Caution]] = {}
+        for caution in comparison.cautions:
+            by_kind.setdefault((caution.kind, caution.name is None), []).append(caution)
+        for first, *others in by_kind.values():
+            rows = "row" if len(others) == 1 else "rows"
+            more = f" (and {len(others)} more {rows})" if others else ""
+            name = "" if first.name is None else f"{first.name}{more}: "
+            lines.append(f"Warning: {where}{name}{first.text}.")
+    return lines
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return all there is to say as Markdown."""
+    lines = [
+        markdown_row(["variant", "target", *_HEADINGS]),
+        f"|---|---|{'---:|' * len(_HEADINGS)}",
+        *(
+            markdown_row([cell.strip() for cell in _cells(row, row is comparison.baseline)])
+            for row in comparison.rows
+        ),
+    ]
+    more = [*delegation_lines(comparison), *comparison.notes, *caution_lines([comparison])]
+    closing = [_LEGEND, "", closing_sentence(comparison)]
+    return "\n".join([*lines, "", *closing, "", *(f"- {line}" for line in more)]).rstrip() + "\n"
+
+
+def table(comparisons: Sequence[Comparison]) -> Table:
     """Return one table with a section per model; the first row of a section is its baseline."""
     shown = without_lines()
     for heading in ("variant", "target"):
         shown.add_column(heading, no_wrap=True)
-    for heading in ("median", "IQR", "speed-up", "size", "max rel", "accuracy"):
+    for heading in _HEADINGS:
         shown.add_column(heading, justify="right", no_wrap=True)
     for comparison in comparisons:
         shown.add_row(Text(comparison.model, style="bold"))
         for row in comparison.rows:
-            shown.add_row(*_cells(row, is_baseline=row is comparison.baseline))
+            shown.add_row(*_cells(row, row is comparison.baseline))
         shown.add_section()
     return shown
 
 
-def _cells(row: Row, *, is_baseline: bool) -> list[str]:
+def _cells(row: Row, is_baseline: bool) -> list[str]:
     return [
         f" {row.variant}",
         f"{row.target} {row.precision}",
@@ -46,7 +117,12 @@ def _times(ratio: Ratio) -> str:
 
 
 def _difference(row: Row) -> str:
-    return "–" if row.difference.max_rel is None else f"{row.difference.max_rel:.1e}"
+    found = row.difference
+    if found.max_rel is None or found.sqnr_db is None:
+        return "–"
+    # What was judged by its noise is shown by it: one large difference in int8 says little.
+    by_noise = found.min_sqnr_db is not None and math.isfinite(found.sqnr_db)
+    return f"{found.sqnr_db:.1f} dB" if by_noise else f"{found.max_rel:.1e}"
 
 
 def closing_sentence(comparison: Comparison) -> str:

@@ -1,0 +1,141 @@
+"""`torchfuse compare MODEL`: the table on stdout, or JSON or Markdown; mistakes before any work."""
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import torchfuse
+from torchfuse.cli import cli
+from torchfuse.comparison import NOT_FUSED, Comparison, Row
+from torchfuse.equivalence import Equivalence, OutputDifference
+from torchfuse.errors import TorchfuseError
+from torchfuse.noise import Caution
+from torchfuse.stats import Ratio
+from torchfuse.timing import Measurement
+
+NET = """
+import torch
+from torch import nn
+
+
+def net():
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    return nn.Sequential(*layers), torch.zeros(1, 3, 8, 8)
+
+
+def half(run):
+    return 0.5
+"""
+# Leaves a mark when any of its code is run.
+MARKED = """
+from pathlib import Path
+(Path(__file__).parent / "was_run").touch()
+"""
+ROW = Row(
+    NOT_FUSED,
+    "eager",
+    "fp32",
+    Measurement("m", (1e-3,) * 4, 1, True, 1, cautions=(Caution("drift", "it fell", True),)),
+    Ratio(1.0, 1.0, 1.0),
+    None,
+    Equivalence((OutputDifference("output", 0.0, 0.0, float("inf"), True),)),
+    None,
+    None,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+    return tmp_path
+
+
+@pytest.fixture
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
+    """What stands for the measuring, which takes long."""
+    comparison = Comparison("Net", (ROW,), ("left out: int8",))
+    monkeypatch.setattr(torchfuse, "compare", lambda *_, **__: comparison)
+    return comparison
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli, ["compare", "net.py:net", *words])
+
+
+def test_a_model_is_compared_in_every_form(folder: Path) -> None:
+    result = run(
+        *("--data", "random", "--evaluate", "net.py:half", "--runs", "2", "--folder", "files"),
+        *("--json", "-", "--markdown", "table.md"),
+    )
+    assert result.exit_code == 0, result.output
+    comparison = Comparison.from_json(result.stdout)
+    assert [(row.target, row.precision) for row in comparison.rows] == [
+        *(("eager", "fp32"), ("channels_last", "fp32"), ("eager", "fp32")),
+        *((".pt", "fp32"),) * 2,
+        *((".ptl", "fp32"),) * 2,
+        *((".pte", "fp32"), (".pte", "fp16"), (".pte", "int8")),
+    ]
+    assert {row.accuracy for row in comparison.rows} == {0.5}
+    assert comparison.notes[0].startswith("int8 is calibrated on 16 random inputs: its time and")
+    assert (folder / "table.md").read_text() == comparison.to_markdown()
+    names = {path.name for path in (folder / "files").iterdir()}
+    assert {"fp32_fused.pt", "fp32_not_fused.ptl", "int8_folded_by_lowering.pte"} <= names
+    assert "saving int8_folded_by_lowering.pte\n" in result.stderr
+
+
+def test_the_table_is_on_stdout_and_warnings_are_on_stderr(measured: Comparison) -> None:
+    result = run("--json", "c.json", "--folder", "files")
+    assert result.stdout.startswith("variant")
+    assert "fusing was not compared" in result.stdout
+    assert "Note, Net, left out: int8\n" in result.stdout
+    assert result.stdout.endswith("\nThe files are in files.\n")
+    assert result.stderr == "Warning: it fell.\n"
+    assert Comparison.from_json(Path("c.json").read_text()) == measured
+
+
+def test_markdown_can_be_printed_instead(measured: Comparison) -> None:
+    assert run("--markdown", "-").stdout == measured.to_markdown()
+
+
+def test_ctrl_c_ends_it_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchfuse, "compare", interrupted)
+    result = run("--json", "c.json")
+    assert (result.exit_code, result.stderr) == (130, "torchfuse: interrupted.\n")
+    assert not (folder / "c.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--json missing/c.json", "the folder '.*missing' does not exist; create it first"),
+        ("--markdown net.py/x", r"the folder '.*net\.py' does not exist"),
+        ("--folder net.py", r"'.*net\.py' is no folder; choose another name"),
+        ("--json a --markdown a", "a file for each of --json a, --markdown a, got one twice"),
+        ("--json - --markdown -", "Expected one of --json and --markdown as '-', got both"),
+        ("--data nowhere.npy", "got 'nowhere.npy', which is no such file"),
+        ("--size 8x8", "Expected --mean and --std together"),
+    ],
+)
+def test_what_is_wrong_is_known_before_the_model_is_made(
+    folder: Path, words: str, message: str
+) -> None:
+    (folder / "net.py").write_text(MARKED)
+    result = run(*words.split())
+    assert isinstance(result.exception, TorchfuseError), result.output
+    assert re.search(message, str(result.exception)), result.exception
+    assert not (folder / "was_run").exists()
+
+
+def test_an_exported_program_has_no_other_forms(folder: Path) -> None:
+    import torch
+
+    program = torch.export.export(torch.nn.ReLU(), (torch.ones(2),))
+    torch.export.save(program, folder / "net.pt2")
+    result = CliRunner().invoke(cli, ["compare", "net.pt2"])
+    assert "which has no other forms; give path/to/file.py:callable" in str(result.exception)

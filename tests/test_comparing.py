@@ -1,0 +1,95 @@
+"""`compare` of one's own model: mistakes are known first, and figures say what they are on."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchfuse
+from torchfuse.comparing import _holds
+from torchfuse.comparison import FOLDED, Comparison
+from torchfuse.errors import ArtifactError, CalibrationError, InputError
+from torchfuse.inputs import Case
+
+
+class Never(nn.Module):
+    """Whatever calls it has begun the work."""
+
+    def forward(self, x):
+        raise AssertionError("it was run")
+
+
+X = torch.rand(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"folder": "file/x"}, ArtifactError, "is no folder; choose another name"),
+        ({"runs": 0}, InputError, "runs must be 1 or more, got 0"),
+        ({"calibration": []}, CalibrationError, "The calibration data is empty"),
+        ({"calibration": "nowhere.npy"}, CalibrationError, "'nowhere.npy'"),
+        ({"evaluate": lambda _: 77.5}, InputError, "from 0 to 1, got 77.5; divide per cents by"),
+        ({"evaluate": lambda _: "good"}, InputError, "a number from 0 to 1, got str"),
+        ({"evaluate": lambda run: run(X)}, InputError, "ended in AssertionError: it was run"),
+    ],
+)
+def test_what_is_wrong_is_known_before_anything_is_made(
+    options, error, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(error, match=message):
+        torchfuse.compare(Never().eval(), X, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_model_in_training_mode_is_an_error_at_once():
+    with pytest.raises(InputError, match=r"call model\.eval\(\) first"):
+        torchfuse.compare(Never(), X)
+
+
+def test_a_sample_is_found_among_those_given():
+    batch = torch.arange(12.0).reshape(3, 4)
+    assert _holds(Case((batch,)), Case((batch[2:],)))
+    assert not _holds(Case((batch,)), Case((batch[2:] + 1,)))
+    assert not _holds(Case((batch,)), Case((torch.zeros(1, 5),)))
+    mask = torch.tensor([[1], [0], [1]])
+    assert _holds(Case((batch, mask)), Case((batch[1:2], mask[1:2])))
+    assert not _holds(Case((batch, mask)), Case((batch[1:2], mask[:1])))
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    ).eval()
+    data = [torch.rand(1, 3, 8, 8) for _ in range(4)]
+    return torchfuse.compare(model, data[0], calibration=data, evaluate=lambda _: 0.5, runs=2)
+
+
+def test_a_figure_on_the_calibration_data_is_called_so(comparison):
+    assert comparison.notes[0] == (
+        "int8 is calibrated on 4 given cases, 4 samples, and its difference is on a calibration "
+        "sample itself"
+    )
+    assert f"Note, Sequential, {comparison.notes[0]}" in str(comparison).splitlines()
+
+
+def test_int8_is_judged_as_its_file_was(comparison):
+    int8 = comparison.find(FOLDED, ".pte", "int8").difference
+    assert int8.passed
+    assert int8.verdict.startswith("within the bound: SQNR ")
+    assert comparison.find("fused", ".pt", "fp32").difference.verdict == "equivalent"
+
+
+def test_what_compare_returns_comes_back_from_json(comparison):
+    assert Comparison.from_json(comparison.to_json()) == comparison
+
+
+def test_int8_is_left_out_where_nothing_can_be_quantized():
+    model = nn.LayerNorm(8).eval()
+    calibration = torch.rand(2, 3, 8, 8)
+    found = torchfuse.compare(model, X, calibration=calibration, runs=2)
+    assert found.find(FOLDED, ".pte", "int8") is None
+    assert any("int8 .pte" in n and "Nothing in this model was quantized" in n for n in found.notes)
