@@ -1,8 +1,6 @@
 """A model, its accuracy, and data to calibrate on, as `torchfuse compare` takes them.
 
-    python examples/digits.py out/digits.npy
-    torchfuse compare examples/digits.py:net --data out/digits.npy \\
-        --evaluate examples/digits.py:accuracy
+python examples/digits.py DATA saves the data; docs/measuring.md shows what compare makes of it.
 """
 
 import sys
