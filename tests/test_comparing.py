@@ -28,7 +28,7 @@ X = torch.rand(1, 3, 8, 8)
         ({"runs": 0}, InputError, "runs must be 1 or more, got 0"),
         ({"calibration": []}, CalibrationError, "The calibration data is empty"),
         ({"calibration": "nowhere.npy"}, CalibrationError, "'nowhere.npy'"),
-        ({"evaluate": lambda _: 77.5}, InputError, "from 0 to 1, got 77.5; divide per cents by"),
+        ({"evaluate": lambda _: 77.5}, InputError, "from 0 to 1, got 77.5; divide percentages by"),
         ({"evaluate": lambda _: "good"}, InputError, "a number from 0 to 1, got str"),
         ({"evaluate": lambda run: run(X)}, InputError, "ended in AssertionError: it was run"),
     ],

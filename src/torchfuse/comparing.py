@@ -204,8 +204,8 @@ def _evaluated(evaluate: Evaluate, call: Callable[..., Any]) -> float:
         ) from error
     if not 0 <= accuracy <= 1:  # nor NaN
         raise InputError(
-            f"Expected {name} to return an accuracy from 0 to 1, got {accuracy:g}; divide per "
-            "cents by 100."
+            f"Expected {name} to return an accuracy from 0 to 1, got {accuracy:g}; divide "
+            "percentages by 100."
         )
     return accuracy
 
