@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -93,6 +94,63 @@ def test_int8_is_near_the_model_and_much_smaller_in_its_weights(x: Tensor, tmp_p
     assert small.delegation.calls_left == 0
 
 
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.ConvTranspose2d(3, 4, 2, 2), nn.BatchNorm2d(4)
+        self.first, self.alone = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        with torch.no_grad():
+            self.norm.running_mean.copy_(image(4, seed=1))
+            self.alone.running_mean.copy_(image(4, seed=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alone(torch.relu(self.first(self.norm(self.up(x)))))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "ptl"])
+def test_what_torchs_optimizer_leaves_is_fused_and_what_is_left_is_counted(
+    tmp_path: Path, suffix: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = Transposed().eval(), image(1, 3, 4, 4)
+    fused = torchfuse.export(model, x, tmp_path / f"fused.{suffix}")
+    assert (fused.batch_norms, fused.batch_norms_left) == (2, 1)  # the other follows a ReLU
+    assert "batch norms: 2 in the model, 1 in the file" in str(fused)
+    torch.testing.assert_close(torchfuse.load(fused.path)(x), model(x))
+    plain = torchfuse.export(model, x, tmp_path / f"plain.{suffix}", optimize=False)
+    assert (plain.batch_norms, plain.batch_norms_left) == (2, 2)
+    assert torchfuse.export(model, x, tmp_path / "m.pte").batch_norms is None
+
+
+def test_a_batch_norm_that_cannot_be_fused_stays_and_nothing_is_said_to_be_wrong(
+    tmp_path: Path,
+) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + 1 if x.shape[0] > 1 else self.norm(y)
+
+    artifact = torchfuse.export(Branches().eval(), image(1, 3, 4, 4), tmp_path / "m.pt")
+    assert (artifact.batch_norms, artifact.batch_norms_left) == (2, 2)
+    assert artifact.notes == ()
+
+
+def test_int8_is_calibrated_on_a_file_as_quantize_is(x: Tensor, tmp_path: Path) -> None:
+    torch.save(x, tmp_path / "x.pt")
+    np.save(tmp_path / "x.npy", image(8, 3, 16, 16).numpy())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    path = tmp_path / "m.pte"
+    artifact = torchfuse.export(model, x, path, precision="int8", calibration=tmp_path / "x.npy")
+    assert artifact.precision == "int8"
+    with pytest.raises(CalibrationError, match=r"x\.pt', which is neither"):
+        torchfuse.export(model, x, path, precision="int8", calibration=tmp_path / "x.pt")
+
+
 def test_what_quantize_returns_is_exported_as_int8(
     model: nn.Module, x: Tensor, tmp_path: Path
 ) -> None:
@@ -168,6 +226,24 @@ def test_a_size_that_specializes_is_an_error_with_the_reason(tmp_path: Path) -> 
     sizes = ({0: torch.export.Dim("n", max=8)},)
     with pytest.raises(UnsupportedError, match=r"with these dynamic shapes: .*constant"):
         torchfuse.export(Reshapes().eval(), image(2, 12), tmp_path / "m.pte", dynamic_shapes=sizes)
+
+
+class Halves(nn.Module):
+    """Takes sizes that are a multiple of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = nn.functional.max_pool2d(x, 2)
+        return torch.cat([x, nn.functional.interpolate(half, scale_factor=2.0)], 1)
+
+
+@pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
+def test_sizes_that_are_multiples_are_tried_as_such(tmp_path: Path) -> None:
+    sizes = {"x": {2: 2 * torch.export.Dim("half", min=2, max=9)}}
+    artifact = torchfuse.export(
+        Halves().eval(), image(1, 3, 8, 8), tmp_path / "m.pte", dynamic_shapes=sizes
+    )
+    assert artifact.equivalence is not None
+    assert len(artifact.equivalence.outputs) == 4
 
 
 def test_a_size_without_a_maximum_is_an_error(tmp_path: Path) -> None:
@@ -271,7 +347,7 @@ def test_the_path_is_looked_at_before_any_work(x: Tensor, tmp_path: Path) -> Non
     ("options", "error", "message"),
     [
         ({"precision": "fp16"}, UnsupportedError, r"'\.pt' has no fp16"),
-        ({"dynamic_shapes": ({},)}, InputError, "inputs of any size; leave dynamic_shapes out"),
+        ({"dynamic_shapes": ({},)}, InputError, "inputs of any size; leave the dynamic sizes out"),
     ],
 )
 def test_what_torchscript_does_not_have_is_an_error(

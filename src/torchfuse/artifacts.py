@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torchfuse.errors import ArtifactError, InputError
+from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.runner.interpreter import command_for, environment
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [
     "check_destination",
     "check_destinations",
     "check_folder",
+    "check_options",
     "seal_pte",
     "seal_zip",
     "write_atomically",
@@ -85,6 +86,10 @@ class Artifact:
     delegation: "Delegation | None" = None  # only for formats that have delegates
     equivalence: "Equivalence | None" = None  # with the model it was made from
     notes: tuple[str, ...] = ()  # what was done otherwise than asked, and why
+    # Batch norms in the graph of the model and in that of the file; None: ExecuTorch's, which has
+    # none left, since lowering folds them or turns them into other operators.
+    batch_norms: int | None = None
+    batch_norms_left: int | None = None
 
     def __str__(self) -> str:
         """What was written, in a few lines."""
@@ -92,9 +97,12 @@ class Artifact:
         lines.append(f"SHA-256 {self.sha256}")
         if self.equivalence is not None:
             lines.append(f"compared with the model: {self.equivalence}")
+        if self.batch_norms:
+            left = self.batch_norms_left or "none"
+            lines.append(f"batch norms: {self.batch_norms} in the model, {left} in the file")
         if self.delegation is not None:
             lines.append(str(self.delegation))
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *(f"The file was {note}." for note in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,45 @@ def artifact_format(path: str | os.PathLike[str]) -> Format:
         f"Expected a file name that ends in one of {known_suffixes}, got '{path}' with {got}; "
         "'.pte' is for ExecuTorch, '.pt' for TorchScript, '.ptl' for the lite interpreter."
     )
+
+
+def check_options(
+    form: Format,
+    precision: Precision | None,
+    *,
+    calibrated: bool = False,
+    dynamic: bool = False,
+    optimize: bool = True,
+) -> None:
+    """Find out, before there is a model, whether a file of this form can be what is asked for.
+
+    Raises:
+        InputError: the options contradict each other, or what the form is.
+        UnsupportedError: the form has no such precision.
+    """
+    if precision == "int4":
+        raise InputError(
+            "int4 is a scheme of torchfuse.quantize: export what quantize(scheme='int4') returns."
+        )
+    if precision is not None and precision not in get_args(Precision):
+        known = ", ".join(name for name in get_args(Precision) if name != "int4")
+        raise InputError(f"Expected a precision of {known}, got {precision!r}.")
+    if form != "pte" and precision == "fp16":
+        raise UnsupportedError(
+            f"'.{form}' has no fp16 on phones; use '.pte', or another precision."
+        )
+    if calibrated and precision != "int8":
+        raise InputError(
+            f"Calibration data is for int8, but the precision is {precision}; ask for int8, or "
+            "give no calibration data."
+        )
+    if form == "pte" and not optimize:
+        raise InputError(
+            "ExecuTorch folds batch norms whenever it lowers a model, so there is no non-fused "
+            "'.pte'; compare with eager mode, or with a non-fused '.pt'."
+        )
+    if form != "pte" and dynamic:
+        raise InputError(f"'.{form}' takes inputs of any size; leave the dynamic sizes out.")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

@@ -8,7 +8,7 @@ import click
 from torchfuse.errors import TorchfuseError
 
 # In the order of the work, which is the order of --help.
-_COMMANDS = ("recipe", "plan", "fuse", "quantize", "compare", "bench", "devices")
+_COMMANDS = ("recipe", "plan", "fuse", "quantize", "export", "compare", "bench", "devices")
 
 
 class _Lazy(click.Group):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -25,6 +25,7 @@ from torchfuse.artifacts import (
     artifact_format,
     check,
     check_destination,
+    check_options,
     seal_pte,
     seal_zip,
     write_atomically,
@@ -36,19 +37,22 @@ from torchfuse.errors import (
     ArtifactError,
     ExportWarning,
     InputError,
+    TorchfuseError,
     UnsupportedError,
     first_line,
 )
+from torchfuse.fusing import fuse
 from torchfuse.inputs import Case, cases
 from torchfuse.quantizing import (
-    checked_calibration,
     is_quantized_graph,
     quantize,
+    read_calibration,
     require_converted,
     require_eval_mode,
     require_forward,
 )
-from torchfuse.quantizing.static import layers_of
+from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
+from torchfuse.quantizing.static import argument_names, layers_of
 from torchfuse.quantizing.unquantized import mostly_float
 from torchfuse.restoring import random_state_kept
 from torchfuse.targets import executorch, mobile_optimizer, torchscript
@@ -73,6 +77,11 @@ _SUSPECT = (
     "calibrated on other data than it is meant for; give calibration inputs like the example's"
 )
 
+_RANDOM = (
+    "calibrated on random inputs, so it is for measuring speed, not for use; calibrate it on real "
+    "inputs"
+)
+
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -89,6 +98,8 @@ class _Made:
     other_cases: tuple[Case, ...] = ()  # at other sizes
     notes: tuple[str, ...] = ()
     known: tuple[str, ...] = ()  # notes that the user was warned of when the model was quantized
+    batch_norms: int | None = None  # in the model's graph; None: not counted
+    batch_norms_left: int | None = None  # in the file's
 
 
 def export(
@@ -100,7 +111,7 @@ def export(
     calibration: Any = None,
     dynamic_shapes: Any = None,
     optimize: bool = True,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Write `model` to `path`, and return what was written.
 
@@ -114,13 +125,14 @@ def export(
         path: ends in `.pte`, `.pt` or `.ptl`.
         precision: "fp32", "fp16" (arguments and results stay float32) or "int8"; None leaves the
             model as it is.
-        calibration: for int8, the inputs on which the ranges of the activations are measured.
+        calibration: for int8, the inputs on which the ranges of the activations are measured, as
+            `quantize` takes them.
         dynamic_shapes: torch.export's, every size with a maximum; the file is run at several
             sizes. For `.pte` only: TorchScript takes any sizes.
         optimize: False leaves what is not fused as it is, to compare with. For `.pt` and `.ptl`
             only: ExecuTorch folds batch norms whenever it lowers a model.
-        preprocessing: how the model's input is made, such as `Preprocessing.to_dict()`: plain
-            data, kept in the file's metadata for whoever calls it.
+        preprocessing: how the model's input is made, a `Preprocessing` or plain data, kept in the
+            file's metadata for whoever calls it; and how pictures become calibration inputs.
 
     Raises:
         ArtifactError: unknown suffix, or the file cannot be written.
@@ -131,43 +143,39 @@ def export(
     path = Path(path)
     form = artifact_format(path)
     check_destination(path)
+    check_options(
+        form,
+        precision,
+        calibrated=calibration is not None,
+        dynamic=dynamic_shapes is not None,
+        optimize=optimize,
+    )
     require_eval_mode(model)
     require_converted(model)
     examples = cases(example_inputs)
     require_forward(examples)
     for case in examples:
         _require_finite(model, case)
-    if precision == "int4":
-        raise InputError(
-            "int4 is a scheme of torchfuse.quantize: export what quantize(scheme='int4') returns."
-        )
-    if precision is not None and precision not in get_args(Precision):
-        known = ", ".join(name for name in get_args(Precision) if name != "int4")
-        raise InputError(f"Expected a precision of {known}, got {precision!r}.")
+    random = False
     if precision == "int8":
-        calibration = checked_calibration(calibration)
-    elif calibration is not None:
-        raise InputError(
-            f"Calibration data is for int8, but the precision is {precision}; give "
-            "precision='int8', or no calibration data."
+        read = read_calibration(
+            calibration,
+            examples[0],
+            preprocessing if isinstance(preprocessing, Preprocessing) else None,
+            as_pixels=isinstance(model, WithPreprocessing),
+            names=argument_names(model),
         )
-    if form == "pte" and not optimize:
-        raise InputError(
-            "ExecuTorch folds batch norms whenever it lowers a model, so there is no non-fused "
-            "'.pte'; compare with eager mode, or with optimize=False and '.pt'."
-        )
-    if form != "pte" and dynamic_shapes is not None:
-        raise InputError(f"'.{form}' takes inputs of any size; leave dynamic_shapes out.")
+        calibration, random = read.cases, read.random
     with random_state_kept():
         if form == "pte":
             made = _executorch(model, examples[0], precision, calibration, dynamic_shapes)
         else:
-            made = _torchscript(model, examples[0], form, precision, calibration, optimize)
+            made = _torchscript(model, examples, form, precision, calibration, optimize)
     examples = [*examples, *made.other_cases]
     equivalence = _compared(model, made, form, examples)
     if made.delegation is not None and made.delegation.warning is not None:
         warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
-    notes = [*made.notes, *_suspicions(made, model, equivalence)]
+    notes = [*made.notes, *_suspicions(made, model, equivalence), *([_RANDOM] if random else [])]
     for note in notes:
         warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=2)
     metadata = {
@@ -176,7 +184,7 @@ def export(
         "torch": torch.__version__,
         "torchfuse": _own_version(),
         **made.metadata,
-        **({} if preprocessing is None else {"preprocessing": dict(preprocessing)}),
+        **_kept(preprocessing),
     }
     data = (seal_pte if form == "pte" else seal_zip)(made.payload, metadata)
     write_atomically(path, data)
@@ -189,7 +197,18 @@ def export(
         delegation=made.delegation,
         equivalence=equivalence,
         notes=(*made.known, *notes),
+        batch_norms=made.batch_norms,
+        batch_norms_left=made.batch_norms_left,
     )
+
+
+def _kept(preprocessing: Preprocessing | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what of it is kept in the file's metadata."""
+    if preprocessing is None:
+        return {}
+    if isinstance(preprocessing, Preprocessing):
+        preprocessing = preprocessing.to_dict()
+    return {"preprocessing": dict(preprocessing)}
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
@@ -283,16 +302,12 @@ def _in_float(model: nn.Module) -> tuple[str, ...]:
 
 def _torchscript(
     model: nn.Module,
-    case: Case,
+    examples: list[Case],
     form: Format,
     precision: Precision | None,
     calibration: list[Case] | None,
     optimize: bool,
 ) -> _Made:
-    if precision == "fp16":
-        raise UnsupportedError(
-            f"'.{form}' has no fp16 on phones; use '.pte', or another precision."
-        )
     if isinstance(model, fx.GraphModule) and is_quantized_graph(model.graph):
         raise UnsupportedError(
             f"A model that torchfuse.quantize made is for '.pte'; for '.{form}' give the model "
@@ -308,8 +323,11 @@ def _torchscript(
     )
     if precision not in (None, made):
         raise InputError(f"Expected a model that can be saved in {precision}, got one in {made}.")
-    scripted = torchscript.script(reference, case)
+    scripted = torchscript.script(reference, examples[0])
+    batch_norms = torchscript.batch_norms(scripted.module)
     prepared = (mobile_optimizer.folded if optimize else mobile_optimizer.frozen)(scripted.module)
+    if optimize and made != "int8" and torchscript.batch_norms(prepared):
+        scripted, prepared = _fused_before(model, examples, scripted, prepared)
     payload = torchscript.serialize(prepared, form)
     traced = scripted.traced_because
     without_data = mobile_optimizer.without_data(prepared)
@@ -323,7 +341,30 @@ def _torchscript(
             *(() if traced is None else (_TRACED.format(traced),)),
             *(() if without_data is None else (without_data,)),
         ),
+        batch_norms=batch_norms,
+        batch_norms_left=torchscript.batch_norms(prepared),
     )
+
+
+def _fused_before(
+    model: nn.Module,
+    examples: list[Case],
+    scripted: torchscript.Scripted,
+    optimized: torch.jit.ScriptModule,
+) -> tuple[torchscript.Scripted, torch.jit.ScriptModule]:
+    """Return the model scripted and optimized, fused before that if this leaves fewer batch norms.
+
+    The optimizer does not fold them into transposed convs, nor a second one in a row.
+    """
+    try:
+        again = torchscript.script(fuse(model, examples, keep_originals=False).model, examples[0])
+    except TorchfuseError:  # it cannot be recorded, copied or proved: then nothing is to be gained
+        return scripted, optimized
+    fused = mobile_optimizer.folded(again.module)
+    is_scripted = again.traced_because is None or scripted.traced_because is not None
+    if is_scripted and torchscript.batch_norms(fused) < torchscript.batch_norms(optimized):
+        return again, fused
+    return scripted, optimized
 
 
 def _require_finite(model: nn.Module, case: Case) -> None:
@@ -419,6 +460,7 @@ def _other_sizes(program: torch.export.ExportedProgram, case: Case) -> Iterator[
     ranges = {
         symbol: (max(int(allowed.lower), 1), int(allowed.upper))
         for symbol, allowed in program.range_constraints.items()
+        if symbol.is_Symbol  # and not a size made of one, such as `4*s`
     }
     if not ranges:
         return

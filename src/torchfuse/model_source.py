@@ -135,6 +135,8 @@ def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> 
         program = _load_program(source.path)
         given = _example_inputs(text, specs, _saved_inputs(program))
         return LoadedModel(text, program, given, exported=True)
+    if weights is not None:
+        _check_weights_file(weights)
     model, given = _build(text, source)
     if weights is not None:
         _load_weights(model, weights)
@@ -324,7 +326,7 @@ def _tensor(spec: InputSpec, index: int) -> Tensor:
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _check_weights_file(path: Path) -> None:
     if path.suffix not in _WEIGHT_SUFFIXES:
         raise InputError(
             f"--weights takes a state dict in a {', '.join(_WEIGHT_SUFFIXES[:-1])} or "
@@ -332,6 +334,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         )
     if not path.is_file():
         raise _missing_file(path, "*.*")
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
     read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
     _check_keys(model, state := read(path), path)
     try:

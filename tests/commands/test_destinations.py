@@ -22,6 +22,7 @@ OUTPUTS = {  # {} is the destination
     "fuse -o": ["fuse", "net.py:net", "-o", "{}.pt2"],
     "quantize -o": ["quantize", "net.py:net", "--data", "random", "-o", "{}.pte"],
     "quantize --json": ["quantize", "net.py:net", "-o", "q.pte", "--json", "{}"],
+    "export -o": ["export", "net.py:net", "-o", "{}.pt"],
     "bench --json": ["bench", "model.pte", "--json", "{}"],
     "bench --csv": ["bench", "model.pte", "--csv", "{}"],
     "bench --markdown": ["bench", "model.pte", "--markdown", "{}"],
@@ -96,6 +97,7 @@ def test_a_folder_of_somebody_else_is_known_before_any_work(
     ("command", "message"),
     [
         ("fuse net.py:net -o out.onnx", r"out\.onnx' has no suffix that says what to write"),
+        ("export net.py:net -o out.onnx", r"in one of '\.pte', '\.pt', '\.ptl', got 'out\.onnx'"),
         ("quantize net.py:net -o out.onnx", r"ends in \.pte for xnnpack, got 'out\.onnx'"),
     ],
 )

@@ -14,7 +14,6 @@ from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
     CalibrationData,
     calibrate,
-    checked_calibration,
     read_calibration,
     sample_count,
 )
@@ -51,9 +50,9 @@ __all__ = [
     "QuantizationResult",
     "QuantizedLayer",
     "calibrate",
-    "checked_calibration",
     "is_quantized_graph",
     "quantize",
+    "read_calibration",
     "require_converted",
     "require_eval_mode",
     "require_forward",

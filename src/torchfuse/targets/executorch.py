@@ -332,11 +332,13 @@ def _signature(program: torch.export.ExportedProgram) -> dict[str, Any]:
 
 def input_shapes(program: torch.export.ExportedProgram) -> list[Sequence[Any] | None]:
     """Return the shapes of the user's inputs, sizes as int or SymInt; None for a number."""
-    user_inputs = set(program.graph_signature.user_inputs)
+    values = {
+        node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")
+    }
     return [
-        getattr(node.meta.get("val"), "shape", None)
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in user_inputs
+        getattr(values[spec.arg.name], "shape", None)
+        for spec in program.graph_signature.input_specs
+        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT
     ]
 
 

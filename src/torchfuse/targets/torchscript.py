@@ -31,6 +31,7 @@ from torchfuse.targets.mobile_optimizer import nodes
 
 __all__ = [
     "Scripted",
+    "batch_norms",
     "deserialize",
     "is_quantized",
     "op_counts",
@@ -122,6 +123,11 @@ def is_quantized(model: nn.Module) -> bool:
 def op_counts(module: torch.jit.ScriptModule) -> Counter[str]:
     """Return how often each operator stands in the graph of `forward`, nested blocks included."""
     return Counter(node.kind() for node in nodes(module.inlined_graph))
+
+
+def batch_norms(module: torch.jit.ScriptModule) -> int:
+    """Return how many batch norms stand in the graph of `forward`, quantized ones not counted."""
+    return op_counts(module)["aten::batch_norm"]
 
 
 def serialize(module: torch.jit.ScriptModule, form: str) -> bytes:
