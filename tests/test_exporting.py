@@ -495,6 +495,14 @@ def test_in_place_operators_on_tensors_of_its_own_are_no_obstacle(tmp_path: Path
     assert artifact.equivalence.passed
 
 
+def test_the_lite_interpreter_takes_no_inputs_by_name(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"by position only, got x by name; .* use '\.pt'"):
+        torchfuse.export(model, {"x": x}, tmp_path / "m.ptl")
+    assert torchfuse.export(model, {"x": x}, tmp_path / "m.pt").format == "pt"
+
+
 def test_tracing_is_said_in_a_warning_and_in_the_notes(tmp_path: Path) -> None:
     class Branches(nn.Module):
         def forward(self, x: Tensor, *rest: Any) -> Tensor:

@@ -365,6 +365,14 @@ inputs and will run on the input with this index. \n\
 """  # noqa: W291  # c10 leaves these spaces
 
 
+@pytest.mark.parametrize("flag", ["--input=1x3x4x4", "--json=out.json", "--threads=1"])
+def test_the_flags_of_bench_are_none_of_the_tools(
+    model_files: Files, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert main([f"--model={model_files('third.pt')}", flag]) == 1
+    assert f"unrecognized commandline argument: {flag}\n" in capsys.readouterr().err
+
+
 def test_help_is_what_c10_prints_and_needs_no_torch() -> None:
     program = (
         "import sys; from torchfuse.speed_benchmark import main; status = main(['--help']);"

@@ -41,6 +41,7 @@ from torchfuse.errors import (
     UnsupportedError,
     first_line,
 )
+from torchfuse.file_inputs import described
 from torchfuse.fusing import fuse
 from torchfuse.inputs import Case, cases
 from torchfuse.quantizing import (
@@ -184,7 +185,8 @@ def export(
         "torch": torch.__version__,
         "torchfuse": _own_version(),
         **made.metadata,
-        **_kept(preprocessing),
+        **_kept("inputs", described(examples[0])),
+        **_kept("preprocessing", _as_plain_data(preprocessing)),
     }
     data = (seal_pte if form == "pte" else seal_zip)(made.payload, metadata)
     write_atomically(path, data)
@@ -202,13 +204,15 @@ def export(
     )
 
 
-def _kept(preprocessing: Preprocessing | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what of it is kept in the file's metadata."""
-    if preprocessing is None:
-        return {}
+def _kept(name: str, value: Any) -> dict[str, Any]:
+    """Return the entry of the file's metadata; nothing where there is nothing."""
+    return {} if value is None else {name: value}
+
+
+def _as_plain_data(preprocessing: Preprocessing | Mapping[str, Any] | None) -> Any:
     if isinstance(preprocessing, Preprocessing):
-        preprocessing = preprocessing.to_dict()
-    return {"preprocessing": dict(preprocessing)}
+        return preprocessing.to_dict()
+    return None if preprocessing is None else dict(preprocessing)
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
@@ -312,6 +316,11 @@ def _torchscript(
         raise UnsupportedError(
             f"A model that torchfuse.quantize made is for '.pte'; for '.{form}' give the model "
             "itself, with QuantStub and DeQuantStub, and precision='int8' with calibration data."
+        )
+    if form == "ptl" and (named := [name for case in examples for name in case.kwargs]):
+        raise UnsupportedError(
+            f"The lite interpreter takes inputs by position only, got {named[0]} by name; give "
+            "them in the order of forward's arguments, or use '.pt'."
         )
     # Batch norms are folded by the optimizer for mobile. In int8 they must be fused before, by
     # their owner's choice of modules, since QuantStubs are placed around them by hand too.

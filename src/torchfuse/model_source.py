@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "load_function",
     "parse_input",
+    "parse_inputs",
     "parse_source",
 ]
 
@@ -114,6 +115,17 @@ def parse_input(text: str) -> InputSpec:
     return InputSpec(match["name"], tuple(map(int, match["sizes"].split("x"))), dtype)
 
 
+def parse_inputs(texts: Sequence[str]) -> list[InputSpec]:
+    """Return what all --input of a command ask for.
+
+    Raises:
+        InputError: as `parse_input`, or one keyword twice.
+    """
+    specs = [parse_input(text) for text in texts]
+    _check_unique(specs)
+    return specs
+
+
 def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> LoadedModel:
     """Return the model that MODEL names, in evaluation mode, with example inputs.
 
@@ -126,8 +138,7 @@ def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> 
         InputError: one of them does not exist, does not fit, or cannot be read.
     """
     source = parse_source(text)
-    specs = [parse_input(spec) for spec in inputs]
-    _check_unique(specs)
+    specs = parse_inputs(inputs)
     if source.attribute is None:
         assert source.path is not None
         if weights is not None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torchfuse.artifacts import CheckedFile, check
 from torchfuse.errors import ArtifactError, InputError
 from torchfuse.exporting import loaded
+from torchfuse.file_inputs import inputs_of
 from torchfuse.inputs import Case
 from torchfuse.targets.executorch import ExecutorchModel
 
@@ -44,15 +45,20 @@ class Task:
         return {"form": self.form, "args": self.args, "kwargs": dict(self.kwargs)}
 
 
-def task_of(path: str | os.PathLike[str], case: Case, folder: Path) -> Task:
+def task_of(path: str | os.PathLike[str], case: Case | None, folder: Path) -> Task:
     """Return the task of running the file at `path` on `case`; inputs are written to `folder`.
+
+    Without a `case` these are tensors of ones, of the shapes that the file was made for.
 
     Raises:
         ArtifactError: the file is missing, damaged or of an unknown kind.
-        InputError: an input that no worker can be given: sparse, quantized, or no plain data.
+        InputError: an input that no worker can be given: sparse, quantized, or no plain data; or
+            none is given, and the file does not say what it takes.
     """
     file = check(path)
     model = loaded(file)
+    if case is None:
+        case = inputs_of(file, model)
     with torch.inference_mode():
         outputs = model(*case.args, **case.kwargs)
     args, kwargs = list(case.args), dict(case.kwargs)

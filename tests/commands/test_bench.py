@@ -7,14 +7,21 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import torchfuse
 from torchfuse.cli import main
 from torchfuse.commands.bench_meanwhile import Progress
 from torchfuse.devices import several
+from torchfuse.inputs import Case
+from torchfuse.targets import executorch
 
 Files = Callable[[str], str]
 Bench = Callable[..., tuple[int, str, str]]
@@ -278,6 +285,92 @@ def test_bundled_inputs_and_no_inputs_need_no_dims(
     assert bench(model_files("constant.pt"), "--no_inputs=true", "--iter=1")[0] == 0
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The path of a file that `torchfuse.export` made for the given inputs."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    class Add(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return x + mask
+
+    def made(name: str, *sizes: int) -> str:
+        x = torch.rand(sizes)
+        given = Case((x,), {"mask": torch.ones(sizes, dtype=torch.int64)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of so small a model, everything matters
+            torchfuse.export(Add().eval(), given, folder / name)
+        return str(folder / name)
+
+    return made
+
+
+def test_files_of_export_know_their_inputs(
+    bench: Bench, exported: Callable[..., str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "out.json"
+    paths = [exported(name, 1, 2) for name in ("add.pt", "add.pte")]
+    status, printed, errors = bench(*paths, "--iter=3", "--print_output=1", f"--json={saved}")
+    assert status == 0, errors
+    assert printed.count(" 2  2\n[ CPUFloatType{1,2} ]") == 2  # ones and ones
+    assert "Inputs, as the files say: 1x2:float32, mask=1x2:int64 (--input: others).\n" in errors
+    assert json.loads(saved.read_text())["settings"]["inputs"] == {
+        "args": [{"ones": [1, 2], "dtype": "float32"}],
+        "kwargs": {"mask": {"ones": [1, 2], "dtype": "int64"}},
+    }
+    status, _, errors = bench(*paths, "--iter=6", f"--json={saved}", "--resume")
+    assert "cannot be gone on with, since its runs differ" in errors
+
+
+def test_input_says_others_than_the_files(bench: Bench, exported: Callable[..., str]) -> None:
+    path = exported("add.pt", 1, 2)
+    words = ["--input=1x3", "--input", "mask=1x3:int64", "--iter=3", "--print_output=1"]
+    status, printed, errors = bench(path, *words)
+    assert status == 0, errors
+    assert " 2  2  2\n[ CPUFloatType{1,3} ]" in printed
+    assert "Inputs, as the files say" not in errors
+
+
+def test_files_for_different_inputs_are_not_compared(
+    bench: Bench, exported: Callable[..., str]
+) -> None:
+    small, large = exported("small.pt", 1, 2), exported("large.pt", 1, 3)
+    message = failure(bench(small, large))
+    assert f"'{small}' was made for 1x2:float32, mask=1x2:int64 and '{large}' for 1x3" in message
+    assert "times on different inputs cannot be compared; give --input for both." in message
+
+
+def test_a_program_of_others_says_what_it_takes(bench: Bench, tmp_path: Path) -> None:
+    program = executorch.capture(nn.Linear(3, 2).eval(), Case((torch.ones(4, 3),)))
+    (tmp_path / "foreign.pte").write_bytes(executorch.lower(program).program)
+    status, _, errors = bench(str(tmp_path / "foreign.pte"), "--iter=3")
+    assert status == 0, errors
+    assert "Inputs, as the files say: 4x3:float32 (" in errors
+
+
+@pytest.mark.parametrize("name", ["third.pt", "third.pte"])
+def test_a_device_is_given_the_same_inputs(
+    bench: Bench, model_files: Files, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def benched(tasks: dict[str, Any], devices: list[str], *_: object, **__: object) -> list[Any]:
+        given.update({device: [task.case for task in tasks.values()] for device in devices})
+        return []
+
+    monkeypatch.setattr("torchfuse.devices.several.bench_devices", benched)
+    words = ["--input=1x3x4x4"] if name == "third.pt" else []
+    assert bench(model_files(name), "--device=ssh:board", "--device=local", *words)[0] == 0
+    assert list(given) == ["ssh:board", "local"]
+    for (case,) in given.values():
+        assert torch.equal(case.args[0], torch.ones(1, 3, 4, 4))
+
+
+def test_input_is_not_for_the_tool(bench: Bench, model_files: Files) -> None:
+    words = [f"--model={model_files('third.pt')}", "--input=1x3x4x4"]
+    assert "--input goes with ARTIFACT names" in failure(bench(*words))
+
+
 def failure(result: tuple[int, str, str]) -> str:
     """What an error says: one line on stderr, nothing on stdout, a status that is not zero."""
     status, printed, errors = result
@@ -289,7 +382,16 @@ def failure(result: tuple[int, str, str]) -> str:
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("third.pt", [], r"^torchfuse: error: --input_dims is missing; give the shape"),
+        ("third.pt", [], r"third\.pt' does not say what inputs it takes, .*: --input 1x3x224x224"),
+        ("third.pt", ["--input=1xx3"], r"'1xx3' is not an input: expected sizes joined by x"),
+        ("third.pt", ["--input=1x3:half"], r"asks for the dtype 'half', which is none of"),
+        ("third.pt", ["--input=x=1", "--input=x=2"], r"--input x=… is given twice"),
+        ("third.pt", ["--input=1x3", DIMS], r"Expected --input or --input_dims, got both; --input"),
+        ("third.pt", ["--input=1x3", "--no_inputs=true"], r"--input or --no_inputs, got both"),
+        ("third.pt", ["--input=1x3", "--input_type=float"], r"--input or --input_type, got both"),
+        ("third.pt", ["--input_type=uint8_t"], r"--input_type is about --input_dims; give that"),
+        ("third.pte", ["--input=2x2"], r"1×3×4×4 float32.* got 2×2 float32"),
+        ("third.pte", ["--input=1x3x4x4:uint8"], r"1×3×4×4 float32.* got 1×3×4×4 uint8"),
         ("third.pt", ["--input_dims=1,x"], r"Input dims should be numbers separated by commas"),
         ("third.pt", [DIMS, "--input_type=half"], r"Unsupported input type: half"),
         ("third.pt", [DIMS, "--threads=0"], r"threads must be 1 or more, got 0\."),
@@ -409,7 +511,7 @@ def test_help_names_every_flag_and_needs_no_torch() -> None:
     assert (child.returncode, child.stderr) == (0, "")
     for flag in ("--model", "--input_dims", "--pytext_len", "--vulkan", "--threads", "--json"):
         assert flag in child.stdout
-    assert "torchfuse bench plain.pt fused.pt model.pte --input_dims=1,3,224,224\n" in child.stdout
+    assert "torchfuse bench plain.pt fused.pt model.pte\n" in child.stdout
 
 
 def test_a_run_by_other_versions_is_not_gone_on_with(

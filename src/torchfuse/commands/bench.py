@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchfuse.commands.bench_inputs import Inputs, described_inputs, inputs_asked_for, shown
 from torchfuse.commands.bench_meanwhile import Progress, Report
 from torchfuse.commands.interruption import saving_what_there_is
+from torchfuse.commands.model_options import input_option
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.speed_benchmark import FLAGS, Options
 
@@ -42,6 +44,7 @@ def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..
 
 @click.command("bench", short_help="How fast model files run, here and on devices.")
 @click.argument("artifacts", nargs=-1, metavar="[ARTIFACT]...")
+@input_option("An input, in place of what the files say: ones")
 @_same_flags_as_the_tool
 @click.option("--threads", type=int, help="Threads that the models run on.")
 @click.option(
@@ -87,6 +90,7 @@ def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..
 )  # fmt: skip
 def command(
     artifacts: tuple[str, ...],
+    inputs: tuple[str, ...],
     threads: int | None,
     devices: tuple[str, ...],
     runner: Path | None,
@@ -106,14 +110,15 @@ def command(
     """Measure how long one call of each ARTIFACT (.pt, .ptl, .pte) takes.
 
     \b
-      torchfuse bench plain.pt fused.pt model.pte --input_dims=1,3,224,224
-      torchfuse bench model.pte --input_dims=1,3,224,224 --device adb --runner executor_runner
-      torchfuse bench model.pte --input_dims=1,3,224,224 --device ssh:pi@raspberrypi
+      torchfuse bench plain.pt fused.pt model.pte
+      torchfuse bench model.pte --input 1x3x224x224 --device adb --runner executor_runner
+      torchfuse bench model.pte --device ssh:pi@raspberrypi
 
     Each artifact has a process of its own; they have turns in rounds in random order, on one
     thread, after a warm-up until the times have settled; 50 runs unless --iter says otherwise. The
-    inputs are tensors of ones, of type float and contiguous unless said otherwise. On another
-    device the outputs are compared with this machine's before anything is timed.
+    inputs are tensors of ones, of the sizes and types that the files were exported for; --input
+    says others, and says it where a file does not. On another device the outputs are compared with
+    this machine's before anything is timed.
 
     \b
       torchfuse bench --model=model.pte --input_dims=1,3,224,224 --input_type=float
@@ -138,17 +143,28 @@ def command(
     if record is not None:
         _compare_record(record, report, fail_on_noise)
     elif artifacts:
+        if given.get("vulkan"):
+            # The tool's own sentence is about its flag; here a device would be the way to a GPU.
+            raise InputError("This machine's runtimes have no Vulkan; leave out --vulkan.")
+        wanted = inputs_asked_for(inputs, given)
         settings = _settings(given, threads, runner, device_python, timeout, profile)
         _require_profiles(artifacts, devices, settings)
         runs = _measure(
-            artifacts, given, settings, devices or ("local",), device_folder, report, resume
+            artifacts,
+            wanted,
+            settings,
+            devices or ("local",),
+            device_folder,
+            report,
+            resume,
+            print_output=bool(given.get("print_output")),
         )
         _show(runs, observer=bool(given.get("report_pep")))
         _end(runs, fail_on_noise)
     else:
         for name, value in (
-            ("--device", devices), ("--runner", runner), ("--resume", resume),
-            ("--fail-on-noise", fail_on_noise),
+            ("--input", inputs), ("--device", devices), ("--runner", runner),
+            ("--resume", resume), ("--fail-on-noise", fail_on_noise),
         ):  # fmt: skip
             if value:
                 raise InputError(
@@ -240,12 +256,14 @@ def _show_profiles(profiles: "Sequence[Profile]") -> None:
 
 def _measure(
     artifacts: Sequence[str],
-    given: Mapping[str, Any],
+    wanted: Inputs,
     settings: Any,
     devices: Sequence[str],
     folder: str | None,
     report: Report,
     resume: bool,
+    *,
+    print_output: bool,
 ) -> "list[DeviceRun]":
     from torchfuse.devices.opening import checked_device
     from torchfuse.devices.several import bench_devices
@@ -253,23 +271,23 @@ def _measure(
     from torchfuse.timing import check_counts
 
     devices = list(dict.fromkeys(map(checked_device, devices)))
-    options = Options(**_with_own_defaults(given))
     paths = _distinct(artifacts)
     check_counts(settings.runs, settings.threads, settings.warmup, paths)
     with temporary_folder() as inputs:
-        tasks = {name: _task(path, options, Path(inputs)) for name, path in paths.items()}
-        if options.print_output:
-            _print_outputs(tasks)
+        tasks = {name: _task(path, wanted, Path(inputs)) for name, path in paths.items()}
         described = {
-            "inputs": options.input_dims,
-            "input_type": options.input_type,
-            "input_memory_format": options.input_memory_format,
+            **described_inputs(wanted, tasks),
             "runs": settings.runs,
             "warmup": settings.warmup,
             "threads": settings.threads,
             "runner": None if settings.runner is None else _digest(settings.runner),
             "files": {name: task.sha256 for name, task in tasks.items()},
         }
+        if print_output:
+            _print_outputs(tasks)
+        if wanted.in_files:
+            case = next(iter(tasks.values())).case
+            click.echo(f"Inputs, as the files say: {shown(case)} (--input: others).", err=True)
         earlier = report.open(described, resume=resume)
         with saving_what_there_is(report.save, report.json_path), Progress() as progress:
             runs = bench_devices(
@@ -291,17 +309,12 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _task(path: str, options: Options, folder: Path) -> "Task":
-    from torchfuse.exporting import load
-    from torchfuse.inputs import Case
-    from torchfuse.speed_benchmark import bundled_input, create_inputs, model_errors_in_one_line
+def _task(path: str, wanted: Inputs, folder: Path) -> "Task":
+    from torchfuse.speed_benchmark import model_errors_in_one_line
     from torchfuse.tasks import task_of
 
     with model_errors_in_one_line(path):
-        inputs = create_inputs(options)
-        if options.use_bundled_input >= 0:
-            inputs = bundled_input(load(path), options.use_bundled_input)
-        task = task_of(path, Case(inputs), folder)
+        task = task_of(path, wanted.case_for(path), folder)
     _refuse_nan(path, task)
     return task
 
@@ -374,25 +387,6 @@ def _end(runs: "Sequence[DeviceRun]", fail_on_noise: bool) -> None:
 
 
 _NOISE_STATUS = 3
-
-
-def _with_own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags, with one type and format per tensor where they can be left out."""
-    if given.get("vulkan"):
-        # The tool's own sentence is about its flag; here a device would be the way to a GPU.
-        raise InputError("This machine's runtimes have no Vulkan; leave out --vulkan.")
-    needs_none = given.get("no_inputs") or given.get("use_bundled_input", -1) >= 0
-    if not (needs_none or given.get("input_dims") or given.get("pytext_len")):
-        raise InputError(
-            "--input_dims is missing; give the shape of the input, such as "
-            "--input_dims=1,3,224,224, or --no_inputs=true."
-        )
-    count = len([dims for dims in given.get("input_dims", "").split(";") if dims])
-    completed = {"iter": _RUNS, **given}
-    for name, default in (("input_type", "float"), ("input_memory_format", "contiguous_format")):
-        entries = completed.get(name, default)
-        completed[name] = ";".join([entries] * count) if ";" not in entries else entries
-    return completed
 
 
 def _distinct(artifacts: Sequence[str]) -> dict[str, str]:

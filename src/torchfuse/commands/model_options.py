@@ -10,17 +10,14 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["model_options", "rule_option"]
+__all__ = ["input_option", "model_options", "rule_option"]
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add MODEL, --input and --weights to a command, in this order of its help."""
     options = (
         click.argument("model"),
-        click.option(
-            "--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
-            help="An example input, such as 1x3x224x224 or mask=1x77:bool; repeatable.",
-        ),
+        input_option("An example input"),
         click.option(
             "--weights", type=click.Path(path_type=Path), metavar="FILE",
             help="A state dict to load first: .pt, .pth or .safetensors.",
@@ -29,6 +26,14 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def input_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return --input, with what it is of that command."""
+    return click.option(
+        "--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
+        help=f"{what}, such as 1x3x224x224 or mask=1x77:bool; repeatable.",
+    )  # fmt: skip
 
 
 rule_option = click.option(

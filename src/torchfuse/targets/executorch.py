@@ -426,6 +426,20 @@ class ExecutorchModel:
         made = "" if self.preprocessing is None else f"; made by {dict(self.preprocessing)}"
         return f"ExecutorchModel(takes {takes}{made})"
 
+    def largest_ones(self) -> Case | None:
+        """Return inputs of ones of the largest sizes that it takes; None: one is no tensor."""
+        leaves = [
+            torch.ones([largest for _, largest in given.sizes], dtype=given.dtype)
+            for given in self._inputs
+            if given.dtype is not None
+        ]
+        if len(leaves) < len(self._inputs):
+            return None
+        if self._in_spec is None:
+            return Case(tuple(leaves))
+        args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
+        return Case(args, kwargs)
+
     def _load(self) -> None:
         try:
             # The method points into the program, and the program into the bytes: all are kept.
