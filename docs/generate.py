@@ -44,6 +44,7 @@ def output_of(command: str, start: str | None) -> str:
 
 def main(word: str) -> None:
     """Rewrite the blocks whose command contains `word`."""
+    (ROOT / "out").mkdir(exist_ok=True)  # what the commands write goes there
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
 
         def filled(match: re.Match[str]) -> str:
