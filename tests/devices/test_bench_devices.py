@@ -364,7 +364,7 @@ def test_the_command_measures_on_devices_and_saves_one_report(
     from torchfuse.cli import main
 
     saved = tmp_path / "out.json"
-    words = ["bench", model_files("third.pte"), "--input_dims=1,3,4,4", "--iter=6", "--warmup=1"]
+    words = ["bench", model_files("third.pte"), "--iter=6", "--warmup=1"]
     words += ["--device=adb", "--device=ssh:board", f"--device-python={light_python}"]
     monkeypatch.setattr(sys, "argv", ["torchfuse", *words, f"--json={saved}"])
     with pytest.raises(SystemExit) as ended:
@@ -377,3 +377,4 @@ def test_the_command_measures_on_devices_and_saves_one_report(
     report = json.loads(saved.read_text())
     assert [run["device"]["battery_percent"] for run in report["runs"]] == [87, None]
     assert [len(run["results"][0]["samples_s"]) for run in report["runs"]] == [6, 6]
+    assert report["settings"]["inputs"]["args"] == [{"ones": [1, 3, 4, 4], "dtype": "float32"}]
