@@ -1,6 +1,7 @@
 """What the README, the docs and the examples tell people to type is understood."""
 
 import re
+import runpy
 import shlex
 from importlib import import_module
 from pathlib import Path
@@ -53,3 +54,14 @@ def test_every_name_of_torchfuse_in_the_docs_is_public() -> None:
     for page in PAGES:
         for name in re.findall(r"\btorchfuse\.(\w+)\(", page.read_text()):
             assert name in public, f"{page.name}: torchfuse.{name}"
+
+
+def test_the_first_example_fuses_one_pair_and_says_why_not_the_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runpy.run_path(str(ROOT / "examples" / "first.py"))
+    printed = capsys.readouterr().out
+    assert "Net: 1 fused, 1 not fused" in printed
+    assert "is also read by another use: add." in printed
+    assert printed.endswith("equivalent\n")
+    assert (ROOT / "examples" / "first.py").read_text() in PAGES[0].read_text()
