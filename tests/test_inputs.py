@@ -136,3 +136,9 @@ def test_a_nan_in_what_verify_does_not_use_is_no_obstacle() -> None:
     model.unused = nn.Linear(1, 1)
     model.unused.weight.data.fill_(float("nan"))
     assert torchfuse.verify(model, model, IMAGE).passed
+
+
+def test_another_error_of_a_model_in_half_precision_is_not_blamed_on_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16()).eval()
+    with pytest.raises(CaptureError, match="shapes cannot be multiplied"):
+        torchfuse.plan(model, torch.randn(2, 3))

@@ -124,8 +124,9 @@ def half_precision(model: Any, case: Case, error: Exception) -> InputError | Non
     tensors = (*model.named_parameters(), *model.named_buffers())
     found = next(((name, t.dtype) for name, t in tensors if t.dtype in halves), None)
     given = {leaf.dtype for leaf in tree_leaves((case.args, dict(case.kwargs))) if _is_real(leaf)}
-    blamed = any(word in str(error) for word in ("Half", "BFloat16"))  # no kernel for it
-    if found is None or not (given - {found[1]} or blamed):
+    # torch names dtypes so where two do not fit, or where there is no kernel for one.
+    blamed = any(word in str(error) for word in ("Half", "BFloat16", "dtype", "float16"))
+    if found is None or not blamed:
         return None
     name, dtype = found
     other = f", or give inputs in {dtype}" if given - {dtype} else ""
