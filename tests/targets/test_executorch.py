@@ -113,6 +113,29 @@ def test_the_largest_along_a_dimension_is_delegated_where_xnnpack_can() -> None:
     assert lowered.delegation.calls_left == 0
 
 
+class Split(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = x.chunk(2, 1)
+        c, d = x.split([1, 3], dim=1)
+        *_, e = x.tensor_split(3, -1)
+        return a * b, c * d, e + 1.0
+
+
+def test_the_parts_of_a_split_are_delegated() -> None:
+    model, x = Split().eval(), image(2, 4, 3, 7)
+    lowered = lower(capture(model, Case((x,))))
+    assert lowered.delegation.calls_left == 0
+    run = ExecutorchModel(lowered.program, lowered.signature)
+    torch.testing.assert_close(run(x), model(x))
+
+
+def test_a_split_beside_a_dynamic_size_computes_what_the_model_computes() -> None:
+    run = made(Split(), Case((image(2, 4, 3, 7),)), ({0: torch.export.Dim("n", max=4)},))
+    for count in (1, 4):
+        x = image(count, 4, 3, 7)
+        torch.testing.assert_close(run(x), Split()(x))
+
+
 @pytest.mark.parametrize("other", [None, 2, 3.5, True])
 def test_arguments_may_be_other_things_than_tensors(
     other: Any, capfd: pytest.CaptureFixture[str]

@@ -28,6 +28,7 @@ __all__ = [
     "LAYERS",
     "QuantizedLayer",
     "argument_names",
+    "as_xnnpack_runs_it",
     "by_argument_name",
     "converted",
     "float_graph",
@@ -66,6 +67,22 @@ _CLAMPS = {
     torch.ops.aten.hardtanh_.default,
     torch.ops.aten.relu6.default,
     torch.ops.aten.relu6_.default,
+}
+
+_PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
+# Beside views and what ExecuTorch's quantizer knows: nothing new comes out of them but zeros.
+_KEEPING_RANGES = {
+    *_CLAMPS,
+    *_PADS,
+    torch.ops.aten.relu_.default,
+    torch.ops.aten.clamp.default,
+    torch.ops.aten.clamp_.default,
+    torch.ops.aten.clamp_min.default,
+    torch.ops.aten.clamp_max.default,
+    # Gone from the program, so that what is before and after them meets.
+    torch.ops.aten.clone.default,
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.dropout_.default,
 }
 
 
@@ -208,7 +225,7 @@ def prepared(
             quantizer = ComposableQuantizer(
                 [_quantizer(dynamic, lambda node: node.name in last), quantizer]
             )
-        with _clamps_as_activations():
+        with as_xnnpack_runs_it(graph):
             observed: fx.GraphModule = prepare_pt2e(graph, quantizer)
         _give_ranges(observed)
     return observed
@@ -288,25 +305,55 @@ def _leave_room_for_biases(calibrated: fx.GraphModule) -> None:
 
 
 @contextlib.contextmanager
-def _clamps_as_activations() -> Iterator[None]:
-    """Let ExecuTorch's quantizer take ReLU6 and Hardtanh after a conv or linear as it takes ReLU.
+def as_xnnpack_runs_it(graph: fx.GraphModule) -> Iterator[None]:
+    """Let ExecuTorch's quantizer annotate `graph` as XNNPACK's partitioner and kernels take it.
 
-    XNNPACK's partitioner and kernels do; the quantizer only looks for `relu`.
+    - ReLU6 and Hardtanh after a conv or linear are taken into it; the quantizer only looks for
+      `relu`.
+    - What moves or clamps values has the range of what it is given, on both sides: XNNPACK refuses
+      a slice, and clamps at the wrong values, where they differ. The quantizer's list lacks most.
     """
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
     is_relu_node = xnnpack_quantizer_utils.is_relu_node
+    shares_range = xnnpack_quantizer_utils._is_share_obs_or_fq_op
 
     def is_activation(node: fx.Node) -> bool:
         source = node.args[0] if node.args else None
         clamps = node.target in _CLAMPS and getattr(source, "target", None) in LAYERS
         return clamps or bool(is_relu_node(node))
 
+    def keeps_range(operator: Any) -> bool:
+        return operator in _KEEPING_RANGES or _is_view(operator) or bool(shares_range(operator))
+
+    for node in graph.graph.nodes:
+        if node.target in _PADS and not _pads_with_zeros(node):  # the value may be out of range
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(_annotated=True)
     xnnpack_quantizer_utils.is_relu_node = is_activation
+    xnnpack_quantizer_utils._is_share_obs_or_fq_op = keeps_range
     try:
         yield
     finally:
         xnnpack_quantizer_utils.is_relu_node = is_relu_node
+        xnnpack_quantizer_utils._is_share_obs_or_fq_op = shares_range
+
+
+def _is_view(operator: Any) -> bool:
+    """Whether an operator by its schema returns one tensor that shares memory with its input."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None or schema.is_mutable or len(schema.returns) != 1:
+        return False
+    (made,) = schema.returns
+    return made.alias_info is not None and str(made.type) == "Tensor"
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    if node.target is torch.ops.aten.constant_pad_nd.default:
+        return not any(node.args[2:])
+    mode = node.args[2] if len(node.args) > 2 else "constant"
+    return mode == "constant" and not any(node.args[3:])
 
 
 def is_quantized_graph(graph: fx.Graph) -> bool:

@@ -86,7 +86,9 @@ def prepare_qat(model: nn.Module, example_inputs: Any) -> TrainableInt8:
             ) from error
         config = get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
         quantizer = XNNPACKQuantizer().set_global(config)
-        prepared: fx.GraphModule = prepare_qat_pt2e(program.module(check_guards=False), quantizer)
+        graph = program.module(check_guards=False)
+        with static.as_xnnpack_runs_it(graph):
+            prepared: fx.GraphModule = prepare_qat_pt2e(graph, quantizer)
     return TrainableInt8(prepared)
 
 

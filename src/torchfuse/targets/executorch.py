@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,13 @@ __all__ = [
 ]
 
 _DELEGATE = "XNNPACK"
+_SPLITS = (
+    torch.ops.aten.chunk.default,
+    torch.ops.aten.split.Tensor,
+    torch.ops.aten.split_with_sizes.default,
+    torch.ops.aten.tensor_split.sections,
+    torch.ops.aten.tensor_split.indices,
+)
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,12 @@ def _may_write_to_input(node: fx.Node) -> bool:
 
 
 def _spell_out(graph: fx.Graph) -> None:
-    """Write three operators in the form in which XNNPACK's partitioner does not fail on them.
+    """Write some operators in the form in which XNNPACK's partitioner takes them and runs them.
 
     It reads the stride of a max-pooling, which torch leaves out where it is the kernel's size; it
     takes the values of any `max` along a dimension, of which its own serializer refuses all
-    but those along one of the two last of four, kept; and it takes a `prelu` of any dimensions,
-    of which its own passes can only convert four.
+    but those along one of the two last of four, kept; it takes a `prelu` of any dimensions,
+    of which its own passes can only convert four; and it takes slices, but no chunks and splits.
     """
     aten = torch.ops.aten
     for node in list(graph.nodes):
@@ -149,6 +157,28 @@ def _spell_out(graph: fx.Graph) -> None:
                 graph.eliminate_dead_code()
         elif node.target is aten.prelu.default and node.meta["val"].dim() in (2, 3):
             _write_with_four_dimensions(graph, node)
+        elif node.target in _SPLITS:
+            _write_as_slices(graph, node)
+
+
+def _write_as_slices(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace the parts of a split or chunk by slices, if all of its sizes are known."""
+    aten = torch.ops.aten
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    for part in list(node.users):
+        assert part.target is operator.getitem
+        index = part.args[1]
+        assert isinstance(index, int)
+        start = sum(sizes[: index % len(sizes)])
+        part.target = aten.slice.Tensor
+        part.args = (source, dim, start, start + sizes[index])
+    graph.erase_node(node)
 
 
 def _write_with_four_dimensions(graph: fx.Graph, node: fx.Node) -> None:
