@@ -7,10 +7,8 @@ layers that make a tensor are multiplied by s, the ones that read it divided. Be
 commutes with a positive factor per channel may lie: ReLU, pooling, additions of tensors that get
 the same s.
 
-ReLU6 commutes while its bound does not bind. A channel is scaled up until what was seen of it
-comes near the bound, and left alone if it comes near it already. int8 ends where what was seen
-ends, which is below the bound: no channel goes further than ReLU6 lets it, and none is cut off at
-less than was seen of it.
+What clamps from above (ReLU6, hardtanh, hardswish) does not commute: a channel scaled by s would
+end at 6/s. What goes through it is left alone.
 
 Where a layer mixes the channels, a column of its weights that grows costs precision in all others
 of its row. There s is what makes the least noise at the outputs:
@@ -47,10 +45,6 @@ aten = torch.ops.aten
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _LINEARS = (aten.linear.default,)
 _RELUS = (aten.relu.default, aten.relu_.default)
-_CLAMPS = (
-    aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default, aten.relu6_.default,
-    aten.clamp.default, aten.clamp_.default,
-)  # fmt: skip
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _POOLS = (
     aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
@@ -59,8 +53,6 @@ _POOLS = (
 _NEUTRAL = (aten.dropout.default, aten.dropout_.default, aten.clone.default)
 _RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 _LARGEST_SCALE = 2.0**10
-# How far beyond what was seen of a channel its bound must lie for it to be scaled.
-_MARGIN = 1.25
 # A channel that hardly mattered on the data may matter elsewhere: this share of the mean at least.
 _LEAST_IMPORTANCE = 0.01
 _STEPS = 150
@@ -71,8 +63,7 @@ _LEVELS, _WEIGHT_LEVELS = 255, 127
 def equalize(graph_module: fx.GraphModule, data: Sequence[Case]) -> int:
     """Equalise an exported graph without batch norms in place; return how many groups of tensors.
 
-    What it computes stays the same up to rounding, for inputs that keep each channel that a ReLU6
-    bounds within 1.25 times what `data` makes of it.
+    What it computes stays the same up to rounding.
     """
     layers = [n for n in graph_module.graph.nodes if n.target in (*_CONVS, *_LINEARS)]
     found = importance(graph_module, layers, data)
@@ -89,14 +80,6 @@ class _Group:
     makers: list[fx.Node] = field(default_factory=list)
     readers: list[fx.Node] = field(default_factory=list)
     possible: bool = True
-
-
-def _clamp_limits(node: fx.Node) -> tuple[float | None, float | None]:
-    if "relu6" in str(node.target):
-        return 0.0, 6.0
-    defaults = (-1.0, 1.0) if "hardtanh" in str(node.target) else (None, None)
-    given = [*node.args[1:3], *defaults[len(node.args) - 1 :]]
-    return given[0], given[1]
 
 
 def _groups(graph_module: fx.GraphModule, ranges: dict[fx.Node, Tensor]) -> list[_Group]:
@@ -174,10 +157,7 @@ def _adds_alike(node: fx.Node) -> bool:
 
 
 def _commutes(node: fx.Node) -> bool:
-    """Whether a positive factor per channel may be moved past the node (for clamps: below them)."""
-    if node.target in _CLAMPS:
-        floor, ceiling = _clamp_limits(node)
-        return floor == 0 and ceiling is not None
+    """Whether a positive factor per channel may be moved past the node."""
     if node.target in _RESHAPES:
         source = node.args[0]
         before, after = source.meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
@@ -216,34 +196,16 @@ def _scales(graph_module: fx.GraphModule, group: _Group, found: Importance) -> T
     held = [node for node in group.tensors if not _goes_into_activation(node)] or group.tensors
     largest = torch.stack([found.largest(node) for node in held]).amax(0)
     whole = largest.max()
-    least, most = _limits(group, found)
-    full = (whole / largest.clamp(min=float(whole) / _LARGEST_SCALE)).clamp(least, most)
+    full = whole / largest.clamp(min=float(whole) / _LARGEST_SCALE)
     full[largest == 0] = 1
     mixing = [node for node in group.readers if group_count(node) != group.channels]
     if not mixing:
         return full
     noise = _Noise(graph_module, held, mixing, found)
-    starts = [torch.ones_like(full), full.sqrt().clamp(least, most), full]
-    scale = _descended(noise, min(starts, key=noise), least, most)
+    starts = [torch.ones_like(full), full.sqrt(), full]
+    scale = _descended(noise, min(starts, key=noise))
     scale[largest == 0] = 1
     return scale
-
-
-def _limits(group: _Group, found: Importance) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest factor that each channel may get, `[channels]`."""
-    clamps = [node for node in group.tensors if node.target in _CLAMPS]
-    least = torch.full((group.channels,), 1 / _LARGEST_SCALE, dtype=torch.float64)
-    most = torch.full_like(least, _LARGEST_SCALE)
-    for node in clamps:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        _, ceiling = _clamp_limits(node)
-        assert ceiling is not None
-        reached = found.high[source].double() * _MARGIN
-        room = ceiling / reached.clamp(min=ceiling / _LARGEST_SCALE)
-        least = torch.ones_like(least)
-        most = torch.minimum(most, torch.where(room > 1, room, 1.0))
-    return least, most
 
 
 class _Noise:
@@ -283,14 +245,14 @@ def _floored(matters: Tensor) -> Tensor:
     return matters.clamp(min=float(matters.mean()) * _LEAST_IMPORTANCE)
 
 
-def _descended(noise: _Noise, start: Tensor, least: Tensor, most: Tensor) -> Tensor:
-    """The factors within their limits that make the least noise, sought from `start`."""
+def _descended(noise: _Noise, start: Tensor) -> Tensor:
+    """The factors that make the least noise, sought from `start`."""
     best, lowest = start, float(noise(start))
     logarithm = start.log().requires_grad_()
     optimizer = torch.optim.Adam([logarithm], lr=_STEP)
     for _ in range(_STEPS):
         with torch.enable_grad():
-            scale = logarithm.exp().clamp(least, most)
+            scale = logarithm.exp().clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
             cost = noise(scale)
         if not cost.requires_grad:
             break
@@ -303,4 +265,4 @@ def _descended(noise: _Noise, start: Tensor, least: Tensor, most: Tensor) -> Ten
 
 
 def _goes_into_activation(node: fx.Node) -> bool:
-    return all(user.target in (*_RELUS, *_CLAMPS) for user in node.users)
+    return all(user.target in _RELUS for user in node.users)

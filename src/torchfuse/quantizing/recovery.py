@@ -1,7 +1,11 @@
 """Winning back accuracy after static int8, in order of cost, each step measured and undone if vain.
 
+What a step fits to the data it was given says little of other data, so where there is enough, a
+quarter is held out: steps are fitted to the rest, and kept by what they gain on that quarter. What
+was kept is then fitted to all of it.
+
 1. careful_ranges: nothing that was seen is cut off, and scores stay in float (`static.py`). The
-   other steps begin with it: they correct what is rounded, and what is cut off misleads them.
+   other steps are tried after it: they correct what is rounded, and what is cut off misleads them.
 2. equalization: factors per channel that change nothing in float (`equalization.py`).
 3. bias_correction: the shift that int8 puts on each channel's mean, taken back (`rounding.py`).
 4. rounding: weights rounded so that each layer's output stays, which includes step 3.
@@ -12,12 +16,12 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchfuse.errors import InputError
 from torchfuse.quantizing import static
-from torchfuse.quantizing.calibration import calibrate
+from torchfuse.quantizing.calibration import calibrate, sample_count
 from torchfuse.quantizing.equalization import equalize
 from torchfuse.quantizing.measures import (
     Measure,
@@ -45,6 +49,8 @@ STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 # Layers are kept in float a few at a time: this share of them, at least one.
 _SHARE_KEPT = 0.05
 _SHOWN = 8  # names in a note
+# From so many cases on, one in four stretches of them, of sixteen, is held out to judge the steps.
+_LEAST_CASES, _STRETCHES, _ONE_OF = 32, 16, 4
 # Layers are corrected and blamed, and steps measured, on so many cases, spread over the data. While
 # layers are corrected, what is still to be read in all these cases is in memory, of both graphs.
 _MOST_CASES = 128
@@ -84,11 +90,12 @@ def recovered(
             "evaluate, a function that takes a model and returns a number."
         )
     before = [measure.of(graph, expected) for measure in wanted]
-    work = _Work(graph, data, expected)
-    growth = work.late_growth
+    work = _Work(graph, data, expected, hold_out=bool(steps))
     for name in STEPS:
         if name in steps or (steps and name == "careful_ranges"):
             work.try_step(name)
+    work.fit_to_all()
+    growth = work.late_growth
     kept = None if max_drop is None else work.keep_float(wanted[0], before[0], max_drop)
     outputs = outputs_of(work.int8, data)
     return Recovered(
@@ -139,73 +146,112 @@ def _spread(data: list[_T]) -> list[_T]:
     return data[:: -(-len(data) // _MOST_CASES)]
 
 
-class _Work:
-    """The best int8 graph so far, and the float graph that it was made from."""
+def _held_out(data: list[_T]) -> tuple[list[_T], list[_T]]:
+    """What steps are fitted to, and what they are judged by; the same if there is little data.
 
-    def __init__(self, graph: fx.GraphModule, data: list[Case], expected: Outputs) -> None:
+    The latter is four stretches: neighbours are often alike (views of a photo, frames of a film),
+    and an end may be unlike the rest (sorted by class).
+    """
+    if len(data) < _LEAST_CASES:
+        return data, data
+    parts: tuple[list[_T], list[_T]] = ([], [])
+    for number, case in enumerate(data):
+        stretch = number * _STRETCHES // len(data)
+        parts[stretch % _ONE_OF == _ONE_OF - 1].append(case)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How an int8 graph is made."""
+
+    reference: fx.GraphModule  # of the same layers in float
+    careful: bool = False
+    corrected: bool | None = None  # None: not; False: biases; True: weights too
+
+
+class _Work:
+    """The best int8 graph so far, and what it is judged by."""
+
+    def __init__(
+        self, graph: fx.GraphModule, data: list[Case], expected: Outputs, *, hold_out: bool
+    ) -> None:
         self.data = data
-        self.some = _spread(data)
-        self.reference = graph
-        self.expected = _spread(expected)  # of `some`, on which the steps are measured
+        self.fitted, judged = _held_out(data) if hold_out else (data, data)
+        self.judged = _spread(judged)
+        self.expected = _spread(_held_out(expected)[1] if hold_out else expected)
         self.kept_float: list[str] = []
-        self.corrected: bool | None = None  # None: not; False: biases; True: weights too
         self.steps: list[RecoveryStep] = []
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.late_growth: float | None = None
-        self.careful = False
-        self.int8 = self._quantized(graph)
+        self.settings = _Settings(graph)
+        self.int8 = self._quantized(self.settings)
         self.sqnr_db = self._sqnr_db(self.int8)
 
-    def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
-        observed = static.prepared(copy.deepcopy(graph), self.kept_float, careful=self.careful)
-        self.late_growth = calibrate(observed, self.data)
+    @property
+    def reference(self) -> fx.GraphModule:
+        """The float graph that the int8 one was made from."""
+        return self.settings.reference
+
+    @property
+    def some(self) -> list[Case]:
+        """The cases that layers are corrected and blamed on."""
+        return _spread(self.fitted)
+
+    def _quantized(self, settings: _Settings) -> fx.GraphModule:
+        graph = copy.deepcopy(settings.reference)
+        observed = static.prepared(graph, self.kept_float, careful=settings.careful)
+        self.late_growth = calibrate(observed, self.fitted)
         int8 = static.converted(observed)
-        if self.corrected is not None:
-            correct(int8, graph, self.some, rounding=self.corrected)
+        if settings.corrected is not None:
+            correct(int8, settings.reference, self.some, rounding=settings.corrected)
         return int8
 
     def _sqnr_db(self, int8: fx.GraphModule) -> float:
-        """How close the outputs on `some` are to the float ones."""
-        return sqnr_of_outputs(self.expected, outputs_of(int8, self.some))
+        """How close the outputs on `judged` are to the float ones."""
+        return sqnr_of_outputs(self.expected, outputs_of(int8, self.judged))
 
     def try_step(self, name: str) -> None:
-        """Apply one step, and keep it if the outputs come closer to the float ones."""
+        """Apply one step, and keep it if the outputs come closer to the float ones.
+
+        So nothing that is kept is below plain int8, which is where it begins.
+        """
+        before, growth, candidate = self.sqnr_db, self.late_growth, None
         if name == "careful_ranges":
-            self._try_careful_ranges()
-            return
-        before, graph, corrected, note = self.sqnr_db, self.reference, self.corrected, ""
-        candidate = None
-        if name == "equalization":
-            graph = copy.deepcopy(graph)
-            groups = equalize(graph, self.some)
+            settings = replace(self.settings, careful=True)
+            candidate = self._quantized(settings)
+            note = "ranges as wide as what was seen, scores in float"
+        elif name == "equalization":
+            settings = replace(self.settings, reference=copy.deepcopy(self.reference))
+            groups = equalize(settings.reference, self.some)
+            candidate = self._quantized(settings) if groups else None
             note = f"{groups} groups of tensors"
-            candidate = self._quantized(graph) if groups else None
         else:
-            self.corrected = name == "rounding"
+            settings = replace(self.settings, corrected=name == "rounding")
             candidate = copy.deepcopy(self.int8)
-            layers = correct(candidate, graph, self.some, rounding=self.corrected)
+            layers = correct(candidate, self.reference, self.some, rounding=name == "rounding")
             note = f"{layers} layers"
-        after = before
-        if candidate is not None:
-            after = self._sqnr_db(candidate)
-        kept = after > before and candidate is not None
+        after = before if candidate is None else self._sqnr_db(candidate)
+        kept = candidate is not None and after > before
         if kept:
             assert candidate is not None
-            self.int8, self.reference, self.sqnr_db = candidate, graph, after
+            self.int8, self.settings, self.sqnr_db = candidate, settings, after
         else:
-            self.corrected = corrected
+            self.late_growth = growth
         self.steps.append(RecoveryStep(name, before, after, kept, note))
 
-    def _try_careful_ranges(self) -> None:
-        """Kept whatever it gains, since the other steps build on it."""
-        before = self.sqnr_db
-        self.careful = True
-        self.int8 = self._quantized(self.reference)
+    def fit_to_all(self) -> None:
+        """Fit what was kept to the data that judged it as well."""
+        if len(self.fitted) == len(self.data):
+            return
+        self.notes.append(
+            f"Recovery was judged on {sample_count(self.judged)} of the {sample_count(self.data)} "
+            "samples, which its steps were not fitted to; what was kept is fitted to all."
+        )
+        self.fitted = self.data
+        self.int8 = self._quantized(self.settings)
         self.sqnr_db = self._sqnr_db(self.int8)
-        note = "ranges as wide as what was seen, scores in float"
-        step = RecoveryStep("careful_ranges", before, self.sqnr_db, True, note)
-        self.steps.append(step)
 
     def keep_float(self, measure: Measure, before: float, max_drop: float) -> MaxDrop:
         """Leave the layers that lose most in float until the measure drops by at most max_drop."""
@@ -218,7 +264,7 @@ class _Work:
         sqnr_before = self.sqnr_db
         while drop > max_drop and len(self.kept_float) < len(layers):
             self.kept_float += by_loss[len(self.kept_float) :][:at_a_time]
-            self.int8 = self._quantized(self.reference)
+            self.int8 = self._quantized(self.settings)
             drop = before - measure.of(self.int8, outputs_of(self.int8, self.data))
         self.sqnr_db = self._sqnr_db(self.int8)
         kept = len(self.kept_float)

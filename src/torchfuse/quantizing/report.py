@@ -56,7 +56,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class RecoveryStep:
-    """One step of winning accuracy back, and what it gained on the calibration data."""
+    """One step of winning accuracy back, and what it gained on data that was held out for that."""
 
     name: str
     sqnr_db_before: float  # of the model's outputs
