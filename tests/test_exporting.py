@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
 import torchfuse
+from torchfuse import exporting
 from torchfuse.delegation import DelegationWarning
 from torchfuse.errors import (
     ArtifactError,
@@ -23,6 +24,7 @@ from torchfuse.errors import (
     UnsupportedError,
 )
 from torchfuse.inputs import Case
+from torchfuse.quantizing import static
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -280,6 +282,18 @@ def network() -> nn.Module:
     return Network().eval()
 
 
+def with_nan(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, 0] = torch.nan
+    return model
+
+
+def with_inf(model: nn.Module) -> nn.Module:
+    model.bn.running_var[3] = torch.inf
+    return model
+
+
+FLOAT16 = r"^Expected a model in float32, got torch.float16 \('conv.weight'\); call model.float"
 ERRORS = {
     "training mode": (
         Network,
@@ -310,13 +324,33 @@ ERRORS = {
         lambda: network().half(),
         {"precision": "fp32"},
         InputError,
-        "Network cannot run on its example inputs, .*: Input type",
+        FLOAT16,
+    ),
+    "half, as it is": (lambda: network().half(), {}, InputError, FLOAT16),
+    "half in fp16": (lambda: network().half(), {"precision": "fp16"}, InputError, FLOAT16),
+    "half in int8": (
+        lambda: network().half(),
+        {"precision": "int8", "calibration": torch.ones(1)},
+        InputError,
+        FLOAT16,
     ),
     "double": (
         lambda: nn.Sequential(nn.Flatten(), Cast(), nn.Linear(768, 2).double()).eval(),
         {},
-        UnsupportedError,
-        "got torch.float64, for which XNNPACK has no kernels; call model.float",
+        InputError,
+        r"^Expected a model in float32, got torch.float64 \('2.weight'\); call model.float",
+    ),
+    "NaN in the weights": (
+        lambda: with_nan(network()),
+        {},
+        InputError,
+        "^Expected finite weights, but 'conv.weight' has NaN in 1 of its 216 values; load a check",
+    ),
+    "Inf in the statistics": (
+        lambda: with_inf(network()),
+        {"precision": "int8", "calibration": torch.ones(1)},
+        InputError,
+        "^Expected finite weights, but 'bn.running_var' has Inf in 1 of its 8 values; load a chec",
     ),
 }
 
@@ -532,9 +566,79 @@ def test_int8_that_is_hardly_like_the_model_is_warned_about(tmp_path: Path) -> N
     assert len(artifact.notes) == 1
 
 
+def with_two_logits() -> tuple[nn.Module, list[Tensor]]:
+    """A model for two classes, and inputs on which one logit is far from zero."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+    for _ in range(2):
+        layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 2))
+    return model.eval(), [image(1, 3, 8, 8, seed=i) * (0.2 + i % 5) for i in range(20)]
+
+
+def test_a_program_that_is_a_step_off_on_one_example_is_a_good_one(tmp_path: Path) -> None:
+    model, calibration = with_two_logits()
+    x = image(1, 3, 8, 8, seed=102) * 0.3
+    int8 = torchfuse.quantize(model, x, calibration).model
+    options: dict[str, Any] = {"precision": "int8", "calibration": calibration}
+    path = torchfuse.export(model, x, tmp_path / "m.pte", **options).path
+    expected, quantized, got = model(x), int8(x), torchfuse.load(path)(x)
+    # Closer than 3 dB to what the quantized model loses, which all of the data say, it is not.
+    assert (expected - got).norm() > 1.4 * (expected - quantized).norm()
+
+
+def test_int8_is_judged_on_calibration_inputs_in_the_examples_shape() -> None:
+    example = Case((torch.zeros(2, 3),), {"scale": 2.0})
+    data = [Case((torch.arange(21.0).reshape(7, 3),), {"scale": 3.0}), Case((torch.ones(2, 4),))]
+    found = exporting._like(example, data, 2)
+    assert [case.args[0].tolist() for case in found] == [
+        [[0, 1, 2], [3, 4, 5]],
+        [[12, 13, 14], [15, 16, 17]],
+    ]
+    assert [case.kwargs for case in found] == [{"scale": 3.0}] * 2
+    assert exporting._like(example, [Case((torch.ones(2, 4),), {"scale": 1.0})], 2) == []
+
+
+def test_an_int8_program_that_computes_something_else_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.max_pool2d(self.first(x) * 20.0, 3, 1, 1)
+            return self.last(nn.functional.relu6(y) + 1.0).flatten(1)
+
+    monkeypatch.setattr(static, "_KEEPING_RANGES", set())  # XNNPACK clamps elsewhere then
+    torch.manual_seed(0)
+    data = [image(1, 3, 8, 8, seed=seed) for seed in range(20)]
+    with pytest.raises(
+        UnsupportedError, match=r"does not compute the same: output: .* SQNR .* Nothing was writ"
+    ):
+        torchfuse.export(
+            Clamps().eval(), data[0], tmp_path / "m.pte", precision="int8", calibration=data
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_all_zero_are_not_a_step_off() -> None:
+    model, calibration = with_two_logits()
+    int8 = torchfuse.quantize(model, calibration[0], calibration).model
+    made = exporting._Made(b"", "int8", {}, lambda x: 0 * int8(x), int8)
+    problems, _ = exporting._judged(int8, made, [Case((x,)) for x in calibration[:8]])
+    assert problems == [
+        "output: has an SQNR of 0.0 dB against the quantized model; at least 10.0 dB was asked for."
+    ]
+
+
 def test_weights_in_half_precision_are_called_so(tmp_path: Path) -> None:
-    model = nn.Linear(4, 4).half().eval()
-    assert torchfuse.export(model, image(2, 4).half(), tmp_path / "m.pt").precision == "fp16"
+    model, x = nn.Linear(4, 4).half().eval(), image(2, 4).half()
+    for suffix in ("pt", "pte"):
+        artifact = torchfuse.export(model, x, tmp_path / f"m.{suffix}")
+        assert artifact.precision == "fp16"
+        torch.testing.assert_close(torchfuse.load(artifact.path)(x), model(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -542,7 +646,7 @@ def test_weights_in_half_precision_are_called_so(tmp_path: Path) -> None:
 def test_weights_in_other_precisions_are_an_error(
     dtype: torch.dtype, suffix: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UnsupportedError, match=f"float32 or float16, got {dtype}, for which"):
+    with pytest.raises(InputError, match=rf"got {dtype} \('weight'\); call model.float\(\) first"):
         torchfuse.export(
             nn.Linear(4, 4).to(dtype).eval(), image(2, 4).to(dtype), tmp_path / f"m.{suffix}"
         )

@@ -214,7 +214,8 @@ def _bound(artifact: Artifact | None) -> float | None:
     """What a file's precision lets its outputs be judged by; None: equality within rounding."""
     if artifact is None or artifact.equivalence is None:
         return None
-    return artifact.equivalence.min_sqnr_db
+    asked, found = artifact.equivalence.min_sqnr_db, artifact.equivalence.sqnr_db
+    return asked if asked is None or found is None else min(asked, found)
 
 
 def _name(variant: _Variant) -> str:

@@ -80,6 +80,9 @@ class Equivalence:
             return "equivalent" if self.passed else "NOT equivalent"
         if self.passed and self.max_abs == 0:
             return "equal"
+        if self.passed and self.sqnr_db is not None and self.sqnr_db < self.min_sqnr_db:
+            # Outputs hardly larger than a step of int8, or a bound over more cases than these.
+            return f"within the steps of int8: SQNR {self.sqnr_db:.1f} dB on these cases"
         where = "within" if self.passed else "NOT within"
         found = "" if self.sqnr_db is None else f"SQNR {self.sqnr_db:.1f} dB, "
         return f"{where} the bound: {found}at least {self.min_sqnr_db:.1f} dB asked for"

@@ -4,11 +4,12 @@ The suffix chooses the target: `.pte` is ExecuTorch, `.pt` TorchScript, `.ptl` t
 """
 
 import hashlib
+import itertools
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from torchfuse.errors import (
 )
 from torchfuse.file_inputs import described
 from torchfuse.fusing import fuse
-from torchfuse.inputs import Case, cases
+from torchfuse.inputs import Case, cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import (
     is_quantized_graph,
     quantize,
@@ -53,6 +54,7 @@ from torchfuse.quantizing import (
     require_forward,
 )
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
+from torchfuse.quantizing.sensitivity import SignalToNoise
 from torchfuse.quantizing.static import argument_names, layers_of
 from torchfuse.quantizing.unquantized import mostly_float
 from torchfuse.restoring import random_state_kept
@@ -67,6 +69,7 @@ _FP16_MIN_SHARE = 0.98  # of the multiply-accumulates, below which it would be s
 _INT8_MIN_SQNR_DB = 10.0  # against the quantized model
 _INT8_LOSS_DB = 3.0  # against the model, compared with the quantized model's
 _INT8_NO_LOSS_DB = 40.0  # above this, nobody asks which of the two is closer
+_MOST_CASES = 8  # of the calibration data, on which it is judged beside the examples
 _INT8_SUSPECT_DB = 12.0  # against the model, below which something is wrong, and likely the ranges
 
 
@@ -122,7 +125,8 @@ def export(
     Args:
         model: in eval mode; or what `quantize` returned as `.model`.
         example_inputs: a tensor, a tuple, a dict of keywords, or a list of such cases. The first
-            is what the model is exported for; all are compared.
+            is what the model is exported for; all are compared, and a quantized model is judged
+            on some of `calibration` too.
         path: ends in `.pte`, `.pt` or `.ptl`.
         precision: "fp32", "fp16" (arguments and results stay float32) or "int8"; None leaves the
             model as it is.
@@ -138,7 +142,9 @@ def export(
     Raises:
         ArtifactError: unknown suffix, or the file cannot be written.
         CalibrationError: int8 without calibration data, or with useless data.
-        InputError: the model is in training mode, returns NaN, or cannot run on its inputs.
+        InputError: the model is in training mode, has weights that are NaN or Inf, or in another
+            precision than float32 (float16 is exported as it is if it runs on the inputs), returns
+            NaN, or cannot run on its inputs.
         UnsupportedError: the target cannot do it, or its output differs from the model's.
     """
     path = Path(path)
@@ -153,6 +159,9 @@ def export(
     )
     require_eval_mode(model)
     require_converted(model)
+    if precision is not None or not _is_half(model):
+        require_float32(model)
+    require_finite_tensors(model)
     examples = cases(example_inputs)
     require_forward(examples)
     for case in examples:
@@ -173,10 +182,11 @@ def export(
         else:
             made = _torchscript(model, examples, form, precision, calibration, optimize)
     examples = [*examples, *made.other_cases]
-    equivalence = _compared(model, made, form, examples)
+    judging = _like(examples[0], calibration or (), _MOST_CASES)
+    equivalence, suspicions = _compared(model, made, form, examples, judging)
     if made.delegation is not None and made.delegation.warning is not None:
         warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
-    notes = [*made.notes, *_suspicions(made, model, equivalence), *([_RANDOM] if random else [])]
+    notes = [*made.notes, *suspicions, *([_RANDOM] if random else [])]
     for note in notes:
         warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=2)
     metadata = {
@@ -291,7 +301,7 @@ def _executorch(
             "operators": lowered.operators,
             "backends": lowered.backends,
         },
-        run=loaded,
+        run=_nested_as(loaded, program.call_spec.out_spec),
         reference=reference,
         delegation=lowered.delegation,
         other_cases=tuple(_other_sizes(program, case)),
@@ -302,6 +312,15 @@ def _executorch(
 def _in_float(model: nn.Module) -> tuple[str, ...]:
     left = mostly_float(tuple(layers_of(model))) if isinstance(model, fx.GraphModule) else None
     return () if left is None else (f"quantized in part: {left}",)
+
+
+def _nested_as(loaded: Callable[..., Any], spec: pytree.TreeSpec) -> Callable[..., Any]:
+    """Let a loaded program return what the model does, in the model's own types, to compare."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_unflatten(pytree.tree_leaves(loaded(*args, **kwargs)), spec)
+
+    return run
 
 
 def _torchscript(
@@ -380,6 +399,7 @@ def _require_finite(model: nn.Module, case: Case) -> None:
     try:
         outputs = run(model, case)
     except Exception as error:
+        require_float32(model)
         raise InputError(
             f"{type(model).__name__} cannot run on its example inputs, {case}: {first_line(error)}"
         ) from error
@@ -393,31 +413,122 @@ def _require_finite(model: nn.Module, case: Case) -> None:
             )
 
 
-def _compared(model: nn.Module, made: _Made, form: Format, examples: list[Case]) -> Equivalence:
-    """Return how far what was made is from `model`; raise UnsupportedError if it is wrong."""
+def _compared(
+    model: nn.Module, made: _Made, form: Format, examples: list[Case], data: list[Case]
+) -> tuple[Equivalence, list[str]]:
+    """Return how far what was made is from `model`, and what is suspicious about it.
+
+    `data` are more cases for what is quantized to be judged by.
+
+    Raises:
+        UnsupportedError: it is wrong.
+    """
+    notes: list[str] = []
     if made.precision in ("int8", "int4"):
-        found = verify(made.reference, made.run, examples, min_sqnr_db=_INT8_MIN_SQNR_DB)
-        if found.passed and made.reference is not model:
-            quantized = verify(model, made.reference, examples, min_sqnr_db=-math.inf)
-            sqnr_db = min(quantized.sqnr_db or 0.0, _INT8_NO_LOSS_DB)
-            found = verify(model, made.run, examples, min_sqnr_db=sqnr_db - _INT8_LOSS_DB)
+        found = verify(model, made.run, examples, min_sqnr_db=-math.inf)
+        problems = list(found.problems)
+        if not problems:
+            problems, notes, asked = _judged(model, made, [*examples, *data])
+            found = replace(found, min_sqnr_db=asked)
     else:
         sqnr = {"fp16": _FP16_MIN_SQNR_DB}.get(made.precision)
         found = verify(model, made.run, examples, min_sqnr_db=sqnr)
-    if not found.passed:
+        problems = list(found.problems)
+    if problems:
         raise UnsupportedError(
             f"The '.{form}' made from {type(model).__name__} does not compute the same: "
-            f"{' '.join(found.problems)} Nothing was written."
+            f"{' '.join(problems)} Nothing was written."
         )
+    return found, notes
+
+
+def _judged(model: nn.Module, made: _Made, data: list[Case]) -> tuple[list[str], list[str], float]:
+    """What is wrong with a quantized program over all of `data`, and what is suspicious about it.
+
+    And the SQNR, in dB, that was asked for against `model`: of several outputs, the least.
+
+    One case alone says little: its outputs may be hardly larger than a step of int8. Over all,
+    the program may be off by a step of its output, on average, whatever that is in dB.
+    """
+    problems, notes, asked = [], [], [_INT8_NO_LOSS_DB]
+    programs = [run(made.run, case) for case in data]
+    quantized = [run(made.reference, case) for case in data]
+    given = quantized if made.reference is model else [run(model, case) for case in data]
+    steps = _output_steps(made.reference)
+    names = [name for name, leaf in given[0].items() if isinstance(leaf, torch.Tensor)]
+    for index, name in enumerate(names):
+        step = steps[index] if len(steps) == len(names) else 0.0
+        to_quantized = _difference(quantized, programs, name)
+        to_model = _difference(given, programs, name)
+        loss = _difference(given, quantized, name)
+        wanted = {"the quantized model": (to_quantized, _INT8_MIN_SQNR_DB)}
+        if made.reference is not model:
+            allowed = min(loss.sqnr_db, _INT8_NO_LOSS_DB) - _INT8_LOSS_DB
+            wanted["the model"] = (to_model, allowed)
+        asked.append([least for _, least in wanted.values()][-1])
+        problems += [
+            f"{name}: has an SQNR of {found.sqnr_db:.1f} dB against {what}; at least "
+            f"{least:.1f} dB was asked for."
+            for what, (found, least) in wanted.items()
+            if found.sqnr_db < least and to_quantized.rms_noise > step
+        ]
+        if made.reference is not model and to_model.sqnr_db < _INT8_SUSPECT_DB:
+            notes.append(_SUSPECT.format(to_model.sqnr_db))
+    return problems, notes[:1], min(asked)
+
+
+def _difference(
+    expected: list[dict[str, Any]], got: list[dict[str, Any]], name: str
+) -> SignalToNoise:
+    found = SignalToNoise()
+    for a, b in zip(expected, got, strict=True):
+        found.take(a[name], b[name])
     return found
 
 
-def _suspicions(made: _Made, model: nn.Module, equivalence: Equivalence) -> list[str]:
-    compared = made.precision == "int8" and made.reference is not model
-    sqnr_db = equivalence.sqnr_db
-    if compared and sqnr_db is not None and sqnr_db < _INT8_SUSPECT_DB:
-        return [_SUSPECT.format(sqnr_db)]
-    return []
+def _output_steps(quantized: nn.Module) -> list[float]:
+    """The step of each output of a quantized graph in int8; 0 for one in float."""
+    steps: list[float] = []
+    if not isinstance(quantized, fx.GraphModule):
+        return steps
+    (output,) = quantized.graph.find_nodes(op="output")
+    for leaf in pytree.tree_leaves(output.args[0]):
+        step: Any = 0.0
+        if isinstance(leaf, fx.Node) and "dequantize_per_tensor" in str(leaf.target):
+            step = leaf.args[1]
+        steps.append(step if isinstance(step, float) else 0.0)
+    return steps
+
+
+def _like(example: Case, data: Iterable[Case], most: int) -> list[Case]:
+    """At most so many cases of `data`, spread over it, in the shapes of `example`."""
+    leaves, spec = pytree.tree_flatten((example.args, dict(example.kwargs)))
+    found = []
+    for case in data:
+        given, given_spec = pytree.tree_flatten((case.args, dict(case.kwargs)))
+        if given_spec != spec:
+            continue
+        parts = [_parts(leaf, like) for leaf, like in zip(given, leaves, strict=True)]
+        for part in zip(*parts, strict=False):
+            args, kwargs = pytree.tree_unflatten(part, spec)
+            found.append(Case(args, kwargs))
+    return found[:: -(-len(found) // most)] if found else []
+
+
+def _parts(value: Any, like: Any) -> Iterable[Any]:
+    """`value` in pieces of as many samples as `like` has; nothing if its shape is another."""
+    if not isinstance(value, torch.Tensor) or not isinstance(like, torch.Tensor):
+        return itertools.repeat(value)
+    if value.shape == like.shape:
+        return [value]
+    if not like.dim() or value.shape[1:] != like.shape[1:] or not len(like):
+        return []
+    return [part for part in value.split(len(like)) if len(part) == len(like)]
+
+
+def _is_half(model: nn.Module) -> bool:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return dtypes <= {torch.float16, torch.float32}
 
 
 def _half_inside(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "half_precision",
     "require_finite_tensors",
+    "require_float32",
 ]
 
 # Their weights and statistics are numbers to calculate with; Inf is no number that can be meant.
@@ -137,6 +138,16 @@ def half_precision(model: Any, case: Case, error: Exception) -> InputError | Non
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def require_float32(model: nn.Module) -> None:
+    """Raises InputError if a parameter of `model` is a real number in another precision."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise InputError(
+                f"Expected a model in float32, got {parameter.dtype} ('{name}'); call "
+                "model.float() first."
+            )
 
 
 def _case(entry: Any, where: str) -> Case:

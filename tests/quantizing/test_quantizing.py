@@ -290,6 +290,32 @@ def test_a_model_in_training_mode_is_an_error(x: Tensor) -> None:
         quantize(Residual(), x, images())
 
 
+@pytest.mark.parametrize("backend", ["xnnpack", "qnnpack"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision_is_an_error(
+    model: nn.Module, x: Tensor, dtype: torch.dtype, backend: str
+) -> None:
+    sentence = (
+        f"Expected a model in float32, got {dtype} ('conv.weight'); call model.float() first."
+    )
+    for given in (x, x.to(dtype)):
+        with pytest.raises(InputError) as caught:
+            quantize(model.to(dtype), given, [given], backend=backend)
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "int4"])
+def test_nan_in_the_weights_is_an_error_that_names_the_tensor(
+    model: nn.Module, x: Tensor, scheme: str
+) -> None:
+    with torch.no_grad():
+        model.head.weight[1, 2] = torch.nan
+    with pytest.raises(
+        InputError, match=r"finite weights, but 'head.weight' has NaN in 1 of its 40"
+    ):
+        quantize(model, x, images() if scheme == "int8" else None, scheme=scheme)
+
+
 def test_an_unknown_backend_is_an_error(model: nn.Module, x: Tensor) -> None:
     with pytest.raises(InputError, match=r"Expected a backend of xnnpack, qnnpack, .*, got 'npu'"):
         quantize(model, x, images(), backend="npu")

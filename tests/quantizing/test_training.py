@@ -116,3 +116,16 @@ def test_in_training_mode_the_batch_norm_uses_the_batch(training: nn.Module) -> 
 def test_converting_what_was_not_prepared_is_an_error() -> None:
     with pytest.raises(InputError, match=r"Expected a model that torchfuse\.prepare_qat made"):
         torchfuse.convert_qat(Net())
+
+
+def test_weights_in_another_precision_are_an_error() -> None:
+    with pytest.raises(InputError, match=r"got torch.bfloat16 \('conv.weight'\); call model.float"):
+        torchfuse.prepare_qat(Net().bfloat16(), torch.ones(2, 1, 8, 8))
+
+
+def test_training_that_left_nan_in_the_weights_is_an_error() -> None:
+    training = torchfuse.prepare_qat(Net(), torch.ones(2, 1, 8, 8))
+    with torch.no_grad():
+        next(training.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match=r"finite weights, but 'conv.weight' has NaN in 72 of its"):
+        torchfuse.convert_qat(training)

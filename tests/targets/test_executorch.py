@@ -1,13 +1,18 @@
 """Programs for ExecuTorch: lowered, run by its runtime, and equal to the model."""
 
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+import torchfuse
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
@@ -194,6 +199,69 @@ def test_results_and_keywords_are_nested_as_the_models() -> None:
     x, scale = image(2, 4), torch.tensor(3.0)
     run = made(model, Case((x,), {"scale": scale}))
     torch.testing.assert_close(run(x, scale=scale), model(x, scale=scale))
+
+
+@dataclasses.dataclass
+class Boxes:
+    where: Tensor
+    scores: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class Detector(nn.Module):
+    """Returns and takes what only this process knows the types of."""
+
+    def forward(self, x: Boxes) -> dict[str, Any]:
+        from transformers.modeling_outputs import ImageClassifierOutput
+
+        assert x.scores is not None
+        return {
+            "output": ImageClassifierOutput(
+                logits=x.where * 2.0, hidden_states=(x.scores, x.where)
+            ),
+            "boxes": Boxes(x.where + 1.0, labels=x.scores * 3.0),
+            "split": Halves(x.where * 4.0, x.where * 5.0),
+        }
+
+
+class Halves(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def test_a_file_loads_where_the_types_of_its_results_are_unknown(tmp_path: Path) -> None:
+    if Boxes not in pytree.SUPPORTED_NODES:
+        torch.export.register_dataclass(Boxes, serialized_type_name="Boxes")
+        pytree._register_namedtuple(Halves, serialized_type_name="Halves")
+    model, x = Detector().eval(), Boxes(image(2, 3), image(2))
+    artifact = torchfuse.export(model, (x,), tmp_path / "model.pte")
+    assert artifact.equivalence is not None
+    assert [output.name for output in artifact.equivalence.outputs][:2] == [
+        "output['output']['logits']",
+        "output['output']['hidden_states'][0]",
+    ]
+    assert torchfuse.load(artifact.path)(x).keys() == {"output", "boxes", "split"}
+    script = f"""
+import sys, torch, torchfuse
+where, scores = torch.ones(2, 3), torch.ones(2)
+run = torchfuse.load({str(artifact.path)!r})
+found = run({{"where": where, "scores": scores}})
+assert torch.equal(found["output"]["logits"], where * 2)
+assert torch.equal(found["output"]["hidden_states"][1], where)
+assert list(found["boxes"]) == ["where", "labels"], found["boxes"]
+assert torch.equal(found["split"][1], where * 5)
+assert type(found["output"]) is type(found["boxes"]) is dict
+assert type(found["split"]) is tuple
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_type_of_results_that_is_unknown_in_an_older_file_is_named() -> None:
+    lowered = lower(capture(nn.Linear(4, 3).eval(), Case((image(2, 4),))))
+    spec = '[1, {"type": "somewhere.Output", "context": "[]", "children_spec": []}]'
+    with pytest.raises(ArtifactError, match=r"Deserializing somewhere.Output .* export it again"):
+        ExecutorchModel(lowered.program, {**lowered.signature, "out_spec": spec})
 
 
 def test_without_a_signature_results_come_as_a_tuple() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import fx, nn
 
 from torchfuse.errors import InputError, QuantizationWarning
-from torchfuse.inputs import cases
+from torchfuse.inputs import cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
     CalibrationData,
@@ -122,12 +122,15 @@ def quantize(
     Raises:
         CalibrationError: the calibration data is missing, empty, constant, or holds NaN or Inf, or
             the model cannot run on it.
-        InputError: an unknown scheme, backend or step; labels that do not fit.
+        InputError: an unknown scheme, backend or step; labels that do not fit; a model in training
+            mode, in another precision than float32, or with weights that are NaN or Inf.
         UnsupportedError: torch.export cannot capture the model, or nothing in it can be quantized.
     """
     _check_options(scheme, backend, recovery, max_drop, evaluate)
     require_eval_mode(model)
     require_converted(model)
+    require_float32(model)
+    require_finite_tensors(model)
     example = cases(example_inputs, "example_inputs")[0]
     chosen, notes = _chosen_scheme(model, scheme, calibration)
     wanted = _Wanted(tuple(recovery), max_drop, labels, evaluate, explain)

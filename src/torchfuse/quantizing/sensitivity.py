@@ -48,17 +48,24 @@ class SignalToNoise:
 
     def __init__(self) -> None:
         self._signal = self._noise = 0.0
+        self._count = 0
 
     def take(self, expected: Tensor, got: Tensor) -> None:
         """Take in a tensor as it should be and as it is."""
         a = expected.double()
         self._signal += float(a.square().sum())
         self._noise += float((a - got.double()).square().sum())
+        self._count += a.numel()
 
     @property
     def sqnr_db(self) -> float:
         """The ratio of both, in dB."""
         return sqnr_db(self._signal, self._noise)
+
+    @property
+    def rms_noise(self) -> float:
+        """The root of the noise's mean square."""
+        return math.sqrt(self._noise / self._count) if self._count else 0.0
 
 
 def layer_errors(

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.errors import InputError, UnsupportedError, first_line
-from torchfuse.inputs import cases
+from torchfuse.inputs import cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import QuantizationResult, static
 from torchfuse.quantizing.fitness import require_forward
 from torchfuse.quantizing.report import QuantizationReport
@@ -54,12 +54,16 @@ def prepare_qat(model: nn.Module, example_inputs: Any) -> TrainableInt8:
     free. `model` is unchanged. When trained, give it to `convert_qat`.
 
     Raises:
+        InputError: no model as it was written, or one with weights in another precision than
+            float32, NaN or Inf.
         UnsupportedError: torch.export cannot capture the model in training mode.
     """
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
         raise InputError(
             f"Expected a model as it was written, a torch.nn.Module, got {type(model).__name__}."
         )
+    require_float32(model)
+    require_finite_tensors(model)
     case = cases(example_inputs)[0]
     require_forward([case])
     leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs)))
@@ -96,13 +100,14 @@ def convert_qat(trained: nn.Module) -> QuantizationResult:
     """Return what `prepare_qat` made, now trained, in int8, ready for `export`; it is unchanged.
 
     Raises:
-        InputError: it was not made by `prepare_qat`.
+        InputError: it was not made by `prepare_qat`, or training left NaN or Inf in its weights.
     """
     if not isinstance(trained, TrainableInt8):
         raise InputError(
             "Expected a model that torchfuse.prepare_qat made, with observers in it, got "
             f"{type(trained).__name__}."
         )
+    require_finite_tensors(trained.graph)
     with quiet(), random_state_kept():
         int8 = static.converted(copy.deepcopy(trained).eval().graph)
     report = QuantizationReport("int8, trained", None, None, (), (), (), ())

@@ -1,10 +1,12 @@
 """Today's mobile target: an ExecuTorch program (`.pte`) for XNNPACK, and the runtime it runs on."""
 
+import dataclasses
 import functools
 import logging
 import operator
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -352,12 +354,32 @@ def _check_operators(needed: set[str]) -> None:
 
 def _signature(program: torch.export.ExportedProgram) -> dict[str, Any]:
     signature: dict[str, Any] = {"sizes": [_sizes(program, s) for s in input_shapes(program)]}
-    try:
-        signature["in_spec"] = pytree.treespec_dumps(program.call_spec.in_spec)
-        signature["out_spec"] = pytree.treespec_dumps(program.call_spec.out_spec)
-    except NotImplementedError:  # a container without a registered name: results come flat
-        pass
+    for name in ("in_spec", "out_spec"):
+        spec = getattr(program.call_spec, name)
+        signature[name] = pytree.treespec_dumps(_plainly_nested(spec))
     return signature
+
+
+def _plainly_nested(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """Return `spec` with dicts, lists and tuples only, which are known to every process.
+
+    Mappings (a ModelOutput of transformers) and dataclasses become dicts, others tuples.
+    """
+    if spec.is_leaf():
+        return spec
+    children = [_plainly_nested(child) for child in spec.children()]
+    if spec.type in (dict, list, tuple):
+        return pytree.TreeSpec(spec.type, spec.context, children)
+    names: Any = None
+    if spec.type is defaultdict:
+        _, names = spec.context
+    elif isinstance(spec.type, type) and issubclass(spec.type, Mapping):  # a namedtuple's is none
+        names = spec.context
+    elif dataclasses.is_dataclass(spec.type) and isinstance(spec.context, list | tuple):
+        names = spec.context[0] if spec.context else None  # torch's own way: with the None ones
+    if isinstance(names, list | tuple) and len(names) == len(children):
+        return pytree.TreeSpec(dict, list(names), children)
+    return pytree.TreeSpec(tuple, None, children)
 
 
 def input_shapes(program: torch.export.ExportedProgram) -> list[Sequence[Any] | None]:
@@ -420,12 +442,27 @@ def set_threads(count: int) -> None:
         _pool += 1
 
 
+def _read(spec: str | None) -> pytree.TreeSpec | None:
+    """Return a spec of the signature; files of earlier versions hold other types than plain ones.
+
+    Raises:
+        ArtifactError: it names a type that this process does not know.
+    """
+    try:
+        return None if spec is None else pytree.treespec_loads(spec)
+    except NotImplementedError as error:
+        raise ArtifactError(
+            f"its results are of a type that this process does not know ({first_line(error)}); "
+            "import the library that the model is from, or export it again."
+        ) from error
+
+
 class ExecutorchModel:
     """A loaded program: call it as the model it was made from.
 
-    Results are nested as the model's; without a `signature` (a program that torchfuse did not
-    write), one output comes as a tensor and several as a tuple. `preprocessing` says how the input
-    is made, if the file says so.
+    Results are nested as the model's, of dicts, lists and tuples only; without a `signature` (a
+    program that torchfuse did not write), one output comes as a tensor and several as a tuple.
+    `preprocessing` says how the input is made, if the file says so.
 
     Raises:
         ArtifactError: the runtime refuses the program.
@@ -439,9 +476,8 @@ class ExecutorchModel:
     ) -> None:
         signature = signature or {}
         self.preprocessing = preprocessing
-        load = pytree.treespec_loads
-        self._in_spec = load(signature["in_spec"]) if "in_spec" in signature else None
-        self._out_spec = load(signature["out_spec"]) if "out_spec" in signature else None
+        self._in_spec = _read(signature.get("in_spec"))
+        self._out_spec = _read(signature.get("out_spec"))
         self._bytes = program
         self._load()
         self._inputs = _inputs(self._method.method_meta(), signature.get("sizes"))
@@ -519,6 +555,7 @@ class ExecutorchModel:
         else:
             names = self._in_spec.child(1).context
             flat, spec = pytree.tree_flatten((args, kwargs))
+            spec = _plainly_nested(spec)
             if spec != self._in_spec:
                 flat, spec = pytree.tree_flatten(_with_keys_in_order((args, kwargs), self._in_spec))
             if spec != self._in_spec:
