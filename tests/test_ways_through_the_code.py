@@ -318,7 +318,6 @@ class AsksForRank(ConvBn):
         (PerDomain(), "branch may depend on values"),
         (AsOftenAsSaid(), "branch may depend on values"),
         (AsksForLength(), "branch may depend on shapes"),
-        (AsksForRank(), "branch may depend on shapes"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -326,6 +325,38 @@ def test_the_conditions_alone_see_what_another_call_could_do(model, reason):
     plan = torchfuse.plan(model.eval(), IMAGE)
     assert plan.fusions == ()
     assert any(reason in skip.reason for skip in plan.skips), plan.skips
+
+
+def test_the_number_of_dimensions_is_part_of_the_scope():
+    assert_fuses(trained(AsksForRank(), IMAGE), IMAGE)
+    assert "the same numbers of dimensions" in torchfuse.plan(AsksForRank().eval(), IMAGE).scope[0]
+
+
+class Checkpoints(ConvBn):
+    with_cp = False
+
+    def forward(self, x):
+        def inner(x):
+            return self.bn(self.conv(x))
+
+        if self.with_cp and x.requires_grad:
+            return torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+        return inner(x)
+
+
+def test_a_branch_on_gradients_behind_a_flag_that_is_off_is_none():
+    assert_fuses(trained(Checkpoints(), IMAGE), IMAGE)
+
+
+class AsksForGradientsOfTheInput(ConvBn):
+    def forward(self, x):
+        y = self.conv(x)
+        return y if x.requires_grad else self.bn(y)
+
+
+def test_a_branch_on_gradients_of_the_input_is_one():
+    model = AsksForGradientsOfTheInput().eval()
+    assert_left_alone(trained(model, IMAGE), IMAGE, because="branch may depend on")
 
 
 class Direct(ConvBn):

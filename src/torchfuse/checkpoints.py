@@ -49,7 +49,10 @@ def _load_unfused(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     for entry in folded:
         for paths, shape in ((entry.first, entry.layer), (entry.second, entry.norm)):
             for path in paths:
-                kept -= set(_below(path, model.get_submodule(path).state_dict()))
+                left = model.get_submodule(path).state_dict()
+                if paths is entry.second:
+                    left = _own(left)  # its children, such as an activation, are as they were
+                kept -= set(_below(path, left))
                 if path not in seen:
                     expected |= set(_below(path, shape.state_dict()))
         seen |= set(entry.first)
@@ -68,7 +71,7 @@ def _load_unfused(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             target.bias.copy_(bias)  # type: ignore[operator]
             if entry.original_layer is not None and entry.original_norm is not None:
                 shell(*entry.original_layer).load_state_dict(layer.state_dict())
-                entry.original_norm.load_state_dict(norm.state_dict())
+                entry.original_norm.load_state_dict(_own(norm.state_dict()), strict=False)
 
 
 def _check_keys(expected: set[str], given: set[str]) -> None:
@@ -94,6 +97,11 @@ def _check_shape(key: str, value: Any, own: Tensor) -> None:
             f"{key} has the shape {list(value.shape)}, expected {list(own.shape)}: this is a "
             "checkpoint of another model."
         )
+
+
+def _own(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a state_dict, what is the module's own and not its children's."""
+    return {name: value for name, value in state.items() if "." not in name}
 
 
 def _below(path: str, names: Any) -> list[str]:
@@ -141,7 +149,7 @@ def key_map(old_keys: list[str], done: Fusions) -> dict[str, str | None]:
     into = {"bias": "bias", "running_mean": "bias", "num_batches_tracked": None}
     for folded in done.folded:
         for path in folded.second:
-            for name in folded.norm.state_dict():
+            for name in _own(folded.norm.state_dict()):
                 last = into.get(name, "weight")
                 new[f"{path}.{name}"] = f"{folded.first[0]}.{last}" if last else None
         for path in folded.first:

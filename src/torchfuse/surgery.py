@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torchfuse.parametrized import (
     unparametrized,
 )
 from torchfuse.restoring import MODULE_TABLES, restored
+from torchfuse.retracing import is_retraced, without_batch_norm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +40,8 @@ __all__ = [
     "folded_while_called",
     "forget_fusions",
     "fusions_of",
+    "is_folded",
+    "leaves_it_to_torch",
     "merge_in",
     "plain_layer",
     "separate",
@@ -434,10 +438,25 @@ def _passing_object(subclass: type[nn.Module]) -> nn.Module:
     return passing
 
 
+def leaves_it_to_torch(norm: nn.Module) -> bool:
+    """Whether the forward of a subclass of torch's batch norms goes on to torch's own."""
+    class_: Any = type(norm)  # mypy takes nn.Module's own __hash__ for its class's
+    own = class_.__mro__[: class_.__mro__.index(_BatchNorm)]
+    forwards = [vars(base)["forward"] for base in own if "forward" in vars(base)]
+    return all("super" in inspect.unwrap(forward).__code__.co_names for forward in forwards)
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Whether the module is what stayed of a batch norm that was folded."""
+    return isinstance(module, _Passing) or is_retraced(module)
+
+
 def _without_norm(norm: nn.Module) -> nn.Module:
     """What stays where the batch norm was: an Identity, or what its subclass adds."""
     if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return nn.Identity().train(norm.training)
+    if not leaves_it_to_torch(norm):
+        return without_batch_norm(norm)
     rest = _passing_object(type(norm))
     vars(rest).update(_attributes(norm))
     rest._parameters.update(weight=None, bias=None)

@@ -10,8 +10,10 @@ __all__ = [
     "HARMLESS",
     "METADATA",
     "MOVES",
+    "SCOPE",
     "SHAPE_ONLY",
     "kind_of",
+    "kind_of_name",
     "name_of",
     "roles",
 ]
@@ -116,6 +118,8 @@ HARMLESS = frozenset(
     }
 )
 METADATA |= HARMLESS
+# Facts that are part of every plan's scope: inputs have the same numbers of dimensions.
+SCOPE = frozenset({"dim", "ndim", "ndimension"})
 # Functions that take only the sizes or the dtype of their second tensor.
 SHAPE_ONLY = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
 # Python gets to know values, and may branch on them.
@@ -212,12 +216,16 @@ def name_of(function: Any) -> str:
 @cache
 def kind_of(function: Any) -> str:
     """The kind of call: `conv` for `torch.conv2d`, `relu` for `Tensor.relu_`."""
-    name = name_of(function)
+    return kind_of_name(name_of(function))
+
+
+def kind_of_name(name: str) -> str:
+    """The kind of call, by the function's name; `operator.truediv` is `Tensor.__truediv__`."""
     if name in _ALIASES:
         return _ALIASES[name]
     if name.endswith("_") and not name.startswith("_"):
         name = name.rstrip("_")
-    return _ALIASES.get(name, name)
+    return _ALIASES.get(name, _ALIASES.get(f"__{name}__", name))
 
 
 @cache

@@ -25,6 +25,7 @@ from torchfuse.capture.kinds import (
     DATA_READS,
     HARMLESS,
     METADATA,
+    SCOPE,
     SHAPE_ONLY,
     kind_of,
     name_of,
@@ -245,7 +246,7 @@ class _Functions(TorchFunctionMode):
                 return func(*args, **kwargs)
             finally:
                 recording.current = None
-                if name not in HARMLESS:
+                if name not in HARMLESS and name not in SCOPE:
                     self._note_read("shape")
         known: set[int] = set()
         operands: dict[str, Operand] = {}

@@ -17,11 +17,13 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.judging.branching import branching_of
 from torchfuse.judging.direct import is_direct
 from torchfuse.judging.sources import syntax_of
 from torchfuse.rules import Match, Refusal, Subject
+from torchfuse.surgery import leaves_it_to_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +47,8 @@ def may_fork(subject: Subject, match: Match) -> Refusal | None:
             for read in reads
             if read.code is not None and first.index < read.position <= second.index
         )
-        codes = tuple(dict.fromkeys((*between.codes, *looked)))
+        traced = _traced(subject, match, second)
+        codes = tuple(c for c in dict.fromkeys((*between.codes, *looked)) if c not in traced)
         if codes in done:
             continue
         done.add(codes)
@@ -77,6 +80,14 @@ def may_fork(subject: Subject, match: Match) -> Refusal | None:
                     _HINT,
                 )
     return None
+
+
+def _traced(subject: Subject, match: Match, second: Call) -> frozenset[CodeType]:
+    """The code of a norm class of its own that was traced: a branch would have stopped that."""
+    norm = subject.modules[match.second]
+    if not isinstance(norm, _BatchNorm) or leaves_it_to_torch(norm):
+        return frozenset()
+    return frozenset(frame.code for frame in second.frames)
 
 
 def mentioned_elsewhere(subject: Subject, match: Match) -> Refusal | None:

@@ -15,6 +15,7 @@ from torchfuse.judging.dataflow import origin
 from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
+from torchfuse.surgery import is_folded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -138,7 +139,7 @@ def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Foun
         for second, calls in _relu_calls(subject).items():
             _judge_activation(found, activations, second, calls)
     for path, module in model.named_modules():
-        if folds and isinstance(module, _BatchNorm) and path not in seen:
+        if folds and isinstance(module, _BatchNorm) and path not in seen and not is_folded(module):
             found.skip(
                 (path,),
                 Refusal(

@@ -194,10 +194,11 @@ def is_setup(name: str) -> bool:
     return name in _SETUP_NAMES or any(word in _SETUP for word in name.split("_"))
 
 
-# What a branch may ask for that changes between calls although no input does.
+# What a branch may ask for that changes between calls although no input does. (`requires_grad` is
+# not among it: asking an input for that is recorded, and behind a flag that is off, nobody asks.)
 RESTLESS = frozenset(
     {
         *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
-        *("requires_grad", "is_inference", "grad_fn", "random", "randint", "rand", "time"),
+        *("grad_fn", "random", "randint", "rand", "time"),
     }
 )

@@ -13,9 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from torchfuse.judging.sources import names_in, syntax_of
+from torchfuse.errors import UnsupportedError
+from torchfuse.judging.sources import functions_of, is_setup, names_in, syntax_of
 from torchfuse.parametrized import is_state_dict_hook_of_torch
+from torchfuse.retracing import TENSORS, operations, traced, without_batch_norm
 from torchfuse.rules._rule import Match, Refusal, Subject, same_tensor
+from torchfuse.surgery import leaves_it_to_torch
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -34,6 +37,7 @@ _LAYERS = (
     nn.Linear,
 )
 
+_SUBCLASS_HINT = "Let it call super().forward(x), or move what it adds into a module of its own."
 _REWRITE_ONLY = "Use torchfuse.fuse_exported, which can rewrite function calls, or use a module."
 
 
@@ -127,7 +131,16 @@ def no_hook_renames_keys(subject: Subject, match: Match) -> Refusal | None:
 
 def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | None:
     """A subclass keeps what it adds, if it calls torch's own forward and nothing of the norm's."""
-    hint = "Let it call super().forward(x), or move what it adds into a module of its own."
+    hint = _SUBCLASS_HINT
+    if not leaves_it_to_torch(norm):
+        try:
+            functions, children = operations(traced(norm))
+            without_batch_norm(norm)
+        except UnsupportedError as error:
+            return Refusal(
+                f"`{match.second}` is a {type(norm).__name__}, whose own forward {error}.", hint
+            )
+        return _not_as_traced(subject, match, functions, children) or _reads_tensors(match, norm)
     forward = type(norm).forward
     reaches_super = all(
         any(f.code is _BatchNorm.forward.__code__ for f in call.frames) for call in match.seconds
@@ -152,6 +165,48 @@ def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | Non
                 f"`{match.second}` is a {type(norm).__name__}, a subclass that changes its input "
                 "before it normalises it.",
                 hint,
+            )
+    return None
+
+
+def _not_as_traced(
+    subject: Subject, match: Match, functions: list[str], children: list[str]
+) -> Refusal | None:
+    """None if every call of the norm did what tracing its forward says that it does.
+
+    Tracing asks with symbols: a forward that asks for a type, or a dtype, goes another way.
+    """
+    graph = subject.graph
+    for entry in graph.module_calls_of(match.second):
+        index = graph.module_calls.index(entry)
+        inside = graph.calls[entry.first : entry.last]
+        own = [call.kind for call in inside if call.within == index]
+        ran = [kind for kind in own if kind not in ("hook", "held", "_assert")]
+        called = [e.path for e in graph.module_calls if e.parent == index]
+        named = [_first_path(subject, f"{match.second}.{name}") for name in children]
+        if ran != functions or called != named:
+            return Refusal(
+                f"`{match.second}` is a {type(subject.modules[match.second]).__name__}, whose own "
+                "forward does something else when it is traced.",
+                _SUBCLASS_HINT,
+            )
+    return None
+
+
+def _first_path(subject: Subject, path: str) -> str:
+    return next(first for first, names in subject.graph.paths.items() if path in names)
+
+
+def _reads_tensors(match: Match, norm: _BatchNorm) -> Refusal | None:
+    """None if no other method of the norm's class reads what is gone once it is folded."""
+    class_: Any = type(norm)  # mypy takes nn.Module's own __hash__ for its class's
+    for name, function in functions_of(class_):
+        named = names_in(function.__code__) & TENSORS
+        if name != "forward" and named and not is_setup(name) and not name.startswith("_"):
+            return Refusal(
+                f"`{match.second}` is a {type(norm).__name__}, whose method {name} reads "
+                f"`{min(named)}`.",
+                "Remove the method.",
             )
     return None
 
