@@ -479,6 +479,8 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_the_earlier_report(
             *(model_files("third.pt"), DIMS, f"--json={saved}"),
         ],
         preexec_fn=small_files_only,
+        # Python does not notice that its bytecode is cut off, and fails at the next import.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
     )
