@@ -5,7 +5,8 @@ quarter is held out: steps are fitted to the rest, and kept by what they gain on
 was kept is then fitted to all of it.
 
 1. careful_ranges: nothing that was seen is cut off, and scores stay in float (`static.py`). The
-   other steps are tried after it: they correct what is rounded, and what is cut off misleads them.
+   other steps begin with it, since they correct what is rounded, and what is cut off misleads them:
+   whether it stays is decided after them.
 2. equalization: factors per channel that change nothing in float (`equalization.py`).
 3. bias_correction: the shift that int8 puts on each channel's mean, taken back (`rounding.py`).
 4. rounding: weights rounded so that each layer's output stays, which includes step 3.
@@ -91,9 +92,7 @@ def recovered(
         )
     before = [measure.of(graph, expected) for measure in wanted]
     work = _Work(graph, data, expected, hold_out=bool(steps))
-    for name in STEPS:
-        if name in steps or (steps and name == "careful_ranges"):
-            work.try_step(name)
+    work.try_steps(steps)
     work.fit_to_all()
     growth = work.late_growth
     kept = None if max_drop is None else work.keep_float(wanted[0], before[0], max_drop)
@@ -185,9 +184,9 @@ class _Work:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.late_growth: float | None = None
-        self.settings = _Settings(graph)
+        self.settings = self.plain = _Settings(graph)
         self.int8 = self._quantized(self.settings)
-        self.sqnr_db = self._sqnr_db(self.int8)
+        self.sqnr_db = self.plain_db = self._sqnr_db(self.int8)
 
     @property
     def reference(self) -> fx.GraphModule:
@@ -212,17 +211,42 @@ class _Work:
         """How close the outputs on `judged` are to the float ones."""
         return sqnr_of_outputs(self.expected, outputs_of(int8, self.judged))
 
-    def try_step(self, name: str) -> None:
-        """Apply one step, and keep it if the outputs come closer to the float ones.
+    def try_steps(self, names: Sequence[str]) -> None:
+        """Try these steps, after careful_ranges; what comes of it is never below plain int8."""
+        if names:
+            self._begin_with_careful_ranges()
+        for name in STEPS[1:]:
+            if name in names:
+                self._try_step(name)
+        if self.steps and self.steps[0].sqnr_db_after <= self.plain_db:
+            self._undo_careful_ranges_if_vain()
 
-        So nothing that is kept is below plain int8, which is where it begins.
-        """
+    def _begin_with_careful_ranges(self) -> None:
+        self.settings = replace(self.settings, careful=True)
+        self.int8 = self._quantized(self.settings)
+        self.sqnr_db = self._sqnr_db(self.int8)
+        note = "ranges as wide as what was seen, scores in float"
+        step = RecoveryStep("careful_ranges", self.plain_db, self.sqnr_db, True, note)
+        self.steps.append(step)
+
+    def _undo_careful_ranges_if_vain(self) -> None:
+        """Leave careful_ranges out if the rest is better without, and all if plain int8 is."""
+        for settings in dict.fromkeys((replace(self.settings, careful=False), self.plain)):
+            if settings == self.plain and self.plain_db < self.sqnr_db:
+                continue
+            growth, candidate = self.late_growth, self._quantized(settings)
+            sqnr_db = self._sqnr_db(candidate)
+            if sqnr_db < self.sqnr_db:
+                self.late_growth = growth
+                continue
+            self.int8, self.settings, self.sqnr_db = candidate, settings, sqnr_db
+            undone = self.steps if settings == self.plain else self.steps[:1]
+            self.steps = [replace(s, kept=s.kept and s not in undone) for s in self.steps]
+
+    def _try_step(self, name: str) -> None:
+        """Apply one step, and keep it if the outputs come closer to the float ones."""
         before, growth, candidate = self.sqnr_db, self.late_growth, None
-        if name == "careful_ranges":
-            settings = replace(self.settings, careful=True)
-            candidate = self._quantized(settings)
-            note = "ranges as wide as what was seen, scores in float"
-        elif name == "equalization":
+        if name == "equalization":
             settings = replace(self.settings, reference=copy.deepcopy(self.reference))
             groups = equalize(settings.reference, self.some)
             candidate = self._quantized(settings) if groups else None
