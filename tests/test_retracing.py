@@ -11,35 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_left_alone, relative_difference, trained
+from fusing_checks import (
+    IMAGE,
+    ConvBn,
+    NormAct,
+    assert_left_alone,
+    relative_difference,
+    trained,
+)
 from torchfuse.errors import UnsupportedError
 from torchfuse.retracing import is_retraced, without_batch_norm
-
-
-class NormAct(nn.BatchNorm2d):
-    """As in timm: torch's forward, copied, then a dropout and an activation."""
-
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__(channels)
-        self.drop, self.act = nn.Dropout(0.5), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
-        factor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
-        x = F.batch_norm(
-            x,
-            self.running_mean if not self.training or self.track_running_stats else None,
-            self.running_var if not self.training or self.track_running_stats else None,
-            self.weight,
-            self.bias,
-            batch_statistics,
-            factor,
-            self.eps,
-        )
-        return self.act(self.drop(x))
 
 
 class Net(nn.Module):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.copying import shell
 from torchfuse.errors import FusionError, InputError, first_line
 from torchfuse.inputs import check_model
 from torchfuse.rules import RULES
-from torchfuse.surgery import fusions_of, plain_layer, separated, shell, was_fused
+from torchfuse.surgery import fusions_of, plain_layer, separated, was_fused
 
 if TYPE_CHECKING:
     from torchfuse.surgery import Folded, Fusions

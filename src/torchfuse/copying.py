@@ -16,7 +16,7 @@ from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.judging.attached import modules_in
 from torchfuse.restoring import MODULE_TABLES
 
-__all__ = ["calls_of", "copied"]
+__all__ = ["calls_of", "copied", "own_tables", "shell"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -183,3 +183,18 @@ def calls_of(model: nn.Module) -> Iterator[list[str]]:
             if not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_pre_hook(noting(path)).remove)
         yield called
+
+
+def shell(class_: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
+    """Return a module of this class with these attributes: tensors shared, tables of its own."""
+    made = class_.__new__(class_)
+    vars(made).update(own_tables(attributes))
+    return made
+
+
+def own_tables(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return attributes with the dictionaries (parameters, hooks …) copied one level deep."""
+    return {
+        name: copy.copy(value) if isinstance(value, dict) else value
+        for name, value in attributes.items()
+    }

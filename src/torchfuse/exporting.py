@@ -461,11 +461,12 @@ def _judged(model: nn.Module, made: _Made, data: list[Case]) -> tuple[list[str],
         to_quantized = _difference(quantized, programs, name)
         to_model = _difference(given, programs, name)
         loss = _difference(given, quantized, name)
+        least_to_model = _INT8_MIN_SQNR_DB
         wanted = {"the quantized model": (to_quantized, _INT8_MIN_SQNR_DB)}
         if made.reference is not model:
-            allowed = min(loss.sqnr_db, _INT8_NO_LOSS_DB) - _INT8_LOSS_DB
-            wanted["the model"] = (to_model, allowed)
-        asked.append([least for _, least in wanted.values()][-1])
+            least_to_model = min(loss.sqnr_db, _INT8_NO_LOSS_DB) - _INT8_LOSS_DB
+            wanted["the model"] = (to_model, least_to_model)
+        asked.append(least_to_model)
         problems += [
             f"{name}: has an SQNR of {found.sqnr_db:.1f} dB against {what}; at least "
             f"{least:.1f} dB was asked for."

@@ -8,6 +8,7 @@ names stay, and the module copies, pickles, scripts and exports like any other.
 from __future__ import annotations
 
 import importlib
+import inspect
 import linecache
 import re
 from functools import lru_cache
@@ -18,42 +19,59 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from torchfuse.capture.kinds import METADATA, kind_of_name
+from torchfuse.copying import own_tables, shell
 from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.restoring import restored
 
-__all__ = ["TENSORS", "is_retraced", "operations", "traced", "without_batch_norm"]
+__all__ = [
+    "NORM_TENSORS",
+    "is_retraced",
+    "leaves_it_to_torch",
+    "operations",
+    "traced",
+    "without_batch_norm",
+]
 
 # What a batch norm holds, and what is gone once it is folded.
-TENSORS = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
+NORM_TENSORS = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 # What a batch norm checks of its input
 _DIMENSIONS = ((nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5))
 _NUMBER = count()
 
 
-def without_batch_norm(norm: nn.Module) -> nn.Module:
+def without_batch_norm(norm: nn.Module, graph: fx.Graph | None = None) -> nn.Module:
     """The module that stays where `norm` was: what its class does beside the batch norm.
 
     `norm` is in evaluation mode, and is left as it is. The result shares its children, and holds
-    none of the batch norm's own tensors.
+    none of the batch norm's own tensors. `graph` is what `traced` gave, and is used up.
 
     Raises:
         UnsupportedError: that cannot be told apart; the message says what its forward does.
     """
-    graph = traced(norm)
+    graph = _traced(norm) if graph is None else graph
     _take_out(graph)
     source, names = _code(graph)
     rest = _object(type(norm), source, names)
-    vars(rest).update(_shallow(norm))
-    for name in TENSORS:
+    vars(rest).update(own_tables(vars(norm)))
+    for name in NORM_TENSORS:
         for table in (rest._parameters, rest._buffers):
             if name in table:
                 table[name] = None
     vars(rest).update(affine=False, track_running_stats=False)
     return rest
+
+
+def leaves_it_to_torch(norm: nn.Module) -> bool:
+    """Whether the forward of a subclass of torch's batch norms goes on to torch's own."""
+    class_: Any = type(norm)  # mypy takes nn.Module's own __hash__ for its class's
+    own = class_.__mro__[: class_.__mro__.index(_BatchNorm)]
+    forwards = [vars(base)["forward"] for base in own if "forward" in vars(base)]
+    return all("super" in inspect.unwrap(forward).__code__.co_names for forward in forwards)
 
 
 def operations(graph: fx.Graph) -> tuple[list[str], list[str]]:
@@ -64,9 +82,8 @@ def operations(graph: fx.Graph) -> tuple[list[str], list[str]]:
             children.append(str(node.target))
         elif node.op in ("call_function", "call_method"):
             name = getattr(node.target, "__name__", str(node.target))
-            kind = kind_of_name(name)
             if name not in METADATA and name not in ("getattr", "_assert"):
-                functions.append(kind)
+                functions.append(kind_of_name(name))
     return functions, children
 
 
@@ -121,15 +138,14 @@ def traced(norm: nn.Module) -> fx.Graph:
 
 
 def _traced(norm: nn.Module) -> fx.Graph:
-    shell = type(norm).__new__(type(norm))
-    vars(shell).update(_shallow(norm))  # what its forward assigns, it assigns to this one
+    stand_in = shell(type(norm), vars(norm))  # what its forward assigns, it assigns to this one
     known = (n for class_, n in _DIMENSIONS if isinstance(norm, class_))
     with restored(norm):  # its containers, and the random state
         try:
-            graph = _Tracer(next(known, None)).trace(shell)
+            graph = _Tracer(next(known, None)).trace(stand_in)
         except Exception as error:
             raise UnsupportedError(f"cannot be traced ({first_line(error)})") from error
-        if _identities(shell) != _identities(norm) or _holds_symbols(vars(shell)):
+        if _identities(stand_in) != _identities(norm) or _holds_symbols(vars(stand_in)):
             raise UnsupportedError("changes attributes")
     return graph
 
@@ -143,14 +159,6 @@ def _code(graph: fx.Graph) -> tuple[str, _Names]:
     code = graph.python_code("self")
     words = frozenset(re.findall(r"\w+", code.src))
     return code.src, _Names({name: code.globals[name] for name in code.globals if name in words})
-
-
-def _shallow(module: nn.Module) -> dict[str, Any]:
-    """The module's attributes, dictionaries copied one level deep."""
-    return {
-        name: value.copy() if isinstance(value, dict) else value
-        for name, value in vars(module).items()
-    }
 
 
 def _identities(module: nn.Module) -> dict[str, Any]:
@@ -174,7 +182,7 @@ def _take_out(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     for node in graph.nodes:
         name = getattr(node.target, "__name__", str(node.target))
-        if node.op == "get_attr" and node.target in TENSORS:
+        if node.op == "get_attr" and node.target in NORM_TENSORS:
             raise UnsupportedError(f"reads `{node.target}` beside the batch norm")
         if any(a.op == "get_attr" for a in node.all_input_nodes) and _writes(name):
             raise UnsupportedError("writes to a tensor of its own")

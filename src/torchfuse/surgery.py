@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from torchfuse.copying import own_tables, shell
 from torchfuse.errors import FusionError
 from torchfuse.folding import fold_batch_norm
 from torchfuse.parametrized import (
@@ -22,7 +22,7 @@ from torchfuse.parametrized import (
     unparametrized,
 )
 from torchfuse.restoring import MODULE_TABLES, restored
-from torchfuse.retracing import is_retraced, without_batch_norm
+from torchfuse.retracing import is_retraced, leaves_it_to_torch, without_batch_norm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -41,12 +41,10 @@ __all__ = [
     "forget_fusions",
     "fusions_of",
     "is_folded",
-    "leaves_it_to_torch",
     "merge_in",
     "plain_layer",
     "separate",
     "separated",
-    "shell",
     "take_back",
     "was_fused",
 ]
@@ -134,7 +132,7 @@ def fold_in(
         second=tuple(second),
         layer=_on_meta(layer),
         norm=_on_meta(norm),
-        original_layer=(type(layer), _attributes(layer)) if keep else None,
+        original_layer=(type(layer), own_tables(vars(layer))) if keep else None,
         original_norm=norm if keep else None,
     )
     trains, bias_trains = _trains(layer, norm)
@@ -278,7 +276,7 @@ def take_back(model: nn.Module, folded: Folded) -> None:
         _keep_hooks_of_today(table, attributes[name])
     layer.__class__ = class_
     vars(layer).clear()
-    vars(layer).update({**_copied(attributes), **hooks}, training=training)
+    vars(layer).update({**own_tables(attributes), **hooks}, training=training)
     norm.training = placeholder.training
     for name in _HOOK_TABLES:
         vars(norm)[name].update(vars(placeholder)[name])
@@ -335,25 +333,6 @@ def folded_layer(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     folded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     folded._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return folded
-
-
-def shell(class_: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
-    """A module of this class with these attributes: tensors shared, dictionaries of its own."""
-    layer = class_.__new__(class_)
-    vars(layer).update(_copied(attributes))
-    return layer
-
-
-def _attributes(layer: nn.Module) -> dict[str, Any]:
-    return _copied(vars(layer))
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes with the dictionaries (parameters, hooks …) copied one level deep."""
-    return {
-        name: copy.copy(value) if isinstance(value, dict) else value
-        for name, value in attributes.items()
-    }
 
 
 def _identical(a: Tensor | None, b: Tensor) -> bool:
@@ -438,14 +417,6 @@ def _passing_object(subclass: type[nn.Module]) -> nn.Module:
     return passing
 
 
-def leaves_it_to_torch(norm: nn.Module) -> bool:
-    """Whether the forward of a subclass of torch's batch norms goes on to torch's own."""
-    class_: Any = type(norm)  # mypy takes nn.Module's own __hash__ for its class's
-    own = class_.__mro__[: class_.__mro__.index(_BatchNorm)]
-    forwards = [vars(base)["forward"] for base in own if "forward" in vars(base)]
-    return all("super" in inspect.unwrap(forward).__code__.co_names for forward in forwards)
-
-
 def is_folded(module: nn.Module) -> bool:
     """Whether the module is what stayed of a batch norm that was folded."""
     return isinstance(module, _Passing) or is_retraced(module)
@@ -458,7 +429,7 @@ def _without_norm(norm: nn.Module) -> nn.Module:
     if not leaves_it_to_torch(norm):
         return without_batch_norm(norm)
     rest = _passing_object(type(norm))
-    vars(rest).update(_attributes(norm))
+    vars(rest).update(own_tables(vars(norm)))
     rest._parameters.update(weight=None, bias=None)
     rest._buffers.update(running_mean=None, running_var=None, num_batches_tracked=None)
     vars(rest).update(affine=False, track_running_stats=False)

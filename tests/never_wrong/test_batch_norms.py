@@ -12,6 +12,7 @@ from fusing_checks import (
     IMAGE,
     ROW,
     ConvBn,
+    NormAct,
     assert_fuses,
     assert_left_alone,
     check,
@@ -125,33 +126,8 @@ def test_a_batch_norm_with_a_forward_or_call_of_its_own_is_left_alone() -> None:
         assert_left_alone(trained(ConvBn(None, norm), IMAGE), IMAGE, because="(of its own|forward)")
 
 
-class TimmBatchNormAct2d(nn.BatchNorm2d):
-    """timm's forward as it is: torch's, copied, then an activation."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        factor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
-        x = F.batch_norm(
-            x,
-            self.running_mean if not self.training or self.track_running_stats else None,
-            self.running_var if not self.training or self.track_running_stats else None,
-            self.weight,
-            self.bias,
-            batch_statistics,
-            factor,
-            self.eps,
-        )
-        return self.act(self.drop(x))
-
-
 def test_a_subclass_that_normalises_by_itself_keeps_its_activation_timm() -> None:
-    assert_fuses(trained(ConvBn(bn=TimmBatchNormAct2d(4)), IMAGE), IMAGE)
+    assert_fuses(trained(ConvBn(bn=NormAct()), IMAGE), IMAGE)
 
 
 def test_a_subclass_that_calls_its_base_class_by_name_keeps_its_activation() -> None:

@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchfuse.judging.branching import branching_of
 from torchfuse.judging.direct import is_direct
 from torchfuse.judging.sources import syntax_of
+from torchfuse.retracing import leaves_it_to_torch
 from torchfuse.rules import Match, Refusal, Subject
-from torchfuse.surgery import leaves_it_to_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

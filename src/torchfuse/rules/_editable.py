@@ -16,9 +16,14 @@ from torch.nn.utils.prune import BasePruningMethod
 from torchfuse.errors import UnsupportedError
 from torchfuse.judging.sources import functions_of, is_setup, names_in, syntax_of
 from torchfuse.parametrized import is_state_dict_hook_of_torch
-from torchfuse.retracing import TENSORS, operations, traced, without_batch_norm
+from torchfuse.retracing import (
+    NORM_TENSORS,
+    leaves_it_to_torch,
+    operations,
+    traced,
+    without_batch_norm,
+)
 from torchfuse.rules._rule import Match, Refusal, Subject, same_tensor
-from torchfuse.surgery import leaves_it_to_torch
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -60,8 +65,7 @@ def norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
         )
     if _has_state_dict_hooks(norm):
         return Refusal(f"`{match.second}` has state_dict hooks, which would be lost.")
-    own = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    added = [*norm._modules, *sorted({*norm._parameters, *norm._buffers} - own)]
+    added = [*norm._modules, *sorted({*norm._parameters, *norm._buffers} - NORM_TENSORS)]
     if type(norm).get_extra_state is not nn.Module.get_extra_state:
         added.append("extra state")
     if parametrize.is_parametrized(norm):
@@ -134,8 +138,9 @@ def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | Non
     hint = _SUBCLASS_HINT
     if not leaves_it_to_torch(norm):
         try:
-            functions, children = operations(traced(norm))
-            without_batch_norm(norm)
+            graph = traced(norm)
+            functions, children = operations(graph)
+            without_batch_norm(norm, graph)
         except UnsupportedError as error:
             return Refusal(
                 f"`{match.second}` is a {type(norm).__name__}, whose own forward {error}.", hint
@@ -146,8 +151,8 @@ def _subclass(subject: Subject, match: Match, norm: _BatchNorm) -> Refusal | Non
         any(f.code is _BatchNorm.forward.__code__ for f in call.frames) for call in match.seconds
     )
     names = {*forward.__code__.co_names} & {
-        *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps"),
-        *("num_features", "affine", "momentum"),
+        *NORM_TENSORS,
+        *("eps", "num_features", "affine", "momentum"),
     }
     own = [f for call in match.seconds for f in call.frames if not f.module.startswith("torch.")]
     bases = {base.__name__ for base in type(norm).__mro__}
@@ -201,7 +206,7 @@ def _reads_tensors(match: Match, norm: _BatchNorm) -> Refusal | None:
     """None if no other method of the norm's class reads what is gone once it is folded."""
     class_: Any = type(norm)  # mypy takes nn.Module's own __hash__ for its class's
     for name, function in functions_of(class_):
-        named = names_in(function.__code__) & TENSORS
+        named = names_in(function.__code__) & NORM_TENSORS
         if name != "forward" and named and not is_setup(name) and not name.startswith("_"):
             return Refusal(
                 f"`{match.second}` is a {type(norm).__name__}, whose method {name} reads "
