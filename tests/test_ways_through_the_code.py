@@ -487,16 +487,16 @@ def test_methods_that_separate_the_two_are_named(model, method):
 
 def test_a_recorded_method_speaks_for_itself():
     class Model(ConvBn):
-        def encode(self, x):
+        def encode(self, x, scale):
             y = self.conv(x)
             if self.training:
                 return y
-            return self.bn(y).mean()
+            return self.bn(y).mean() * scale
 
     torch.manual_seed(0)
     model = trained(Model(), IMAGE)
     assert torchfuse.plan(model, IMAGE).fusions == ()
-    cases = [Case((IMAGE,)), Case((IMAGE,), method="encode")]
+    cases = [Case((IMAGE,)), Case((IMAGE, 2.0), method="encode")]
     result = torchfuse.fuse(model, cases)
     assert len(result.plan.fusions) == 1
     assert result.check.passed

@@ -22,6 +22,7 @@ __all__ = [
     "half_precision",
     "require_finite_tensors",
     "require_float32",
+    "resized",
 ]
 
 # Their weights and statistics are numbers to calculate with; Inf is no number that can be meant.
@@ -148,6 +149,30 @@ def require_float32(model: nn.Module) -> None:
                 f"Expected a model in float32, got {parameter.dtype} ('{name}'); call "
                 "model.float() first."
             )
+
+
+def resized(case: Case, *, batch: bool, spatial: bool) -> Case:
+    """The case with one sample less (two for one), and images and sequences at half the size."""
+    return Case(
+        _resized(case.args, batch, spatial),
+        _resized(dict(case.kwargs), batch, spatial),
+        case.method,
+    )
+
+
+def _resized(value: Any, batch: bool, spatial: bool) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.numel():
+        if batch:
+            value = value[:-1] if value.shape[0] > 1 else torch.cat([value, value])
+        if spatial and value.is_floating_point():
+            for axis in range(2, value.dim()):
+                value = value.narrow(axis, 0, max(1, value.shape[axis] // 2))
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_resized(entry, batch, spatial) for entry in value)
+    if type(value) is dict:
+        return {key: _resized(entry, batch, spatial) for key, entry in value.items()}
+    return value
 
 
 def _case(entry: Any, where: str) -> Case:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.checking import compare_outputs, copied_leaves, copy_tensors, is_finite, run
 from torchfuse.equivalence import Equivalence
-from torchfuse.inputs import Case
+from torchfuse.inputs import Case, resized
 from torchfuse.restoring import restored
 from torchfuse.surgery import folded_layer, plain_layer
 
@@ -80,30 +80,10 @@ def variations(case: Case) -> list[Case]:
     """Cases like `case`: other values; other values at another batch size and half the size."""
     others = [other_inputs(case, seed=1)]
     for batch, spatial in ((True, True), (True, False)):
-        resized = Case(
-            _resized(case.args, batch, spatial),
-            _resized(dict(case.kwargs), batch, spatial),
-            case.method,
-        )
-        if str(resized) not in {str(case), *map(str, others)}:
-            others.append(other_inputs(resized, seed=2))
+        other = resized(case, batch=batch, spatial=spatial)
+        if str(other) not in {str(case), *map(str, others)}:
+            others.append(other_inputs(other, seed=2))
     return others
-
-
-def _resized(value: Any, batch: bool, spatial: bool) -> Any:
-    """Tensors with one sample less (two for one), and images and sequences at half the size."""
-    if isinstance(value, Tensor) and value.dim() >= 2 and value.numel():
-        if batch:
-            value = value[:-1] if value.shape[0] > 1 else torch.cat([value, value])
-        if spatial and value.is_floating_point():
-            for axis in range(2, value.dim()):
-                value = value.narrow(axis, 0, max(1, value.shape[axis] // 2))
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(_resized(entry, batch, spatial) for entry in value)
-    if type(value) is dict:
-        return {key: _resized(entry, batch, spatial) for key, entry in value.items()}
-    return value
 
 
 def is_blurred(outputs: Sequence[dict[str, Any]]) -> bool:

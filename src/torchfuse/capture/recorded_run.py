@@ -11,10 +11,10 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from torchfuse.restoring import MODULE_TABLES, CopyOnWrite, restored
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
 
-__all__ = ["record"]
+__all__ = ["Questions", "record"]
 
 # While a model runs, module calls are watched by wrapping a method of a class, for all threads.
 _ONE_AT_A_TIME = threading.RLock()
@@ -53,27 +53,53 @@ _SIGNALS = frozenset({"put", "put_nowait", "release"})
 _TRACED = frozenset({"conv", "conv_transpose", "linear", "batch_norm"})
 
 
-def record(model: nn.Module, cases: Sequence[Case]) -> Graph:
-    """The graph of what `model` does on `cases`; the model and its inputs are left as they were."""
+class Questions(Protocol):
+    """Who is told what the code asks of tensors, and may answer otherwise."""
+
+    def begin(self, graph: Graph) -> None:
+        """A recording begins, which `graph` will hold."""
+
+    def answer(self, name: str, real: Any) -> Any:
+        """What code is told that asked a tensor for `name`; the true answer is `real`."""
+
+
+def record(
+    model: nn.Module,
+    cases: Sequence[Case],
+    questions: Questions | None = None,
+    accept: Callable[[Any], bool] | None = None,
+) -> Graph:
+    """The graph of what `model` does on `cases`; the model and its inputs are left as they were.
+
+    With `questions`, the code is told what these answer when it asks for facts and values. Where
+    `accept` is false of what the model returned, that is a CaptureError.
+    """
     with _ONE_AT_A_TIME:
         compiler = "torch._dynamo" in sys.modules
         try:
-            recording = _recorded(model, cases)
+            recording = _recorded(model, cases, questions, accept)
         except CaptureError:
             if compiler or "torch._dynamo" not in sys.modules:
                 raise
             # The model loaded torch's compiler (`torch.cond` does), which stumbles over our modes
             # unless it was there when the run began: `restored` then keeps it from compiling.
             torch._dynamo.reset()
-            recording = _recorded(model, cases)
+            recording = _recorded(model, cases, questions, accept)
     graph = recording.graph
     if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
         graph.threads = True
     return graph
 
 
-def _recorded(model: nn.Module, cases: Sequence[Case]) -> _Recording:
-    recording = _Recording(model, cases)
+def _recorded(
+    model: nn.Module,
+    cases: Sequence[Case],
+    questions: Questions | None,
+    accept: Callable[[Any], bool] | None,
+) -> _Recording:
+    recording = _Recording(model, cases, questions, accept)
+    if questions is not None:
+        questions.begin(recording.graph)
     for index, case in enumerate(cases):
         recording._torchfuse_run(index, case)
     return recording
@@ -82,8 +108,16 @@ def _recorded(model: nn.Module, cases: Sequence[Case]) -> _Recording:
 class _Recording:
     """The graph while it grows."""
 
-    def __init__(self, model: nn.Module, cases: Sequence[Case]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cases: Sequence[Case],
+        questions: Questions | None,
+        accept: Callable[[Any], bool] | None,
+    ) -> None:
         self.model = model
+        self.questions = questions
+        self.accept = accept
         self.graph = Graph(type(model).__name__, tuple(map(str, cases)))
         self.memory = Memory(self.graph.values)
         self.case = 0
@@ -184,6 +218,8 @@ class _Recording:
                     self.model if case.method == "forward" else getattr(self.model, case.method)
                 )
                 output = called(*case.args, **case.kwargs)
+                if self.accept is not None and not self.accept(output):
+                    raise CaptureError(f"{case} returns a {type(output).__name__}.")
             except CaptureError:
                 raise
             except Exception as error:
@@ -243,11 +279,12 @@ class _Functions(TorchFunctionMode):
         if name in METADATA:
             recording.current = _Open(set(), ignored=True)
             try:
-                return func(*args, **kwargs)
+                fact = func(*args, **kwargs)
             finally:
                 recording.current = None
                 if name not in HARMLESS and name not in SCOPE:
                     self._note_read("shape")
+            return self._answered(name, fact)
         known: set[int] = set()
         operands: dict[str, Operand] = {}
         seen_args = _replaced(args, recording, known, operands)
@@ -297,7 +334,13 @@ class _Functions(TorchFunctionMode):
                 within=recording.stack[-1] if recording.stack else None,
             )
         )
-        return result
+        return self._answered(name, result) if name in DATA_READS else result
+
+    def _answered(self, name: str, real: Any) -> Any:
+        questions = self.recording.questions
+        if questions is None:
+            return real
+        return questions.answer(name, real)
 
     def _note_read(self, kind: str) -> None:
         frame: Any = sys._getframe(2)

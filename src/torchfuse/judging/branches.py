@@ -21,16 +21,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.judging.branching import branching_of
 from torchfuse.judging.direct import is_direct
+from torchfuse.judging.other_ways import holds_on_every_way
 from torchfuse.judging.sources import syntax_of
 from torchfuse.retracing import leaves_it_to_torch
 from torchfuse.rules import Match, Refusal, Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from torchfuse.graph import Call, ModuleCall
 
-__all__ = ["has_other_ways", "may_fork", "mentioned_elsewhere"]
+__all__ = ["has_other_ways", "is_followed", "may_fork", "mentioned_elsewhere"]
 
 _HINT = "Call the batch norm directly on the layer's output, or put both in nn.Sequential."
 
@@ -71,7 +72,7 @@ def may_fork(subject: Subject, match: Match) -> Refusal | None:
                     "may be another at the next call.",
                     _HINT,
                 )
-            if reads:
+            if reads and not is_followed(subject, match, doubtful):
                 kind = "values" if any(read.kind == "data" for read in reads) else "shapes"
                 return Refusal(
                     f"A branch may depend on {kind} of tensors (read at {reads[0].where}): on its "
@@ -103,7 +104,7 @@ def mentioned_elsewhere(subject: Subject, match: Match) -> Refusal | None:
         for entry in _enclosing(subject, call):
             callers |= {frame.code for frame in entry.callers}
     for code in subject.forwards - callers:
-        if names & _foreign_attributes(code) and has_other_ways(subject, code):
+        if names & _foreign_attributes(code) and has_other_ways(subject, code, match):
             named = min(names & _foreign_attributes(code))
             where = f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}"
             return Refusal(
@@ -136,11 +137,25 @@ def _foreign_attributes(code: CodeType) -> frozenset[str]:
     )
 
 
-def has_other_ways(subject: Subject, code: CodeType) -> bool:
-    """Whether the code may take another way for other inputs than it took in the recording."""
+def has_other_ways(subject: Subject, code: CodeType, match: Match) -> bool:
+    """Whether the code may take a way on which the match does not hold."""
     branching = branching_of(code, subject.volatile)
-    doubtful = bool(subject.graph.reads) or branching.catches or bool(branching.restless)
-    return doubtful and not branching.one_way
+    if branching.one_way:
+        return False
+    if branching.catches or branching.restless:
+        return True
+    return bool(subject.graph.reads) and not is_followed(subject, match, [code])
+
+
+def is_followed(subject: Subject, match: Match, codes: Sequence[CodeType]) -> bool:
+    """Whether exploring came to every branch of these functions, and the match holds everywhere."""
+    readers = {read.code for read in subject.graph.reads}
+    if None in readers:  # scripted code
+        return False
+    volatile = subject.volatile
+    if not all(branching_of(code, volatile).only_tests for code in codes):
+        return False
+    return holds_on_every_way(subject, match)
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,7 @@ def _between(subject: Subject, first: Call, second: Call) -> _Between:
         names.append(below[-1].path.rpartition(".")[2] if below else "")
     codes = [*spans, *_passed_through(subject, first, second)]
     for code, span in spans.items():
-        codes.extend(_helpers(subject, code, span))
+        codes.extend(_helpers(subject, code, span, spans))
     same = meetings[0] if meetings[0] is meetings[1] else None
     return _Between(tuple(dict.fromkeys(codes)), same, (names[0], names[1]))
 
@@ -211,11 +226,13 @@ def _passed_through(subject: Subject, first: Call, second: Call) -> Iterator[Cod
                 yield forward.__code__
 
 
-def _helpers(subject: Subject, code: CodeType, span: _Span) -> Iterator[CodeType]:
+def _helpers(
+    subject: Subject, code: CodeType, span: _Span, spans: Collection[CodeType]
+) -> Iterator[CodeType]:
     """The user's plain functions and methods that run within the span, and what those call."""
     class_: Any = type(subject.modules[span.path])
     waiting = list(_called(code, span.python_module, class_, span.after, span.before))
-    seen: set[CodeType] = set()
+    seen = set(spans)  # (those have a span of their own)
     while waiting:
         function = waiting.pop()
         if function.__code__ not in seen and not function.__module__.startswith("torch"):

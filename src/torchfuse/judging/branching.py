@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from torchfuse.judging.sources import ANY_NAME, RESTLESS, syntax_of
+from torchfuse.judging.sources import ANY_NAME, RESTLESS, names_in, syntax_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Branching", "branching_of"]
 
 _BUILTINS = frozenset(vars(builtins))
+# Functions of `math` that look into a whole number without asking it.
+_MATH = frozenset(
+    {"comb", "factorial", "gcd", "isqrt", "lcm", "log", "log10", "log1p", "log2", "perm"}
+)
 
 
 # Functions that answer from their arguments alone, and tell nothing of a tensor's values.
@@ -34,6 +38,7 @@ class Branching:
     """How a function chooses its way."""
 
     one_way: bool  # no branch, or only on the module's own configuration
+    only_tests: bool = False  # each branch is a test, and what is tested can be followed
     catches: bool = False
     restless: str = ""  # what a branch asks for that changes from call to call
 
@@ -51,9 +56,11 @@ def branching_of(code: CodeType, volatile: frozenset[str]) -> Branching:
     one_way = all(reader.is_configuration(test) for test in tests) and reader.chooses_nothing()
     nodes = list(ast.walk(function))
     catches = any(isinstance(node, ast.Try) for node in nodes)
-    if catches or any(isinstance(node, ast.Match) for node in nodes):
+    matches = any(isinstance(node, ast.Match) for node in nodes)
+    if catches or matches:
         one_way = False
-    return Branching(one_way, catches, restless[0] if restless else "")
+    only_tests = reader.chooses_nothing() and not matches and reader.can_be_followed(code)
+    return Branching(one_way, only_tests, catches, restless[0] if restless else "")
 
 
 def _tests(function: ast.FunctionDef) -> Iterator[ast.expr]:
@@ -156,6 +163,22 @@ class _Reader:
                 return False
         return True
 
+    def can_be_followed(self, code: CodeType) -> bool:
+        """Whether no number goes where it is read without being asked: a range, a logarithm."""
+        names = names_in(code)
+        if names & {"np", "numpy", "ctypes", "itertools"} or ("math" in names and names & _MATH):
+            return False
+        for node in ast.walk(self.function):
+            if isinstance(node, ast.comprehension) and not self.is_fixed_loop(node.iter):
+                return False
+            if isinstance(node, ast.Call) and not self._is_fixed_range(node):
+                return False
+        return True
+
+    def _is_fixed_range(self, call: ast.Call) -> bool:
+        is_range = isinstance(call.func, ast.Name) and call.func.id == "range"
+        return not is_range or all(map(self.is_fixed, call.args))
+
     def _is_fixed_item(self, item: ast.Subscript) -> bool:
         """`self.layers[i]`: whether always the same child is meant, if it is one at all."""
         if isinstance(item.slice, (ast.Slice, ast.Tuple)):
@@ -167,5 +190,9 @@ class _Reader:
     def _is_fixed_callee(self, call: ast.Call) -> bool:
         if isinstance(call.func, ast.Name) and call.func.id == "getattr":
             return all(self.is_fixed(argument) for argument in call.args[1:2])
-        computed = isinstance(call.func, (ast.Call, ast.Subscript, ast.IfExp, ast.Dict))
+        if isinstance(call.func, ast.Call):  # `nn.ConstantPad2d((1, 0), 0)(x)`
+            made = call.func
+            values = [*made.args, *(keyword.value for keyword in made.keywords)]
+            return self._is_fixed_callee(made) and all(map(self.is_fixed, (made.func, *values)))
+        computed = isinstance(call.func, (ast.Subscript, ast.IfExp, ast.Dict))
         return not computed or self.is_fixed(call.func)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,35 @@ from torchfuse.graph import Call, Graph, Operand
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["keeps_channels", "origin", "other_readers", "replay"]
+__all__ = [
+    "batch_norms",
+    "keeps_channels",
+    "origin",
+    "other_readers",
+    "owner_path",
+    "replay",
+]
+
+
+def batch_norms(graph: Graph) -> dict[str, list[Call]]:
+    """Batch norm calls by the module whose statistics they use (else the one they ran in)."""
+    groups: dict[str, list[Call]] = defaultdict(list)
+    for call in graph.calls:
+        if call.kind == "batch_norm":
+            groups[owner_path(graph, call, ("running_mean", "weight"))].append(call)
+    return groups
+
+
+def owner_path(graph: Graph, call: Call, roles: Sequence[str] = ("weight",)) -> str:
+    """The module that owns the call's parameters; the one it ran in, if they are computed."""
+    ran_in = call.module_path or ""
+    for role in roles:
+        if role in call.operands:
+            names = graph.values[call.operands[role].value].names
+            owners = [name.rpartition(".")[0] for name in names]
+            if owners:
+                return ran_in if ran_in in owners else owners[0]
+    return ran_in
 
 
 def origin(graph: Graph, call: Call) -> tuple[Call | None, tuple[Call, ...]]:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.capture.recorded_run import record
 from torchfuse.judging.branches import may_fork, mentioned_elsewhere
-from torchfuse.judging.dataflow import origin
+from torchfuse.judging.dataflow import origin, owner_path
 from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
@@ -126,11 +126,11 @@ def _parts(found: Found) -> tuple[str, ...]:
 def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Found:
     """Records `model` on the given cases and judges every batch norm, and what was asked for."""
     graph = record(model, given)
-    subject = Subject(model, graph, dict(model.named_modules(remove_duplicate=False)))
+    subject = Subject(model, graph, dict(model.named_modules(remove_duplicate=False)), tuple(given))
     found = Found(subject)
     seen: set[str] = set()
     folds = any(rule.merge is None for rule in rules)
-    for second, calls in _norm_calls(subject).items():
+    for second, calls in subject.norms.items():
         seen.add(second)
         if folds:
             _judge(found, rules, second, calls)
@@ -158,15 +158,6 @@ def _maybe_a_branch(graph: Graph) -> str:
         return f" where it can be seen (perhaps inside torch.{higher[0]})"
     data = [read for read in graph.reads if read.kind == "data"]
     return f" (a branch may depend on the values read at {data[0].where})" if data else ""
-
-
-def _norm_calls(subject: Subject) -> dict[str, list[Call]]:
-    """Batch norm calls by the module whose statistics they use (else the one they ran in)."""
-    groups: dict[str, list[Call]] = defaultdict(list)
-    for call in subject.graph.calls:
-        if call.kind == "batch_norm":
-            groups[_owner_path(subject, call, ("running_mean", "weight"))].append(call)
-    return groups
 
 
 def _relu_calls(subject: Subject) -> dict[str, list[Call]]:
@@ -214,21 +205,9 @@ def _judge_activation(found: Found, rules: Sequence[Rule], second: str, calls: l
         found.skip(match.modules, verdict, rule.name)
 
 
-def _owner_path(subject: Subject, call: Call, roles: Sequence[str]) -> str:
-    """The module that owns the call's parameters; the one it ran in, if they are computed."""
-    ran_in = call.module_path or ""
-    for role in roles:
-        if role in call.operands:
-            names = subject.graph.values[call.operands[role].value].names
-            owners = [name.rpartition(".")[0] for name in names]
-            if owners:
-                return ran_in if ran_in in owners else owners[0]
-    return ran_in
-
-
 def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) -> None:
-    subject = found.subject
-    traced = [origin(subject.graph, call) for call in calls]
+    subject, graph = found.subject, found.subject.graph
+    traced = [origin(graph, call) for call in calls]
     makers = [maker for maker, _ in traced]
     kinds = {maker.kind if maker else None for maker in makers}
     known = {rule.pattern[0]: rule for rule in rules if rule.pattern[1] == "batch_norm"}
@@ -241,8 +220,8 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
         found.skip((second,), refusal, None)
         return
     rule = known[foldable[0].kind]
-    paths = {_owner_path(subject, maker, ("weight",)) for maker in foldable}
-    first = _owner_path(subject, foldable[0], ("weight",))
+    paths = {owner_path(graph, maker) for maker in foldable}
+    first = owner_path(graph, foldable[0])
     if len(foldable) < len(makers) or len(paths) > 1:
         others = sorted(paths - {first}) or sorted(str(k) for k in kinds - {foldable[0].kind})
         refusal = Refusal(

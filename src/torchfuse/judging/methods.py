@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchfuse.judging.branches import has_other_ways
-from torchfuse.judging.mentions import BELOW, mentions_of
+from torchfuse.judging.mentions import BELOW, TENSORS, mentions_of
+from torchfuse.judging.other_ways import holds_on_every_way, holds_where_called_itself
 from torchfuse.judging.pair import Pair, delegates
 from torchfuse.judging.sources import (
     descriptors_of,
@@ -52,7 +53,7 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
             if path and not _is_mentioned(subject, function.__name__):
                 continue
             caller = _on_its_own(subject, path, function) if ran else function.__name__
-            if caller is None and not has_other_ways(subject, function.__code__):
+            if caller is None and not has_other_ways(subject, function.__code__, match):
                 continue
             reached = pair.reached_by(path, function)
             if not reached or pair.is_direct(path, function):
@@ -65,6 +66,10 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
                 )
             if ran and {match.first, match.second} <= reached:
                 continue  # recorded with both: what it does with them is in the graph
+            if _is_explored(subject, match, path, function) or (
+                not ran and _only_hands_on(path, function, pair)
+            ):
+                continue
             how = "a method that can be called by itself" if ran else "which did not run here"
             if caller != function.__name__:
                 how = f"which {caller} calls as well"
@@ -75,6 +80,45 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
                 f'method="{caller.rpartition(".")[2]}")]; otherwise remove it.',
             )
     return None
+
+
+def _is_explored(
+    subject: Subject,
+    match: Match,
+    path: str,
+    function: FunctionType,
+    seen: frozenset[CodeType] = frozenset(),
+) -> bool:
+    """Whether all that leads to this method by itself was run, and the match holds there.
+
+    A method of the model itself is called with the inputs of forward; one of an inner module, by
+    whatever names it.
+    """
+    name = function.__name__
+    if _is_public(subject, path, name):
+        return holds_where_called_itself(subject, match, name) is True
+    seen |= {function.__code__}
+    callers = [c for c in subject.mentions.get(name, ()) if c[1].__code__ not in seen]
+    return bool(callers) and all(
+        holds_on_every_way(subject, match)
+        if _ran(subject, caller.__code__, where) and not _is_public(subject, where, caller.__name__)
+        else _is_explored(subject, match, where, caller, seen)
+        for where, caller in callers
+    )
+
+
+def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
+    """Whether a method that takes nothing neither calls one of the two nor reads its tensors.
+
+    `as_sequential()` makes a list of layers, `fuse()` folds them itself.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    if any(parameter.default is parameter.empty for parameter in parameters):
+        return False
+    mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
+    return bool(mentions) and all(
+        mention.usage == "read" and not TENSORS & {*mention.chain} for mention in mentions
+    )
 
 
 def parts_of_forward(subject: Subject, match: Match) -> Iterator[str]:
@@ -222,7 +266,8 @@ def _methods(class_: type) -> _Methods:
         names = names_in(function.__code__)
         for mentioned in names:
             by_name.setdefault(mentioned, []).append(function)
-        if indexed or names & _DYNAMIC or _hands_self_on(function):
+        static = isinstance(inspect.getattr_static(class_, name), staticmethod)
+        if not static and (indexed or names & _DYNAMIC or _hands_self_on(function)):
             dynamic.append(function)
     return _Methods(by_name, dynamic)
 

@@ -186,7 +186,12 @@ _CHANGING = frozenset(
 
 
 _SETUP = ("init", "initialize", "initialise", "initialized", "reset", "tie")
-_SETUP_NAMES = frozenset({"extra_repr", "__repr__", "__init__", "__setstate__", "__getstate__"})
+_SETUP_NAMES = frozenset(
+    {
+        *("extra_repr", "__repr__", "__init__", "__setstate__", "__getstate__"),
+        *("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"),
+    }
+)
 
 
 def is_setup(name: str) -> bool:

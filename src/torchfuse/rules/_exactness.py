@@ -16,6 +16,7 @@ from torchfuse.rules._rule import Match, Refusal
 from torchfuse.rules._unshared import (
     always_together,
     nobody_else_reads,
+    nobody_else_reads_the_weight,
     statistics_are_its_own,
     weight_is_its_own,
 )
@@ -23,7 +24,7 @@ from torchfuse.rules._unshared import (
 if TYPE_CHECKING:
     from torchfuse.rules._rule import Subject
 
-__all__ = ["exact_in_graph", "foldable"]
+__all__ = ["exact_in_graph", "exact_on_way", "foldable"]
 
 
 def foldable(subject: Subject, match: Match) -> Refusal | None:
@@ -37,6 +38,28 @@ def foldable(subject: Subject, match: Match) -> Refusal | None:
         always_together,
         nobody_else_reads,
         weight_is_its_own,
+        statistics_are_its_own,
+        _channels_agree,
+        _dtypes_agree,
+    ):
+        if (refusal := condition(subject, match)) is not None:
+            return refusal
+    return None
+
+
+def exact_on_way(subject: Subject, match: Match) -> Refusal | None:
+    """None if the match, which is foldable as recorded, is exact on another way too.
+
+    What does not depend on the way (the modules, and what holds them) is not asked for again.
+    """
+    for condition in (
+        _no_threads,
+        _norm_uses_statistics,
+        norm_is_a_module,
+        layer_is_a_module,
+        always_together,
+        nobody_else_reads,
+        nobody_else_reads_the_weight,
         statistics_are_its_own,
         _channels_agree,
         _dtypes_agree,

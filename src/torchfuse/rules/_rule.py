@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from torchfuse.exploring import explore
 from torchfuse.judging.attached import Attached, attached, first_paths, modules_in
+from torchfuse.judging.dataflow import batch_norms
 from torchfuse.judging.sources import (
     RESTLESS,
     assigned_attributes,
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from torchfuse.exploring import Ways
     from torchfuse.graph import Call, Graph
+    from torchfuse.inputs import Case
 
 __all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
 
@@ -43,6 +47,32 @@ class Subject:
     model: nn.Module
     graph: Graph
     modules: dict[str, nn.Module]  # by every path
+    cases: tuple[Case, ...] = ()  # what was recorded; none: it cannot be run
+    # Public methods of the model as entries of their own: what was recorded, None if it cannot be
+    entries: dict[str, Subject | None] = field(default_factory=dict)
+
+    @cached_property
+    def norms(self) -> dict[str, list[Call]]:
+        """The batch norm calls of each batch norm."""
+        return batch_norms(self.graph)
+
+    @cached_property
+    def ways(self) -> Ways:
+        """The other ways through the code."""
+        return explore(self.model, self.cases, self.graph)
+
+    @cached_property
+    def others(self) -> tuple[Subject, ...]:
+        """The model as it was recorded on each of the other ways."""
+        return tuple(self.recorded_as(way.graph) for way in self.ways.ways)
+
+    def recorded_as(self, graph: Graph, cases: tuple[Case, ...] = ()) -> Subject:
+        """The same model, as another recording shows it."""
+        other = replace(self, graph=graph, cases=cases)
+        for name in ("attached", "held", "holders", "mentions", "classes"):  # asked of the model
+            if name in vars(self):
+                vars(other)[name] = vars(self)[name]
+        return other
 
     @cached_property
     def attached(self) -> tuple[Attached, ...]:

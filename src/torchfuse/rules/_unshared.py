@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "always_together",
     "nobody_else_reads",
+    "nobody_else_reads_the_weight",
     "read_by",
     "statistics_are_its_own",
     "weight_is_its_own",
@@ -143,6 +144,11 @@ def weight_is_its_own(subject: Subject, match: Match) -> Refusal | None:
                     f"`{match.first}` ({type(layer).__name__}) computes the weight it uses.",
                     "Make it a parametrization (torch.nn.utils.parametrize): those are baked in.",
                 )
+    return nobody_else_reads_the_weight(subject, match)
+
+
+def nobody_else_reads_the_weight(subject: Subject, match: Match) -> Refusal | None:
+    layer = subject.modules[match.first]
     ours = {id(call) for call in match.firsts}
     inside = {id(module) for module in layer.modules()}
     for name, _ in layer.named_parameters():

@@ -1,0 +1,5 @@
+"""Other ways through a model's code, found by running it."""
+
+from torchfuse.exploring.ways import Way, Ways, explore
+
+__all__ = ["Way", "Ways", "explore"]

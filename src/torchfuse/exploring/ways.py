@@ -1,0 +1,338 @@
+"""Records the other ways through a model's code, by running it: sizes and truths answer otherwise.
+
+A recorded run shows one way. Here the model runs again, in isolation, with sizes that know when
+code compares them (`numbers.py`). Where code compares one, or asks a tensor for its truth, it comes
+to a *branch site*. Sites are answered otherwise in runs of their own, each by itself, then several
+at once; so are the sites that only such a run comes to. The model also runs at other sizes, where
+loops and indices, which ask nothing that can be seen, come out otherwise.
+
+What is found is evidence, with two limits. A false answer may lead to an error that a true one
+would not have led to (`if h >= 16: x.view(…, h // 16)`): such a way was not followed, unless the
+code itself raised at once. And what becomes a plain number (`int(h)`) is followed no further. In
+both cases the result says so in `lost`.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from torchfuse.capture.recorded_run import record
+from torchfuse.errors import TorchfuseError
+from torchfuse.exploring.numbers import followed, listening
+from torchfuse.inputs import Case, resized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import CodeType
+
+    from torch import nn
+
+    from torchfuse.graph import Graph
+
+    Site = tuple[CodeType, int]  # a function, and a place in its bytecode
+    # Which answers of a run are false: all that a site gives, or (number) one of them
+    Lies = Mapping[Site, int | None]
+
+__all__ = ["Way", "Ways", "explore"]
+
+# Runs of one case; a model with more ways than that is one that was not followed.
+_RUNS = 256
+# All combinations of so many sites are run; of more, each two.
+_COMBINED = 5
+# A site that is asked so often in one run may be a loop that a false answer never ends.
+_ANSWERS = 200
+# Up to so many visits of a site, each is answered otherwise by itself as well.
+_VISITS = 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """What was recorded on one way through the code."""
+
+    graph: Graph
+    left_at: str  # where it left the recorded way: "file.py:12", or the sizes of another call
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The ways that were found, apart from the recorded one."""
+
+    ways: tuple[Way, ...]
+    sites: int  # branch sites that were come to
+    runs: int  # of the model
+    lost: str | None  # what could not be followed, as a clause; None: nothing
+
+
+def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
+    """The ways that `model` may take for inputs like the cases, on which `recorded` was recorded.
+
+    The model is left as it was.
+    """
+    explorer = _Explorer(model, recorded)
+    found: list[Way] = []
+    with warnings.catch_warnings(), listening(explorer):
+        warnings.simplefilter("ignore")  # the user has seen them in the recorded run
+        for index, case in enumerate(cases):
+            found.extend(explorer.ways_of(index, case))
+    return Ways(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
+
+
+@dataclass
+class _Explorer:
+    """Runs of one model, and in each what its code asks and is answered."""
+
+    model: nn.Module
+    recorded: Graph
+    lost: str | None = None
+    runs: int = 0
+    known: set[Site] = field(default_factory=set)
+    natural: set[tuple[Site, bool]] = field(default_factory=set)  # true answers at some size
+    # In this run
+    graph: Graph | None = None
+    lies: Lies = field(default_factory=dict)
+    asked: dict[Site, bool] = field(default_factory=dict)  # with the true answers
+    visits: Counter[Site] = field(default_factory=Counter)
+    lied_after: int | None = None  # so many calls were recorded when the last false answer came
+
+    def ways_of(self, index: int, case: Case) -> Iterator[Way]:
+        """All ways of one case other than the recorded one."""
+        recorded = _detailed(self.recorded, index)
+        seen = {recorded}
+        base = None
+        for given in (_dense(resized(case, batch=True, spatial=True)), case):
+            graph = self._natural(given)
+            if graph is not None and _detailed(graph) == recorded:
+                base = given  # small inputs take the recorded way too, and less time
+                break
+            yield from self._new(graph, str(given), seen)
+        if base is None:
+            self._lost_at(None, f"{case} does not take the recorded way when it runs again")
+            return
+        asked, visits = dict(self.asked), Counter(self.visits)
+        other = _dense(resized(base, batch=True, spatial=False))
+        yield from self._new(self._natural(other), str(other), seen)
+        yield from self._otherwise(base, asked, visits, seen)
+
+    @staticmethod
+    def _new(graph: Graph | None, left_at: str, seen: set[int]) -> Iterator[Way]:
+        """The way that was recorded, if there is one and it is none of those seen."""
+        if graph is not None and (detail := _detailed(graph)) not in seen:
+            seen.add(detail)
+            yield Way(graph, left_at)
+
+    def _natural(self, case: Case) -> Graph | None:
+        """What is recorded where every answer is true; None if it ends in an error."""
+        try:
+            return self._run(case, {})
+        except TorchfuseError:
+            return None
+        finally:
+            self.natural |= set(self.asked.items())
+
+    def _otherwise(
+        self, case: Case, asked: dict[Site, bool], visits: Counter[Site], seen: set[int]
+    ) -> Iterator[Way]:
+        """The ways on which some answers are false."""
+        waiting: list[Lies] = []
+        sites: list[Site] = []
+
+        def add(new: Mapping[Site, bool], count: Counter[Site], before: Lies) -> None:
+            for site in new:
+                if site not in sites:
+                    sites.append(site)
+                    waiting.append({**before, site: None})
+                    if 1 < count[site] <= _VISITS:
+                        waiting.extend({**before, site: n} for n in range(count[site]))
+
+        add(asked, visits, {})
+        budget = self.runs + _RUNS
+        alone = 0
+        while self.lost is None:
+            if not waiting:
+                if alone == len(sites):
+                    break
+                alone = len(sites)  # (a combination may come to sites of its own)
+                waiting.extend(_combined(sites))
+                continue
+            if self.runs >= budget:
+                self.lost = f"it has more than {_RUNS} ways"
+                return
+            lies = waiting.pop(0)
+            graph = self._tried(case, lies)
+            if graph is None:
+                continue
+            add(self.asked, self.visits, lies)
+            yield from self._new(graph, ", ".join(_place(*site) for site in lies), seen)
+
+    def _tried(self, case: Case, lies: Lies) -> Graph | None:
+        """What is recorded with these false answers; None if the code ends with an error there."""
+        try:
+            return self._run(case, lies)
+        except TorchfuseError as error:
+            cause = error.__cause__
+            if cause is not None and self._raised_at_once(cause):
+                return None
+            true = [(site, not self.asked.get(site, False)) for site in lies]
+            if len(true) == 1 and true[0] in self.natural:
+                return None  # another size takes this way, and was recorded
+            self._lost_at(
+                next(iter(lies)), "the other side of a branch ends in an error at this size"
+            )
+            return None
+
+    def _run(self, case: Case, lies: Lies) -> Graph:
+        self.runs += 1
+        self.lies, self.asked, self.visits, self.lied_after = lies, {}, Counter(), None
+        try:
+            return record(self.model, [case], self)
+        except TorchfuseError:
+            raise
+        except Exception as error:
+            raise TorchfuseError(str(error)) from error
+        except SystemExit as error:
+            self._lost_at(None, "a way ends the program")
+            raise TorchfuseError("SystemExit") from error
+
+    def _raised_at_once(self, error: BaseException) -> bool:
+        """Whether code raised because of a false answer, before it computed anything with it."""
+        if self.graph is None or self.lied_after != len(self.graph.calls):
+            return False
+        last: Any = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is None:
+            return False
+        code = last.tb_frame.f_code
+        return code.co_name == "_assert" or (code, last.tb_lasti) in _raises(code)
+
+    # What code asks in one run
+
+    def begin(self, graph: Graph) -> None:
+        """A run is recorded in `graph`."""
+        self.graph = graph
+
+    def answer(self, name: str, real: Any) -> Any:
+        """What code is told that asked a tensor for `name`."""
+        if name in _SIZES:
+            return followed(real)
+        if name in _VALUES:
+            return followed(real) if not isinstance(real, bool) else self.truth(real)
+        if name in _TRUTHS:
+            return self.truth(bool(real))
+        if name in _PLAIN_ANSWERS:  # Python makes a plain number of whatever this answers
+            self.lose(f"`{name}` gives a plain number")
+        return real
+
+    def truth(self, real: bool) -> bool:
+        """How a comparison comes out: as it would, unless this run answers otherwise."""
+        frame = _asking()
+        if _is_torch(frame):
+            return real  # torch does the same for all sizes that it takes
+        site = (frame.f_code, frame.f_lasti)
+        visit = self.visits[site]
+        self.visits[site] += 1
+        self.asked.setdefault(site, real)
+        self.known.add(site)
+        if site in self.lies:
+            if visit >= _ANSWERS:
+                self._lost_at(site, "a loop may not end")
+            elif self.lies[site] in (None, visit):
+                self.lied_after = len(self.graph.calls) if self.graph is not None else None
+                return not real
+        return real
+
+    def lose(self, what: str) -> None:
+        """A number that is followed is no more."""
+        frame = _asking()
+        if not _is_torch(frame):
+            self._lost_at((frame.f_code, frame.f_lasti), f"a size or value is {what}")
+
+    def _lost_at(self, site: Site | None, what: str) -> None:
+        if self.lost is None:
+            self.lost = what if site is None else f"{what} ({_place(*site)})"
+
+
+# Facts that are numbers of elements,
+_SIZES = frozenset({"nbytes", "nelement", "numel", "shape", "size", "storage_offset", "stride"})
+# values that are numbers,
+_VALUES = frozenset({"item", "tolist"})
+# and what may be otherwise for another tensor of the same type, dtype, device and rank.
+_TRUTHS = frozenset(
+    {
+        *("is_conj", "is_contiguous", "is_leaf", "is_neg", "is_same_size", "requires_grad"),
+        *("__bool__", "is_nonzero", "equal", "allclose", "__contains__"),
+    }
+)
+_PLAIN_ANSWERS = frozenset(
+    {"__len__", "__int__", "__float__", "__index__", "__complex__", "numpy", "__array__"}
+)
+_OWN = ("torchfuse.exploring.", "torchfuse.capture.")
+
+
+def _asking() -> Any:
+    """The frame of the code that asks, without the recording and what leads to it."""
+    frame: Any = sys._getframe(2)
+    while (name := frame.f_globals.get("__name__", "")).startswith(_OWN) or (
+        name in ("torch._tensor", "torch.overrides")
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def _is_torch(frame: Any) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name == "torch" or name.startswith(("torch.", "torchfuse."))
+
+
+def _place(code: CodeType, instruction: int) -> str:
+    lines = [line for start, end, line in code.co_lines() if start <= instruction < end]
+    return f"{code.co_filename.rsplit('/', 1)[-1]}:{lines[0] if lines else code.co_firstlineno}"
+
+
+@lru_cache(maxsize=1024)
+def _raises(code: CodeType) -> frozenset[Site]:
+    """The places at which a function itself raises: `raise`, `assert`."""
+    return frozenset(
+        (code, step.offset) for step in dis.get_instructions(code) if step.opname == "RAISE_VARARGS"
+    )
+
+
+def _combined(sites: Sequence[Site]) -> Iterator[Lies]:
+    """Several sites answered otherwise at once: all combinations of a few, each two of many."""
+    sizes = range(2, len(sites) + 1) if len(sites) <= _COMBINED else (2,)
+    for size in sizes:
+        for some in combinations(sites, size):
+            yield dict.fromkeys(some, None)
+
+
+def _dense(case: Case) -> Case:
+    """The case with tensors that are no views of larger ones."""
+    args, kwargs = tree_map(
+        lambda value: value.clone() if isinstance(value, torch.Tensor) else value,
+        (case.args, dict(case.kwargs)),
+    )
+    return Case(args, kwargs, case.method)
+
+
+def _detailed(graph: Graph, case: int = 0) -> int:
+    """A number for what one case called on what, the same for recordings that agree in that."""
+    numbers: dict[int, Any] = {}
+    calls = []
+    for call in graph.calls:
+        if call.case == case:
+            for value in (*call.inputs, *call.outputs):
+                numbers.setdefault(value, graph.values[value].names or len(numbers))
+            reads = tuple(numbers[value] for value in call.inputs)
+            makes = tuple(numbers[value] for value in call.outputs)
+            calls.append((call.kind, call.target, call.module_path, reads, makes))
+    return hash(tuple(calls))

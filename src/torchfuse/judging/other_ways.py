@@ -1,0 +1,135 @@
+"""Whether a match holds on every way through the code that exploring finds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torchfuse.capture.recorded_run import record
+from torchfuse.errors import TorchfuseError
+from torchfuse.inputs import resized
+from torchfuse.judging.dataflow import origin, owner_path
+from torchfuse.rules._exactness import exact_on_way
+from torchfuse.rules._rule import Match
+
+if TYPE_CHECKING:
+    from torchfuse.inputs import Case
+    from torchfuse.rules._rule import Subject
+
+__all__ = ["breaks_on_some_way", "holds_on_every_way", "holds_where_called_itself"]
+
+
+def holds_on_every_way(subject: Subject, match: Match) -> bool:
+    """Whether the model was followed on all of its ways, and the match is exact on each."""
+    if not _can_be_judged(subject, match) or breaks_on_some_way(subject, match) is not None:
+        return False
+    return subject.ways.lost is None
+
+
+def breaks_on_some_way(subject: Subject, match: Match) -> str | None:
+    """Where a way begins on which the match is not exact: "file.py:12"; None: on none found.
+
+    On a way that calls neither the layer nor the batch norm, there is nothing to be exact.
+    """
+    if not _can_be_judged(subject, match):
+        return None
+    for way, other in zip(subject.ways.ways, subject.others, strict=True):
+        if not _holds(other, match):
+            return way.left_at
+    return None
+
+
+def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bool | None:
+    """Whether the match is exact where a method of the model is called with the inputs of forward.
+
+    None if it cannot be called so, or not followed.
+    """
+    if not _can_be_judged(subject, match):
+        return None
+    if method not in subject.entries:
+        subject.entries[method] = _as_entry(subject, method)
+    entry = subject.entries[method]
+    if entry is None:
+        return None
+    if not all(_holds(way, match) for way in (entry, *entry.others)):
+        return False
+    return True if entry.ways.lost is None else None
+
+
+def _can_be_judged(subject: Subject, match: Match) -> bool:
+    return bool(subject.cases) and match.seconds[0].kind == "batch_norm"
+
+
+def _as_entry(subject: Subject, method: str) -> Subject | None:
+    """What a public method does with the inputs of forward."""
+    function = getattr(subject.model, method)
+    if not _takes_inputs(function):
+        return None
+    entries = []
+    for case in subject.cases:
+        try:
+            inspect.signature(function).bind(*case.args, **case.kwargs)
+        except (TypeError, ValueError):
+            return None
+        entries.append(replace(case, method=method))
+    for given in ([resized(c, batch=True, spatial=True) for c in entries], entries):
+        if (entry := _recorded(subject, tuple(given))) is not None:
+            return entry
+    return None
+
+
+def _takes_inputs(function: Any) -> bool:
+    """Whether a method takes an argument at all, and gives its result back when it has run."""
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        return False
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(parameter.default is parameter.empty for parameter in parameters)
+
+
+def _recorded(subject: Subject, cases: tuple[Case, ...]) -> Subject | None:
+    try:
+        graph = record(subject.model, cases, accept=_is_finished)
+    except (TorchfuseError, SystemExit):
+        return None
+    return subject.recorded_as(graph, cases)
+
+
+def _is_finished(value: Any) -> bool:
+    """Whether what a method returned has run: no generator, no function."""
+    return not callable(value) and not isinstance(value, (Iterator, Awaitable, AsyncGenerator))
+
+
+def _holds(subject: Subject, match: Match) -> bool:
+    graph = subject.graph
+    norms = subject.norms.get(match.second, [])
+    if not norms:
+        return not _runs(subject, match)
+    firsts, between = [], []
+    for norm in norms:
+        maker, moved = origin(graph, norm)
+        if maker is None or maker.kind != match.firsts[0].kind:
+            return False
+        if owner_path(graph, maker, ("weight",)) != match.first:
+            return False
+        firsts.append(maker)
+        between.append(moved)
+    there = Match(match.first, match.second, tuple(firsts), tuple(between), tuple(norms))
+    return exact_on_way(subject, there) is None
+
+
+def _runs(subject: Subject, match: Match) -> bool:
+    """Whether the layer runs, or anything reads its weight."""
+    graph = subject.graph
+    if graph.module_calls_of(match.first):
+        return True
+    below = f"{match.first}." if match.first else ""
+    return any(
+        graph.readers(value.index)
+        for value in graph.values
+        if any(name.startswith(below) for name in value.names)
+    )
