@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -92,25 +94,28 @@ def _closure(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def modules_in(value: Any, depth: int = _DEPTH) -> Iterator[nn.Module]:
-    """The modules that a value holds: within containers, closures, bound methods, plain objects."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, (str, bytes, int, float, type, Tensor, ModuleType)):
-        return
-    elif isinstance(value, MethodType):
-        yield from modules_in(value.__self__, depth)
-    elif isinstance(value, FunctionType):
-        if depth:
-            yield from modules_in((value.__defaults__, value.__kwdefaults__), depth)
-            for _, known in _closure(value):
-                yield from modules_in(known, depth - 1)
-    elif isinstance(value, partial):
-        if depth:
-            yield from modules_in((value.func, value.args, value.keywords), depth)
-    elif isinstance(value, (list, tuple, set, dict)):
-        if depth:
-            for entry in value.values() if isinstance(value, dict) else value:
-                yield from modules_in(entry, depth - 1)
-    elif depth and isinstance(getattr(value, "__dict__", None), dict):
-        for entry in vars(value).values():
-            yield from modules_in(entry, depth - 1)
+    """The modules that a value holds, whatever it is made of: containers, closures, objects.
+
+    The garbage collector knows what each of them refers to; weak references are followed too.
+    """
+    level, seen = [value], {id(value)}
+    for _ in range(3 * depth + 2):  # a function refers to its closure, that to cells, those on
+        inner = []
+        for entry in level:
+            if isinstance(entry, nn.Module):
+                yield entry
+            elif isinstance(entry, weakref.ref):
+                inner.append(entry())
+            elif isinstance(entry, FunctionType):
+                inner += [entry.__defaults__, entry.__kwdefaults__, entry.__closure__]
+            elif not isinstance(entry, _WITHOUT_MODULES):
+                inner += gc.get_referents(entry)
+        level = []
+        for entry in inner:
+            if id(entry) not in seen and entry is not None:
+                seen.add(id(entry))
+                level.append(entry)
+
+
+# What refers to too much (a class to its module and all that is in it), or to nothing.
+_WITHOUT_MODULES = (str, bytes, int, float, type, Tensor, ModuleType, CodeType, FrameType)

@@ -55,7 +55,7 @@ def branching_of(code: CodeType, volatile: frozenset[str]) -> Branching:
     reader = _Reader(function, volatile)
     one_way = all(reader.is_configuration(test) for test in tests) and reader.chooses_nothing()
     nodes = list(ast.walk(function))
-    catches = any(isinstance(node, ast.Try) for node in nodes)
+    catches = "suppress" in names_in(code) or any(isinstance(node, ast.Try) for node in nodes)
     matches = any(isinstance(node, ast.Match) for node in nodes)
     if catches or matches:
         one_way = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from torchfuse.capture.recorded_run import record
 from torchfuse.judging.branches import may_fork, mentioned_elsewhere
 from torchfuse.judging.dataflow import origin, owner_path
 from torchfuse.judging.methods import parts_of_forward, reached_apart
+from torchfuse.judging.other_ways import breaks_on_some_way
+from torchfuse.judging.sources import functions_of, is_setup, names_in
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 from torchfuse.surgery import is_folded
@@ -81,7 +83,7 @@ class Found:
         """The plan as plain data."""
         return FusionPlan(
             model=self.subject.graph.model,
-            scope=(*_scope(self.subject), *_parts(self)),
+            scope=(*_scope(self.subject), *_parts(self), *_in_bulk(self)),
             fusions=tuple(
                 _fusion(self.subject, rule, match, self.max_rel.get(match.second))
                 for rule, match in self.matches
@@ -121,6 +123,25 @@ def _parts(found: Found) -> tuple[str, ...]:
         "Inner methods as the model itself calls them; called from outside, "
         f"{', '.join(parts[:3])}{more} would see a folded layer.",
     )
+
+
+_IN_BULK = frozenset({"parameters", "named_parameters", "buffers", "named_buffers", "state_dict"})
+
+
+def _in_bulk(found: Found) -> tuple[str, ...]:
+    """The sentence that names methods of the model that read all weights at once."""
+    class_: Any = type(found.subject.model)  # mypy takes nn.Module's own __hash__ for its class's
+    ran = {code for code, _ in found.subject.graph.codes}
+    reading = [
+        name
+        for name, function in functions_of(class_)
+        if names_in(function.__code__) & _IN_BULK
+        and function.__code__ not in ran
+        and not is_setup(name)
+    ]
+    if not reading or not found.matches:
+        return ()
+    return (f"What reads all weights at once finds the folded ones: {', '.join(reading[:3])}.",)
 
 
 def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Found:
@@ -252,6 +273,19 @@ def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
         or may_fork(subject, match)
         or mentioned_elsewhere(subject, match)
         or reached_apart(subject, match)
+        or _another_way(subject, match)
+    )
+
+
+def _another_way(subject: Subject, match: Match) -> Refusal | None:
+    """None if the match holds on every way that exploring finds, where code looks at tensors."""
+    if not subject.graph.reads or (left_at := breaks_on_some_way(subject, match)) is None:
+        return None
+    where = f"On {left_at}" if left_at.endswith(")") else f"With another answer at {left_at}"
+    return Refusal(
+        f"{where}, the code takes another way, on which `{match.second}` does not follow "
+        f"`{match.first}`, or something else uses what lies between.",
+        "Call the batch norm directly on the layer's output, or put both in nn.Sequential.",
     )
 
 

@@ -109,11 +109,11 @@ def _mention(
         name = ast.unparse(parent.func)
         if not chain and name not in _HARMLESS and "init" not in name:
             return Mention((None,), "called")  # whoever is given the module may reach any child
-        if name == "getattr" and not chain and len(parent.args) > 1:
+        if name == "getattr" and parent.args[0] is node and len(parent.args) > 1:
             named = parent.args[1]
             if isinstance(named, ast.Constant) and isinstance(named.value, str):
-                return Mention((named.value,), "called")
-            return _dynamic(parent, parents, (None,), called_names)
+                return Mention((*chain, named.value), "called")
+            return _dynamic(parent, parents, (*chain, None), called_names)
         if name in ("isinstance", "hasattr", "len", "type", "id", "super") or "init" in name:
             return None
         if name in ("enumerate", "zip", "iter", "reversed", "list", "tuple", "next"):

@@ -43,6 +43,10 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
         if (refusal := _reached_by_descriptors(path, module, pair)) is not None:
             return refusal
         for function in _methods_of(module).reaching(pair.names_towards(path)):
+            if is_setup(function.__name__):
+                if (refusal := _computes_apart(subject, match, path, function)) is not None:
+                    return refusal
+                continue
             ran = _ran(subject, function.__code__, path)
             if ran and (asked := pair.asked_by(path, function)) is not None:
                 return Refusal(
@@ -80,6 +84,22 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
                 f'method="{caller.rpartition(".")[2]}")]; otherwise remove it.',
             )
     return None
+
+
+def _computes_apart(
+    subject: Subject, match: Match, path: str, function: FunctionType
+) -> Refusal | None:
+    """None unless a method that is named as if it set the model up was run, and told them apart."""
+    name = function.__name__
+    pair = Pair(subject, match)
+    if not _is_public(subject, path, name) or not pair.reached_by(path, function):
+        return None
+    if holds_where_called_itself(subject, match, name) is not False:
+        return None
+    return Refusal(
+        f"{type(subject.model).__name__}.{name}, which was tried, uses one of the two on its own.",
+        "Remove it, or let it read the batch norm's output.",
+    )
 
 
 def _is_explored(
@@ -259,7 +279,7 @@ def _methods(class_: type) -> _Methods:
     indexed = issubclass(class_, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     indexed = indexed or delegates(class_)
     for name, function in functions_of(class_):
-        if is_setup(name) or (name.startswith("__") and name != "__call__"):
+        if name.startswith("__") and name != "__call__":
             continue
         if edits_modules(function.__code__):
             continue

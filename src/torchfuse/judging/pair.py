@@ -117,10 +117,14 @@ class Pair:
         """What a method that ran asks for that is gone or another thing once the pair is folded."""
         norm = type(self.subject.modules[self.second])
         names = names_in(function.__code__)
+        asked: list[str] = []
         if names & {"isinstance", "type", "issubclass"}:
             classes = {base.__name__ for base in norm.__mro__ if issubclass(base, _BatchNorm)}
-            if asked := sorted(names & classes):
-                return f"the class {asked[0]}"
+            asked = sorted(names & classes)
+        if names & {"__class__", "__name__", "__qualname__", "type"}:
+            asked += sorted(name for name in names if "batchnorm" in name.lower())
+        if asked:
+            return f"the class {asked[0]}"
         for mention in mentions_of(function) or ():
             if (asked_for := self.breaks(path, mention)) is not None:
                 return f"`{asked_for}`"
