@@ -51,16 +51,21 @@ class FusionResult(NamedTuple):
 
 
 def plan(
-    model: nn.Module, example_inputs: Any, *, rules: Sequence[str] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    rules: Sequence[str] | None = None,
+    strict: bool = False,
 ) -> FusionPlan:
     """What can be fused in `model` and what cannot, with the reasons; the model is not changed.
 
     `rules` names the rules to use; the default is every rule that changes no class and no key of
-    a layer that stays.
+    a layer that stays. With `strict`, a fusion is skipped wherever another way through the code
+    could not be followed; else only where something is known against it.
     """
     check_model(model)
     require_finite_tensors(model)
-    found = find(model, cases(example_inputs), _chosen(rules))
+    found = find(model, cases(example_inputs), _chosen(rules), strict=strict)
     return found.plan()
 
 
@@ -69,6 +74,7 @@ def fuse(
     example_inputs: Any,
     *,
     rules: Sequence[str] | None = None,
+    strict: bool = False,
     inplace: bool = False,
     verify: bool = True,
     keep_originals: bool = True,
@@ -77,6 +83,7 @@ def fuse(
 
     With `verify`, each fusion is compared on what the original computes, then the whole model on
     the example inputs and on others like them; what differs is undone and reported as a skip.
+    `rules` and `strict` as in `plan`.
     With `keep_originals` the result can be unfused; the plan says how many bytes that takes.
     """
     check_model(model)
@@ -87,7 +94,7 @@ def fuse(
         )
     require_finite_tensors(model)
     given = cases(example_inputs)
-    found = find(model, given, _chosen(rules))
+    found = find(model, given, _chosen(rules), strict=strict)
     old_keys = list(model.state_dict())
     tried: list[Case] = []
     if verify:

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 __all__ = [
+    "COUNTABLE",
     "DATA_READS",
     "HARMLESS",
     "METADATA",
@@ -122,6 +123,8 @@ METADATA |= HARMLESS
 SCOPE = frozenset({"dim", "ndim", "ndimension"})
 # Functions that take only the sizes or the dtype of their second tensor.
 SHAPE_ONLY = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
+# What these give back may be more or fewer tensors for another size, which Python can count.
+COUNTABLE = frozenset({"__iter__", "chunk", "split", "tensor_split", "unbind", "unsafe_chunk"})
 # Python gets to know values, and may branch on them.
 DATA_READS = frozenset(
     {

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchfuse.capture.kinds import (
+    COUNTABLE,
     DATA_READS,
     HARMLESS,
     METADATA,
@@ -307,6 +308,8 @@ class _Functions(TorchFunctionMode):
         kind = kind_of(func)
         if name in DATA_READS:
             self._note_read("data")
+        elif name in COUNTABLE:
+            self._note_read("shape")
         results = tuple(recording.operand(t, "call") for t in _tensors(result))
         for number, operand in enumerate(current.extra):
             named[f"unseen{number}"] = operand

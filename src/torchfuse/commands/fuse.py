@@ -10,7 +10,7 @@ import click
 
 from torchfuse import model_source
 from torchfuse.artifacts import check_destination, write_atomically
-from torchfuse.commands.model_options import model_options, rule_option
+from torchfuse.commands.model_options import model_options, rule_option, strict_option
 from torchfuse.commands.plan import print_plan
 from torchfuse.errors import FusionError, InputError, UnsupportedError
 
@@ -32,12 +32,14 @@ _SUFFIXES = (".pt", ".safetensors", ".pt2")
     help="Where to write: a state dict (.pt, .safetensors) or an exported program (.pt2).",
 )  # fmt: skip
 @rule_option
+@strict_option
 def command(
     model: str,
     output: Path,
     inputs: tuple[str, ...],
     weights: Path | None,
     rules: tuple[str, ...],
+    strict: bool,
 ) -> None:
     """Fuse MODEL in evaluation mode, check that its outputs stayed, and write it to OUT.
 
@@ -59,7 +61,12 @@ def command(
         result = torchfuse.fuse_exported(loaded.model, rules=chosen)
     else:
         result = torchfuse.fuse(
-            loaded.model, loaded.example_inputs, rules=chosen, inplace=True, keep_originals=False
+            loaded.model,
+            loaded.example_inputs,
+            rules=chosen,
+            strict=strict,
+            inplace=True,
+            keep_originals=False,
         )
     print_plan(result.plan)
     check = result.check

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["input_option", "model_options", "rule_option"]
+__all__ = ["input_option", "model_options", "rule_option", "strict_option"]
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,3 +39,7 @@ def input_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
 rule_option = click.option(
     "--rule", "rules", multiple=True, metavar="RULE", help="Only this rule; repeatable."
 )
+strict_option = click.option(
+    "--strict", is_flag=True,
+    help="Skip a fusion wherever another way through the code could not be followed.",
+)  # fmt: skip

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from torchfuse import model_source
 from torchfuse.artifacts import check_destination, write_atomically
-from torchfuse.commands.model_options import model_options, rule_option
+from torchfuse.commands.model_options import model_options, rule_option, strict_option
 from torchfuse.errors import InputError
 from torchfuse.render import plan as render
 from torchfuse.worth import TARGETS, worth
@@ -29,6 +29,7 @@ _ANY = "any"
 @click.command("plan", short_help="What can be fused, and why the rest cannot.")
 @model_options
 @rule_option
+@strict_option
 @click.option(
     "--json", "json_file", is_flag=False, flag_value=_STDOUT, metavar="[FILE]",
     help="Write the plan as JSON to FILE, or, after MODEL, print it instead of the table.",
@@ -46,6 +47,7 @@ def command(
     inputs: tuple[str, ...],
     weights: Path | None,
     rules: tuple[str, ...],
+    strict: bool,
     json_file: str | None,
     fail_on: tuple[str, ...],
     target: str | None,
@@ -60,7 +62,7 @@ def command(
         check_destination(saved)
     _check_rules(fail_on)
     loaded = model_source.load(model, inputs, weights)
-    plan = planned(loaded, rules)
+    plan = planned(loaded, rules, strict=strict)
     if json_file == _STDOUT:
         click.echo(plan.to_json())
     else:
@@ -72,7 +74,9 @@ def command(
     _fail_on_skips(plan, fail_on)
 
 
-def planned(loaded: model_source.LoadedModel, rules: tuple[str, ...]) -> FusionPlan:
+def planned(
+    loaded: model_source.LoadedModel, rules: tuple[str, ...], *, strict: bool = False
+) -> FusionPlan:
     """Return the plan for a loaded model or exported program."""
     import torchfuse
     from torchfuse.planning import FusionPlan
@@ -80,7 +84,9 @@ def planned(loaded: model_source.LoadedModel, rules: tuple[str, ...]) -> FusionP
     if loaded.exported:
         plan = torchfuse.fuse_exported(loaded.model, rules=rules or None, verify=False).plan
     else:
-        plan = torchfuse.plan(loaded.model, loaded.example_inputs, rules=rules or None)
+        plan = torchfuse.plan(
+            loaded.model, loaded.example_inputs, rules=rules or None, strict=strict
+        )
     assert isinstance(plan, FusionPlan)
     return plan
 

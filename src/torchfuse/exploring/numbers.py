@@ -4,7 +4,8 @@ They are `int` and `float` subclasses, so that whoever takes a number takes them
 `Listener` is listening, each comparison and truth is one that it may answer otherwise, and it is
 told when a number is turned into something that cannot be followed. Else they are plain numbers.
 
-What reads an `int` without asking it (`range`, the index of a list, `math.log2`) is not seen here.
+What reads an `int` without asking it (`range`, the index of a list, `math.log2`, a real number on
+its left: `0.5 * h`) is not seen here.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class Ways:
     """The ways that were found, apart from the recorded one."""
 
     ways: tuple[Way, ...]
-    sites: int  # branch sites that were come to
+    asked: frozenset[tuple[CodeType, int]]  # the functions, and lines, of the branch sites
+    sites: int  # their number
     runs: int  # of the model
     lost: str | None  # what could not be followed, as a clause; None: nothing
 
@@ -84,7 +85,8 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
         warnings.simplefilter("ignore")  # the user has seen them in the recorded run
         for index, case in enumerate(cases):
             found.extend(explorer.ways_of(index, case))
-    return Ways(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
+    asked = frozenset((code, _line(code, instruction)) for code, instruction in explorer.known)
+    return Ways(tuple(found), asked, len(explorer.known), explorer.runs, explorer.lost)
 
 
 @dataclass
@@ -295,8 +297,14 @@ def _is_torch(frame: Any) -> bool:
 
 
 def _place(code: CodeType, instruction: int) -> str:
-    lines = [line for start, end, line in code.co_lines() if start <= instruction < end]
-    return f"{code.co_filename.rsplit('/', 1)[-1]}:{lines[0] if lines else code.co_firstlineno}"
+    return f"{code.co_filename.rsplit('/', 1)[-1]}:{_line(code, instruction)}"
+
+
+def _line(code: CodeType, instruction: int) -> int:
+    for start, end, line in code.co_lines():
+        if start <= instruction < end and line is not None:
+            return line
+    return code.co_firstlineno
 
 
 @lru_cache(maxsize=1024)

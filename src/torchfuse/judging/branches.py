@@ -152,10 +152,17 @@ def is_followed(subject: Subject, match: Match, codes: Sequence[CodeType]) -> bo
     readers = {read.code for read in subject.graph.reads}
     if None in readers:  # scripted code
         return False
-    volatile = subject.volatile
-    if not all(branching_of(code, volatile).only_tests for code in codes):
+    known = {code: branching_of(code, subject.volatile) for code in codes}
+    if not all(branching.only_tests for branching in known.values()):
         return False
-    return holds_on_every_way(subject, match)
+    if not holds_on_every_way(subject, match):
+        return False
+    asked = subject.ways.asked
+    return all(
+        any((code, line) in asked for line in range(first, last + 1))
+        for code, branching in known.items()
+        for first, last in branching.of_numbers
+    )
 
 
 @dataclass(frozen=True)

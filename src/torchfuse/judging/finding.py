@@ -109,6 +109,11 @@ def _scope(subject: Subject) -> tuple[str, ...]:
             f"({', '.join(places[:3])}{' …' if len(places) > 3 else ''}); only what holds on "
             "every side of its branches is fused."
         )
+    if "ways" in vars(subject) and (lost := subject.ways.lost) is not None:
+        sentences.append(
+            f"Not every way through the code could be followed ({lost}); with strict, what that "
+            "leaves in doubt is skipped."
+        )
     return tuple(sentences)
 
 
@@ -144,10 +149,16 @@ def _in_bulk(found: Found) -> tuple[str, ...]:
     return (f"What reads all weights at once finds the folded ones: {', '.join(reading[:3])}.",)
 
 
-def find(model: nn.Module, given: Sequence[Case], rules: Sequence[Rule]) -> Found:
-    """Records `model` on the given cases and judges every batch norm, and what was asked for."""
+def find(
+    model: nn.Module, given: Sequence[Case], rules: Sequence[Rule], *, strict: bool = False
+) -> Found:
+    """Records `model` on the given cases and judges every batch norm, and what was asked for.
+
+    With `strict`, what could not be followed on all ways through the code is a skip.
+    """
     graph = record(model, given)
-    subject = Subject(model, graph, dict(model.named_modules(remove_duplicate=False)), tuple(given))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    subject = Subject(model, graph, modules, tuple(given), strict)
     found = Found(subject)
     seen: set[str] = set()
     folds = any(rule.merge is None for rule in rules)
@@ -279,7 +290,15 @@ def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
 
 def _another_way(subject: Subject, match: Match) -> Refusal | None:
     """None if the match holds on every way that exploring finds, where code looks at tensors."""
-    if not subject.graph.reads or (left_at := breaks_on_some_way(subject, match)) is None:
+    if not subject.graph.reads:
+        return None
+    left_at = breaks_on_some_way(subject, match)
+    if left_at is None:
+        if subject.strict and (lost := subject.ways.lost) is not None:
+            return Refusal(
+                f"Not every way through the code could be followed: {lost}.",
+                "Without strict, only what is known against a fold is held against it.",
+            )
         return None
     where = f"On {left_at}" if left_at.endswith(")") else f"With another answer at {left_at}"
     return Refusal(

@@ -48,6 +48,7 @@ class Subject:
     graph: Graph
     modules: dict[str, nn.Module]  # by every path
     cases: tuple[Case, ...] = ()  # what was recorded; none: it cannot be run
+    strict: bool = False  # what could not be followed on all ways is a skip
     # Public methods of the model as entries of their own: what was recorded, None if it cannot be
     entries: dict[str, Subject | None] = field(default_factory=dict)
 

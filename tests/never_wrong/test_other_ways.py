@@ -1,0 +1,345 @@
+"""Code that may go another way for other inputs: run, and judged there too."""
+
+import collections
+import contextlib
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import torchfuse
+from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
+
+
+class ReadsShapes(ConvBn):
+    """A size is read and compared elsewhere in the model, as for an interpolation."""
+
+    def forward(self, x):
+        y = self.normed(x)
+        if y.shape[-2:] != x.shape[-2:]:
+            y = F.interpolate(y, size=x.shape[-2:])
+        return y
+
+    def normed(self, x):
+        return self.bn(self.conv(x))
+
+
+class PadsBetween(ReadsShapes):
+    """Pads on both sides of a branch on a size, before the conv."""
+
+    def normed(self, x):
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1))
+        y = self.conv(x)
+        return self.bn(y)
+
+
+class Block(ConvBn):
+    def forward(self, x, norm=True, activate=True):
+        y = self.conv(x)
+        if norm:
+            y = self.bn(y)
+        return F.relu(y) if activate else y
+
+
+class WithFlags(nn.Module):
+    """What mmcv's ConvModule does: flags that the caller hands over."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        y = self.block(x, activate=False)
+        return F.interpolate(y, size=x.shape[-2:]) if y.shape[-1] < x.shape[-1] else y
+
+
+class Checkpointed(ConvBn):
+    """A branch behind a flag of the configuration that is off."""
+
+    with_cp = False
+
+    def forward(self, x):
+        def inner(x):
+            return self.bn(self.conv(x))
+
+        if self.with_cp and x.requires_grad:
+            return checkpoint(inner, x, use_reentrant=False)
+        return inner(x)
+
+
+class Methods(ConvBn):
+    """A method that runs the pair in a straight line, beside one that nobody calls."""
+
+    def forward(self, x):
+        return self.last(x)
+
+    def last(self, x):
+        return self.bn(self.conv(x))
+
+    def features(self, x):
+        y = self.conv(x)
+        y = self.bn(y)
+        return [y, F.relu(y)]
+
+    def as_sequential(self):
+        return nn.Sequential(self.conv, self.bn)
+
+
+class Inner(ConvBn):
+    """A helper for what the configuration has off."""
+
+    memory_efficient = False
+
+    def both(self, x):
+        y = self.conv(x)
+        return y if y.dim() > 4 else self.bn(y)
+
+    def rarely(self, x):
+        return checkpoint(self.both, x, use_reentrant=False)
+
+    def forward(self, x):
+        if self.memory_efficient and x.requires_grad:
+            return self.rarely(x)
+        return self.both(x)
+
+
+class TwoOfThem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Inner(), Inner()
+
+    def forward(self, x):
+        return self.other(self.one(x))
+
+
+class Stem(nn.Sequential):
+    """A static method, whose first argument is no module."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    @staticmethod
+    def strides(stride):
+        return stride, stride
+
+    def clone_of(self):
+        return self.strides(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "times"),
+    [
+        (ReadsShapes, 1),
+        (PadsBetween, 1),
+        (WithFlags, 1),
+        (Checkpointed, 1),
+        (Methods, 1),
+        (TwoOfThem, 2),
+        (Stem, 1),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_holds_on_every_way_is_fused(model, times, strict):
+    torch.manual_seed(0)
+    model = trained(model(), IMAGE)
+    odd = torch.randn(2, 4, 7, 9)
+    assert_fuses(model, IMAGE, times, others=(odd,))
+    assert len(torchfuse.plan(model, IMAGE, strict=strict).fusions) == times
+
+
+def branching(condition):
+    """Return a model whose batch norm is skipped where `condition(x)` is false."""
+
+    class Model(ConvBn):
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) if condition(x) else y
+
+    return Model
+
+
+def flagged(condition):
+    """Return a model that hands `condition(x)` to its block as a flag."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            return self.block(x, norm=condition(x))
+
+    return Model
+
+
+CONDITIONS = [
+    lambda x: x.shape[-1] > 5,
+    lambda x: x.shape[-1] * 0.5 > 2.5,
+    lambda x: 0.5 * x.shape[-1] > 2.5,
+    lambda x: x.shape[-1] > 5.5,
+    lambda x: int(x.shape[-1]) > 5,
+    lambda x: {8: True}.get(x.shape[-1], False),
+    lambda x: x.shape[-1] in {8, 16},
+    lambda x: len(x.unbind(-1)) > 5,
+    lambda x: math.log2(x.shape[-1]) > 2.5,
+    lambda x: len(range(x.shape[-1])) > 5,
+    lambda x: x.numel() > 200,
+    lambda x: x.shape.numel() > 200,
+    lambda x: [False, False, True][x.shape[-1] // 4],
+    lambda x: float(x.shape[-1]) > 5,
+    lambda x: x.stride(-2) > 5,
+    lambda x: bool(x.shape[-1] - 4),
+    lambda x: not x.shape[-1] < 6,
+    lambda x: max(x.shape[-1], x.shape[-2]) > 5,
+    lambda x: x.shape[-1] > 5 and x.shape[-2] > 5,
+    lambda x: x.shape == (2, 4, 8, 8) or x.shape[0] != 2 or x.shape[-1] > 5,
+]
+SMALL = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("number", range(len(CONDITIONS)))
+@pytest.mark.parametrize("kind", [branching, flagged])
+def test_a_branch_on_a_size_is_left_alone(kind, number):
+    torch.manual_seed(0)
+    model = trained(kind(CONDITIONS[number])(), IMAGE)
+    result = torchfuse.fuse(model, IMAGE, verify=False)
+    assert result.plan.fusions == ()
+    assert torch.equal(result.model(SMALL), model(SMALL))
+
+
+class FromASlice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)])
+
+    def forward(self, x):
+        for layer in self.layers[: x.shape[-1] // 4]:
+            x = layer(x)
+        return x
+
+
+class Suppressing(ConvBn):
+    def forward(self, x):
+        y = self.conv(x)
+        with contextlib.suppress(RuntimeError):
+            y = self.bn(y.view(2, 4, 8, 8))
+        return y
+
+
+class OnlyLater(ConvBn):
+    """A false answer ends in an error: nothing is known of that way."""
+
+    def forward(self, x):
+        if x.shape[-1] >= 16:
+            return self.conv(x.view(2, 4, -1, x.shape[-1] // 16, 16).mean(3))
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("model", [FromASlice, Suppressing, OnlyLater])
+def test_ways_that_cannot_be_followed_are_left_alone(model):
+    torch.manual_seed(0)
+    model = trained(model(), IMAGE)
+    assert torchfuse.plan(model, IMAGE).fusions == ()
+
+
+class SetsUpByName(ConvBn):
+    def reset_and_score(self, x):
+        return self.conv(x)
+
+
+class Scoring(ConvBn):
+    def features(self, x):
+        y = self.conv(x)
+        return y, self.bn(y)
+
+
+class PicksByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ConvBn()
+
+    def forward(self, x):
+        return self.block(x)
+
+    def pick(self, x, name="conv"):
+        return getattr(self.block, name)(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [(SetsUpByName, "reset_and_score"), (Scoring, "features"), (PicksByName, "pick")],
+)
+def test_a_public_method_that_tells_them_apart_is_evidence(model, method):
+    torch.manual_seed(0)
+    model = trained(model(), IMAGE)
+    assert_left_alone(model, IMAGE, because=method, methods=(method,))
+
+
+class WithSlots:
+    __slots__ = ("layer",)
+
+    def __init__(self, layer):
+        self.layer = layer
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        weakref.ref,
+        WithSlots,
+        lambda conv: collections.deque([conv]),
+        lambda conv: collections.UserList([WithSlots(conv)]),
+    ],
+)
+def test_a_layer_that_any_object_holds_is_left_alone(hold):
+    torch.manual_seed(0)
+    model = trained(ConvBn(), IMAGE)
+    model.kept = hold(model.conv)
+    plan = torchfuse.plan(model, IMAGE)
+    assert plan.fusions == ()
+    assert "held by the plain attribute `kept`" in plan.skips[0].reason
+
+
+class CountsNorms(ConvBn):
+    def forward(self, x):
+        count = sum("BatchNorm" in type(module).__name__ for module in self.modules())
+        return self.bn(self.conv(x)) * count
+
+
+def test_code_that_asks_for_classes_by_name_is_left_alone():
+    torch.manual_seed(0)
+    assert_left_alone(trained(CountsNorms(), IMAGE), IMAGE, because="the class BatchNorm")
+
+
+class Penalised(ConvBn):
+    def penalty(self):
+        return sum(parameter.square().sum() for parameter in self.parameters())
+
+
+def test_what_reads_all_weights_at_once_is_named_in_the_scope():
+    torch.manual_seed(0)
+    result = assert_fuses(trained(Penalised(), IMAGE), IMAGE)
+    assert any("finds the folded ones: penalty" in sentence for sentence in result.plan.scope)
+
+
+class LosesASize(ConvBn):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return F.relu(y) if int(x.shape[-1]) > 4 else y
+
+
+def test_strict_skips_what_could_not_be_followed_and_the_scope_says_where():
+    torch.manual_seed(0)
+    model = trained(LosesASize(), IMAGE)
+    plan = torchfuse.plan(model, IMAGE)
+    assert len(plan.fusions) == 1
+    assert any("plain number (test_other_ways.py:" in sentence for sentence in plan.scope)
+    strict = torchfuse.plan(model, IMAGE, strict=True)
+    assert strict.fusions == ()
+    assert "could be followed" in strict.skips[0].reason
+    assert torchfuse.fuse(model, IMAGE, strict=True).plan.fusions == ()
