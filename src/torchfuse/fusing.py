@@ -15,6 +15,7 @@ from torchfuse.copying import calls_of, copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError
 from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
+from torchfuse.retracing import traced_once
 from torchfuse.rollback import fuse_what_agrees
 from torchfuse.rules import RULES, Rule
 from torchfuse.surgery import (
@@ -50,6 +51,7 @@ class FusionResult(NamedTuple):
     key_map: dict[str, str | None]  # old state_dict key → new one; None: gone
 
 
+@traced_once()
 def plan(
     model: nn.Module, example_inputs: Any, *, rules: Sequence[str] | None = None
 ) -> FusionPlan:
@@ -64,6 +66,7 @@ def plan(
     return found.plan()
 
 
+@traced_once()
 def fuse(
     model: nn.Module,
     example_inputs: Any,
