@@ -101,7 +101,14 @@ def fuse(
     with _on_its_own(model, target):
         if verify:
             check, done, scope = fuse_what_agrees(
-                target, found, tried, expected, keep=keep_originals, weights=proof.weights
+                target,
+                found,
+                tried,
+                expected,
+                keep=keep_originals,
+                weights=proof.weights,
+                # A copy does what the original was seen to do on the same inputs.
+                watch=inplace or proof.wrote,
             )
         else:
             if not inplace:

@@ -49,6 +49,7 @@ class CopyOnWrite(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._backups: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._fresh: set[int] = set()
+        self.wrote = False  # whether memory from before was written to
 
     def __torch_dispatch__(
         self, func: Any, classes: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -90,6 +91,7 @@ class CopyOnWrite(TorchDispatchMode):
         if storage is None or storage._cdata in self._fresh or storage._cdata in self._backups:
             return
         if storage.device.type != "meta":
+            self.wrote = True
             self._backups[storage._cdata] = (storage, storage.clone())
 
     def put_back(self) -> None:
@@ -100,9 +102,15 @@ class CopyOnWrite(TorchDispatchMode):
 
 
 class Snapshot:
-    """What it takes to put a model back after each of several runs, as `restored` does."""
+    """What it takes to put a model back after each of several runs, as `restored` does.
 
-    def __init__(self, model: Any) -> None:
+    Watching for writes to memory that was there before takes some time at every operator; those
+    who know that there are none need not `watch`.
+    """
+
+    def __init__(self, model: Any, *, watch: bool = True) -> None:
+        self.watch = watch
+        self.wrote = False  # whether a run was seen to write to such memory
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
         self._undo = _random_state()
         self._undo += _tensors(modules)
@@ -132,13 +140,15 @@ def restored(
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(mode)
+            if snapshot.watch:
+                stack.enter_context(mode)
             if "torch._dynamo" in sys.modules:  # compiled parts run as the Python they came from
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         with torch.no_grad():
             snapshot.put_back()
+            snapshot.wrote |= mode.wrote
             mode.put_back()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchfuse.applying import apply, fused_while_called, undo
 from torchfuse.checking import copied_leaves, copy_tensors, is_finite, run
@@ -54,6 +55,7 @@ class PairProof:
         self.keep = keep
         self.found: dict[str, PairDifference] = {}  # by the batch norm's path, the largest
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # likewise
+        self.wrote = False  # whether a run wrote to memory that was there before
 
     def _run(
         self, case: Case, snapshot: Snapshot, *, if_finite: bool = False
@@ -95,6 +97,7 @@ class PairProof:
                 if output is not None and is_finite(output):
                     tried.append(case)
                     expected.append(output)
+        self.wrote = snapshot.wrote
         return tried, [output for output in expected if output is not None]
 
     def _watch(self, rewrite: _Rewrite, match: Match, found: dict[str, PairDifference]) -> None:
@@ -108,14 +111,18 @@ class PairProof:
                 return
             busy.append(True)
             try:
-                plain = plain_layer(layer)
-                weights = self.weights.get(match.second)
-                if weights is None:
-                    weights = rewrite(plain, norm)
-                    if self.keep:
-                        self.weights[match.second] = weights
-                fused = folded_layer(plain, *weights)(*args, **kwargs)
-                judged = _judged(plain, norm, rewrite, args, kwargs, output, fused)
+                # What is done here writes to nothing; only the layer's own code is to be watched.
+                with _disable_current_modes():
+                    plain = plain_layer(layer)
+                    weights = self.weights.get(match.second)
+                    if weights is None:
+                        weights = rewrite(plain, norm)
+                        if self.keep:
+                            self.weights[match.second] = weights
+                    folded = folded_layer(plain, *weights)
+                fused = folded(*args, **kwargs)
+                with _disable_current_modes():
+                    judged = _judged(plain, norm, rewrite, args, kwargs, output, fused)
             finally:
                 busy.clear()
             found[match.second] = worse(found.get(match.second), judged)
@@ -167,6 +174,7 @@ def fuse_what_agrees(
     *,
     keep: bool,
     weights: Mapping[str, tuple[Tensor, Tensor]],
+    watch: bool,
 ) -> tuple[Equivalence, Fusions, tuple[str, ...]]:
     """The comparison of all outputs, what was done to `target`, and what the scope says of it.
 
@@ -174,11 +182,11 @@ def fuse_what_agrees(
     even meanwhile: the comparison folds layer by layer, as they are called.
     """
     graph = found.subject.graph
-    trial = _ModuleTrial(target, graph, keep, weights)
+    trial = _ModuleTrial(target, graph, keep, weights, watch)
 
     def in_float64() -> _ModuleTrial:
         trial.undo()
-        return _ModuleTrial(copied(target).double(), graph, keep, {})
+        return _ModuleTrial(copied(target).double(), graph, keep, {}, watch)
 
     def folds(matches: list[_Entry], _: list[_Entry]) -> list[_Entry]:
         return [entry for entry in matches if entry[0].merge is None]
@@ -213,8 +221,10 @@ class _ModuleTrial:
         graph: Graph,
         keep: bool,
         weights: Mapping[str, tuple[Tensor, Tensor]],
+        watch: bool,
     ) -> None:
         self.model, self.graph, self.keep, self.weights = model, graph, keep, weights
+        self.watch = watch
         self._matches: list[_Entry] = []
         self._done: Fusions | None = None
 
@@ -222,9 +232,9 @@ class _ModuleTrial:
         """What it returns on each case, fused by `matches`."""
         if self.keep:
             self.done(matches)
-            return outputs_of(self.model, cases)
+            return outputs_of(self.model, cases, watch=self.watch)
         with fused_while_called(self.model, self.graph, matches):
-            return outputs_of(self.model, cases)
+            return outputs_of(self.model, cases, watch=self.watch)
 
     def done(self, matches: Sequence[_Entry]) -> Fusions:
         """Fuse it by `matches` and by no others."""

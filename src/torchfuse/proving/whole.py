@@ -196,9 +196,12 @@ def _within(check: Equivalence, noise: Equivalence) -> Equivalence:
     )
 
 
-def outputs_of(model: nn.Module, cases: Sequence[Case]) -> list[Outputs]:
-    """What `model` returns on each case, from the same random state; nothing is left changed."""
-    snapshot = Snapshot(model)
+def outputs_of(model: nn.Module, cases: Sequence[Case], *, watch: bool = True) -> list[Outputs]:
+    """What `model` returns on each case, from the same random state; nothing is left changed.
+
+    But for what it writes to in place, if `watch` is not set.
+    """
+    snapshot = Snapshot(model, watch=watch)
     return [run(model, case, snapshot) for case in cases]
 
 
