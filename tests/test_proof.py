@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import torchfuse
 from fusing_checks import IMAGE, relative_difference, trained
-from torchfuse import rollback
 from torchfuse.folding import fold_into_weight
+from torchfuse.proving import modules
 from torchfuse.rules import RULES
 from torchfuse.surgery import fold_in
 
@@ -175,14 +175,14 @@ def test_without_originals_one_layer_at_a_time_is_in_memory_twice(
         return weight, bias
 
     checks: list[int] = []
-    original = rollback.apply
+    original = modules.apply
 
     def applying(*args: object, **kwargs: object) -> object:
         checks.append(max(alive))  # before anything is folded for good
         return original(*args, **kwargs)
 
     plant(monkeypatch, counted)
-    monkeypatch.setattr(rollback, "apply", applying)
+    monkeypatch.setattr(modules, "apply", applying)
     result = torchfuse.fuse(model, IMAGE, inplace=True, keep_originals=False)
     assert len(result.plan.fusions) == 6
     assert checks[0] <= 1

@@ -19,6 +19,7 @@ from fusing_checks import (
     relative_difference,
     trained,
 )
+from torchfuse import retracing
 from torchfuse.errors import UnsupportedError
 from torchfuse.retracing import is_retraced, without_batch_norm
 
@@ -318,3 +319,101 @@ def test_an_activation_with_weights_of_its_own_loads_from_an_old_checkpoint(keep
         model.bn.running_mean.add_(1)
     torchfuse.load_unfused_state_dict(result.model, model.state_dict())
     assert same(result.model, model)
+
+
+class Many(nn.Module):
+    """Pairs of one norm class, of different widths."""
+
+    def __init__(self, norm: type[nn.BatchNorm2d], widths: tuple[int, ...] = (4, 8, 16, 8)) -> None:
+        super().__init__()
+        before = (4, *widths)
+        self.pairs = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 1), norm(b))
+                for a, b in zip(before, widths, strict=False)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pairs(x)
+
+
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list that grows by each norm that is traced."""
+    seen: list[object] = []
+    trace = retracing._Tracer.trace
+
+    def counted(tracer: object, root: nn.Module, *args: object) -> object:
+        seen.append(root)
+        return trace(tracer, root, *args)
+
+    monkeypatch.setattr(retracing._Tracer, "trace", counted)
+    return seen
+
+
+def test_norms_of_one_class_and_other_widths_are_traced_once(monkeypatch) -> None:
+    model = trained(Many(NormAct), IMAGE)
+    seen = traces(monkeypatch)
+    result = torchfuse.fuse(model, IMAGE)
+    assert len(result.plan.fusions) == 4
+    assert len(seen) == 2
+
+
+class Gentle(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.slope = 1 / channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        return F.leaky_relu(y, self.slope)
+
+
+class OfItsWidth(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        return F.leaky_relu(y, 1 / self.num_features)
+
+
+class AtOneWidth(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        return F.leaky_relu(y, 0.5 if self.num_features == 16 else 0.1)
+
+
+class OfAChildsSetting(NormAct):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.LeakyReLU(1 / channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        return F.leaky_relu(y, self.act.negative_slope)
+
+
+@pytest.mark.parametrize("norm", [Gentle, OfItsWidth, AtOneWidth, OfAChildsSetting])
+def test_norms_of_one_class_that_differ_in_what_they_do_are_each_traced(norm) -> None:
+    model = trained(Many(norm), IMAGE)
+    result = torchfuse.fuse(model, IMAGE, verify=False)
+    assert len(result.plan.fusions) == 4
+    with torch.no_grad():
+        assert relative_difference(model(IMAGE), result.model(IMAGE)) < 1e-5
+
+
+FACTOR = {"": 1.0}
+
+
+class OfAGlobal(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        return y * FACTOR[""]
+
+
+def test_what_was_traced_is_forgotten_after_each_fusion(monkeypatch) -> None:
+    model = trained(Many(OfAGlobal), IMAGE)
+    torchfuse.fuse(model, IMAGE, verify=False)
+    monkeypatch.setitem(FACTOR, "", 2.0)
+    result = torchfuse.fuse(model, IMAGE, verify=False)
+    assert len(result.plan.fusions) == 4
+    with torch.no_grad():
+        assert relative_difference(model(IMAGE), result.model(IMAGE)) < 1e-5

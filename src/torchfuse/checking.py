@@ -18,6 +18,8 @@ from torchfuse.restoring import restored
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from torchfuse.restoring import Snapshot
+
 __all__ = [
     "Equivalence",
     "OutputDifference",
@@ -98,11 +100,14 @@ def _run_or_say_why_not(model: Callable[..., Any], case: Case) -> dict[str, Any]
         raise
 
 
-def run(model: Callable[..., Any], case: Case) -> dict[str, Any]:
-    """What `model` returns for a copy of `case`'s inputs, leaf by name; nothing is left changed."""
+def run(model: Callable[..., Any], case: Case, snapshot: Snapshot | None = None) -> dict[str, Any]:
+    """What `model` returns for a copy of `case`'s inputs, leaf by name; nothing is left changed.
+
+    `snapshot` is one of `model` as it is, for those who run it several times.
+    """
     called = model if case.method == "forward" else getattr(model, case.method)
     args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
-    with restored(model):
+    with restored(model, snapshot=snapshot):
         # Copied before anything is put back: an output may be a view of what the model keeps.
         return copied_leaves(called(*args, **kwargs))
 

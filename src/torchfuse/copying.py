@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,6 +20,8 @@ __all__ = ["calls_of", "copied", "own_tables", "shell"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_CONTAINERS = frozenset({dict, set, list, OrderedDict})
+
 
 def copied(model: Model) -> Model:
     """Return a copy of `model` that can be changed while `model` stays as it is.
@@ -34,7 +36,11 @@ def copied(model: Model) -> Model:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if type(value) in _CONTAINERS:
+                # A module has a dozen, and copy.deepcopy goes through pickle's protocol for each.
+                if not value:
+                    memo[id(value)] = type(value)()
+            elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     _copy_shared_memory(model, memo)
     try:

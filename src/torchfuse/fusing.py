@@ -7,7 +7,6 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torchfuse import proving
 from torchfuse.applying import apply, undo
 from torchfuse.checking import run
 from torchfuse.checkpoints import key_map
@@ -15,7 +14,8 @@ from torchfuse.copying import calls_of, copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError
 from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
-from torchfuse.rollback import fuse_what_agrees
+from torchfuse.proving.modules import PairProof, fuse_what_agrees
+from torchfuse.retracing import traced_once
 from torchfuse.rules import RULES, Rule
 from torchfuse.surgery import (
     attach,
@@ -50,6 +50,7 @@ class FusionResult(NamedTuple):
     key_map: dict[str, str | None]  # old state_dict key → new one; None: gone
 
 
+@traced_once()
 def plan(
     model: nn.Module,
     example_inputs: Any,
@@ -69,6 +70,7 @@ def plan(
     return found.plan()
 
 
+@traced_once()
 def fuse(
     model: nn.Module,
     example_inputs: Any,
@@ -98,15 +100,22 @@ def fuse(
     old_keys = list(model.state_dict())
     tried: list[Case] = []
     if verify:
-        proof = proving.PairProof(model, found.matches, keep=keep_originals)
-        tried, expected = _reference(proof, given)
+        proof = PairProof(model, found.matches, keep=keep_originals)
+        tried, expected = proof.reference(given)
         found.drop_unproved(proof.found)
     target = model if inplace else _copy(model)
-    check = None
+    check, scope = None, tuple[str, ...]()
     with _on_its_own(model, target):
         if verify:
-            check, done = fuse_what_agrees(
-                target, found, tried, expected, keep=keep_originals, weights=proof.weights
+            check, done, scope = fuse_what_agrees(
+                target,
+                found,
+                tried,
+                expected,
+                keep=keep_originals,
+                weights=proof.weights,
+                # A copy does what the original was seen to do on the same inputs.
+                watch=inplace or proof.wrote,
             )
         else:
             if not inplace:
@@ -116,7 +125,7 @@ def fuse(
     plan_ = found.plan()
     plan_ = replace(
         plan_,
-        scope=(*plan_.scope, *_sizes_compared(tried)),
+        scope=(*plan_.scope, *_sizes_compared(tried), *scope),
         originals_bytes=sum(f.originals_bytes for f in done.folded),
     )
     return FusionResult(target, plan_, check, key_map(old_keys, done))
@@ -185,28 +194,6 @@ def _on_its_own(model: nn.Module, target: nn.Module) -> Iterator[None]:
             "reaches by a way that copy.deepcopy does not copy, such as a global name; pass "
             "inplace=True to change the model itself."
         )
-
-
-def _reference(
-    proof: proving.PairProof, given: Sequence[Case]
-) -> tuple[list[Case], list[dict[str, Any]]]:
-    """The cases to compare on (given ones first), and what the original returns on them.
-
-    On the given ones, and on other values, each pair is compared as well.
-    """
-    tried, expected = list(given), [proof.run(case) for case in given]
-    for one in given:
-        for case in proving.variations(one):
-            output = None
-            with contextlib.suppress(Exception):  # it does not take such inputs, and need not
-                if len(tried) == len(given):
-                    output = proof.run(case, if_finite=True)
-                else:
-                    (output,) = proving.outputs_of(proof.model, [case])
-            if output is not None and proving.is_finite(output):
-                tried.append(case)
-                expected.append(output)
-    return tried, [output for output in expected if output is not None]
 
 
 def _sizes_compared(tried: Sequence[Case]) -> tuple[str, ...]:

@@ -9,13 +9,15 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CopyOnWrite", "put_back", "random_state_kept", "restored"]
+__all__ = ["CopyOnWrite", "Snapshot", "put_back", "random_state_kept", "restored"]
 
 # How deep plain objects in a module's attributes are entered (module → cache → its list → …).
 _DEPTH = 4
@@ -47,11 +49,15 @@ class CopyOnWrite(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._backups: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._fresh: set[int] = set()
-        self._positions: dict[Any, tuple[int, ...]] = {}
+        self.wrote = False  # whether memory from before was written to
 
     def __torch_dispatch__(
         self, func: Any, classes: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in _FUNCTIONAL or _is_functional(func):
+            result = func(*args, **(kwargs or {}))
+            self.note_fresh((), result)
+            return result
         self.back_up(func, args)
         result = func(*args, **(kwargs or {}))
         self.note_fresh(args, result)
@@ -67,9 +73,7 @@ class CopyOnWrite(TorchDispatchMode):
         """The tensors among `args` that `func` writes to (none, for a higher-order operator)."""
         if not hasattr(func, "_schema"):
             return []
-        positions = self._positions.get(func)
-        if positions is None:
-            positions = self._positions[func] = _written_arguments(func)
+        positions = _written_arguments(func)
         if not positions or (func._schema.name in _BATCH_NORMS and not args[5]):
             return []
         return list(_flat(args[p] for p in positions if p < len(args)))
@@ -87,6 +91,7 @@ class CopyOnWrite(TorchDispatchMode):
         if storage is None or storage._cdata in self._fresh or storage._cdata in self._backups:
             return
         if storage.device.type != "meta":
+            self.wrote = True
             self._backups[storage._cdata] = (storage, storage.clone())
 
     def put_back(self) -> None:
@@ -96,32 +101,54 @@ class CopyOnWrite(TorchDispatchMode):
         self._backups.clear()
 
 
+class Snapshot:
+    """What it takes to put a model back after each of several runs, as `restored` does.
+
+    Watching for writes to memory that was there before takes some time at every operator; those
+    who know that there are none need not `watch`.
+    """
+
+    def __init__(self, model: Any, *, watch: bool = True) -> None:
+        self.watch = watch
+        self.wrote = False  # whether a run was seen to write to such memory
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._undo = _random_state()
+        self._undo += _tensors(modules)
+        self._undo += _script_tensors([m for m in modules if isinstance(m, torch.jit.ScriptModule)])
+        self._undo += _attributes([m for m in modules if not isinstance(m, torch.jit.ScriptModule)])
+
+    def put_back(self) -> None:
+        """Undo what a run did to attributes, flags, hooks and random states."""
+        for step in reversed(self._undo):
+            step()
+
+
 @contextmanager
-def restored(model: Any, mode: CopyOnWrite | None = None) -> Iterator[None]:
+def restored(
+    model: Any, mode: CopyOnWrite | None = None, snapshot: Snapshot | None = None
+) -> Iterator[None]:
     """A context in which `model` can be called without gradients, and is unchanged afterwards.
 
     Put back: parameters, buffers and inputs written in place, tensors and modules assigned to
     attributes, `.grad`, training flags, hooks, plain containers and objects, random generators and
     arrays in attributes, and the random state of torch, Python and numpy. `model` may also be a
-    plain callable: then only what is not an attribute of a module is.
+    plain callable: then only what is not an attribute of a module is. `snapshot` is one of `model`
+    as it is now, for those who call it several times.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
     mode = CopyOnWrite() if mode is None else mode
-    undo = _random_state()
-    undo += _tensors(modules)
-    undo += _script_tensors([m for m in modules if isinstance(m, torch.jit.ScriptModule)])
-    undo += _attributes([m for m in modules if not isinstance(m, torch.jit.ScriptModule)])
+    snapshot = Snapshot(model) if snapshot is None else snapshot
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(mode)
+            if snapshot.watch:
+                stack.enter_context(mode)
             if "torch._dynamo" in sys.modules:  # compiled parts run as the Python they came from
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         with torch.no_grad():
-            for step in reversed(undo):
-                step()
+            snapshot.put_back()
+            snapshot.wrote |= mode.wrote
             mode.put_back()
 
 
@@ -222,8 +249,8 @@ class _Attributes:
         self.mappings.append((vars(module), attributes))
         for name, value in attributes.items():
             if name in MODULE_TABLES:
-                self.mappings.append((value, dict(value)))
-            elif not isinstance(value, _ATOMS):
+                self.mappings.append((value, dict(value) if value else _NOTHING))
+            elif type(value) not in _PLAIN and not isinstance(value, _ATOMS):
                 self.keep(value, _DEPTH)
 
     def keep(self, value: Any, depth: int) -> None:
@@ -291,6 +318,8 @@ def _restoring_step(value: Any) -> Callable[[], object] | None:
     return None
 
 
+_NOTHING: dict[Any, Any] = {}
+_PLAIN = frozenset({str, int, float, bool, type(None)})  # what most attributes are
 # Modules are kept one by one, tensors by `_tensors`; the rest has no state that a call changes.
 _ATOMS = (
     *(str, bytes, int, float, complex, type(None), type, nn.Module, torch.Tensor),
@@ -300,11 +329,10 @@ _ATOMS = (
 
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> None:
-    if len(mapping) == len(entries) and all(
-        key is old_key and mapping[key] is old
-        for key, (old_key, old) in zip(mapping, entries.items(), strict=True)
-    ):
-        return
+    if len(mapping) == len(entries) and all(map(is_, mapping, entries)):
+        now = mapping.values() if type(mapping) is dict else [mapping[key] for key in mapping]
+        if all(map(is_, now, entries.values())):
+            return
     mapping.clear()
     mapping.update(entries)
 
@@ -317,6 +345,24 @@ def _refill_sequence(sequence: Any, items: list[Any]) -> None:
         sequence.extend(items)
 
 
+# Operators of torch that write nothing and return only what they made; most calls are of them.
+_FUNCTIONAL: set[Any] = set()
+
+
+def _is_functional(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    found = (
+        schema is not None
+        and schema.name.startswith("aten::")
+        and schema.name not in _BATCH_NORMS
+        and all(entry.alias_info is None for entry in (*schema.arguments, *schema.returns))
+    )
+    if found:
+        _FUNCTIONAL.add(func)
+    return found
+
+
+@lru_cache(maxsize=4096)
 def _written_arguments(func: Any) -> tuple[int, ...]:
     """Positions of the arguments that an ATen operator writes to.
 

@@ -11,21 +11,26 @@ import importlib
 import inspect
 import linecache
 import re
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from itertools import count
-from types import ModuleType
-from typing import Any
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from torchfuse.capture.kinds import METADATA, kind_of_name
 from torchfuse.copying import own_tables, shell
 from torchfuse.errors import UnsupportedError, first_line
-from torchfuse.restoring import restored
+from torchfuse.restoring import MODULE_TABLES, restored
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator
 
 __all__ = [
     "NORM_TENSORS",
@@ -33,6 +38,7 @@ __all__ = [
     "leaves_it_to_torch",
     "operations",
     "traced",
+    "traced_once",
     "without_batch_norm",
 ]
 
@@ -41,22 +47,49 @@ NORM_TENSORS = frozenset({"weight", "bias", "running_mean", "running_var", "num_
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 # What a batch norm checks of its input
 _DIMENSIONS = ((nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5))
+_WIDTH = "num_features"
+_ANOTHER_WIDTH = 7919  # of no batch norm: a prime
 _NUMBER = count()
 
 
-def without_batch_norm(norm: nn.Module, graph: fx.Graph | None = None) -> nn.Module:
+class Traced(NamedTuple):
+    """What the forward of a batch norm class does beside the batch norm."""
+
+    functions: list[str]  # the kinds of the functions that it calls, the batch norm among them
+    children: list[str]  # the names of the children that it calls
+    source: str  # of a forward without the batch norm
+    names: _Names  # what that knows
+
+
+# By class and settings, while `traced_once` lasts.
+_SEEN: ContextVar[dict[Hashable, Traced] | None] = ContextVar("_SEEN", default=None)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """A context in which batch norms of one class with the same settings are traced once.
+
+    It is as long as one plan or fusion: what a forward reads from outside (a global flag) may be
+    another thing later.
+    """
+    token = _SEEN.set({})
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
+def without_batch_norm(norm: nn.Module, known: Traced | None = None) -> nn.Module:
     """The module that stays where `norm` was: what its class does beside the batch norm.
 
     `norm` is in evaluation mode, and is left as it is. The result shares its children, and holds
-    none of the batch norm's own tensors. `graph` is what `traced` gave, and is used up.
+    none of the batch norm's own tensors. `known` is what `traced` gave.
 
     Raises:
         UnsupportedError: that cannot be told apart; the message says what its forward does.
     """
-    graph = _traced(norm) if graph is None else graph
-    _take_out(graph)
-    source, names = _code(graph)
-    rest = _object(type(norm), source, names)
+    known = traced(norm) if known is None else known
+    rest = _object(type(norm), known.source, known.names)
     vars(rest).update(own_tables(vars(norm)))
     for name in NORM_TENSORS:
         for table in (rest._parameters, rest._buffers):
@@ -74,8 +107,12 @@ def leaves_it_to_torch(norm: nn.Module) -> bool:
     return all("super" in inspect.unwrap(forward).__code__.co_names for forward in forwards)
 
 
-def operations(graph: fx.Graph) -> tuple[list[str], list[str]]:
+def operations(known: Traced) -> tuple[list[str], list[str]]:
     """The kinds of the functions, and the names of the children, that a traced forward calls."""
+    return known.functions, known.children
+
+
+def _operations(graph: fx.Graph) -> tuple[list[str], list[str]]:
     functions, children = [], []
     for node in graph.nodes:
         if node.op == "call_module":
@@ -115,6 +152,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, dimensions: int | None) -> None:
         super().__init__()
         self.dimensions = dimensions
+        self.reads_width = False
 
     def is_leaf_module(self, _: nn.Module, __: str) -> bool:
         """No child is gone into."""
@@ -124,30 +162,121 @@ class _Tracer(fx.Tracer):
         """What stands for a tensor."""
         return _Symbol(node, self)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """The attribute, or what stands for it if it is a tensor."""
+        self.reads_width |= attr == _WIDTH  # which is no plain attribute of a stand-in
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-def traced(norm: nn.Module) -> fx.Graph:
-    """What the class's own forward does, its children as leaves.
+
+def traced(norm: nn.Module) -> Traced:
+    """What the class's own forward does beside the batch norm, its children as leaves.
 
     Raises:
-        UnsupportedError: it does not do the same at every call; the message says what it does.
+        UnsupportedError: it does not do the same at every call, or the batch norm cannot be taken
+            out of it; the message says what it does.
     """
-    graph = _traced(norm)
-    if _code(graph)[0] != _code(_traced(norm))[0]:
+    seen = _SEEN.get()
+    key = None if seen is None else _settings(norm)
+    if seen is not None and key in seen:
+        return seen[key]
+    graph, _ = _traced(shell(type(norm), vars(norm)), norm)
+    source = _code(graph)[0]
+    shared = key is not None and source == _of_another(norm)
+    if not shared and source != _code(_traced(shell(type(norm), vars(norm)), norm)[0])[0]:
         raise UnsupportedError("does something else at every call")
-    return graph
+    functions, children = _operations(graph)
+    _take_out(graph)
+    known = Traced(functions, children, *_code(graph))
+    if seen is not None and shared:
+        seen[key] = known
+    return known
 
 
-def _traced(norm: nn.Module) -> fx.Graph:
-    stand_in = shell(type(norm), vars(norm))  # what its forward assigns, it assigns to this one
+def _of_another(norm: nn.Module) -> str | None:
+    """The traced source for a norm of another width with no values; None if it asks for those."""
+    if hasattr(type(norm), _WIDTH):
+        return None
+    stand_in = shell(type(norm), vars(norm))
+    # Where a module's tensors are, the tracer is asked for it.
+    stand_in._buffers[_WIDTH] = vars(stand_in).pop(_WIDTH, None)
+    for table in (stand_in._parameters, stand_in._buffers):
+        for name, tensor in table.items():
+            if isinstance(tensor, Tensor):
+                shape = [_ANOTHER_WIDTH] if tensor.dim() == 1 else tensor.shape
+                other: Any = torch.empty(shape, dtype=tensor.dtype, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                table[name] = nn.Parameter(other, requires_grad=False) if is_parameter else other
+    try:
+        graph, reads_width = _traced(stand_in, norm)
+    except UnsupportedError:
+        return None
+    return None if reads_width else _code(graph)[0]
+
+
+def _traced(stand_in: nn.Module, norm: nn.Module) -> tuple[fx.Graph, bool]:
+    """What the forward does, and whether it asks for the width.
+
+    What it assigns, it assigns to `stand_in`, which has the children of `norm`.
+    """
+    before = _identities(stand_in)
     known = (n for class_, n in _DIMENSIONS if isinstance(norm, class_))
+    tracer = _Tracer(next(known, None))
     with restored(norm):  # its containers, and the random state
         try:
-            graph = _Tracer(next(known, None)).trace(stand_in)
+            graph = tracer.trace(stand_in)
         except Exception as error:
             raise UnsupportedError(f"cannot be traced ({first_line(error)})") from error
-        if _identities(stand_in) != _identities(norm) or _holds_symbols(vars(stand_in)):
+        if _identities(stand_in) != before or _holds_symbols(vars(stand_in)):
             raise UnsupportedError("changes attributes")
-    return graph
+    return graph, tracer.reads_width
+
+
+def _settings(module: nn.Module) -> Hashable | None:
+    """All that a module's code can ask of it but values and sizes; None if that is not plain."""
+    try:
+        return _settings_of(module)
+    except _NotPlainError:
+        return None
+
+
+class _NotPlainError(Exception):
+    pass
+
+
+def _settings_of(value: Any) -> Hashable:
+    if isinstance(value, nn.Module):
+        class_: Any = type(value)  # mypy takes nn.Module's own __hash__ for its class's
+        asked = (class_.__getattr__, class_.__getattribute__)
+        if asked != (nn.Module.__getattr__, nn.Module.__getattribute__):
+            raise _NotPlainError
+        own = {name: entry for name, entry in vars(value).items() if name != _WIDTH}
+        return class_, tuple((name, _entry(name, entry)) for name, entry in own.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_settings_of, value))
+    if isinstance(value, set):
+        return set, frozenset(map(_settings_of, value))
+    if isinstance(value, float):
+        return float, repr(value)  # 0.0 is equal to -0.0
+    if not isinstance(value, _PLAIN):
+        raise _NotPlainError
+    return type(value), value
+
+
+def _entry(name: str, value: Any) -> Hashable:
+    if name in ("_parameters", "_buffers"):
+        return tuple((key, tensor is None or tensor.dim()) for key, tensor in value.items())
+    if name == "_modules":
+        return tuple((key, child and _settings_of(child)) for key, child in value.items())
+    if name in MODULE_TABLES:
+        if value:
+            raise _NotPlainError  # a hook
+        return None
+    return _settings_of(value)
+
+
+# Functions stand for themselves.
+_PLAIN: tuple[type, ...] = (int, str, bytes, type(None), type, torch.dtype, torch.device)
+_PLAIN += (FunctionType, BuiltinFunctionType)
 
 
 def _holds_symbols(value: Any) -> bool:

@@ -33,7 +33,7 @@ from torchfuse.planning import Fusion, FusionPlan
 from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torchfuse.exported.judging import FoldInProgram
     from torchfuse.planning import Skip
@@ -51,6 +51,8 @@ class Folded:
     plan: FusionPlan
     key_map: dict[str, str | None]  # old state_dict key → new one; None: taken in
     in_float64: Callable[[], tuple[ExportedProgram, ExportedProgram]]  # the old one, and this
+    norms: tuple[str, ...]  # the batch norms' nodes
+    refuted: Mapping[str, str]  # batch norm → how it differs; those that stay
 
 
 def fuse_exported(
@@ -83,21 +85,43 @@ def fuse_exported(
                 "model's forward; use torchfuse.fuse on the module it was exported from."
             )
     _require_finite(exported_program)
-    folded = fold(exported_program, prove=verify, rules=_known(rules))
+    known = _known(rules)
+    folded = fold(exported_program, prove=verify, rules=known)
     if not verify:
         return FusionResult(folded.program, folded.plan, None, folded.key_map)
-    check, decides = whole_difference(exported_program, folded.program, folded.in_float64)
+    norms = folded.norms
+
+    def fused(kept: Sequence[str], of: ExportedProgram = exported_program) -> ExportedProgram:
+        if of is exported_program and len(kept) == len(norms):
+            return folded.program
+        return without(set(norms) - set(kept), of).program
+
+    def without(left: set[str], of: ExportedProgram = exported_program) -> Folded:
+        refuted = {**folded.refuted, **dict.fromkeys(left, _WHOLE_DIFFERS)}
+        return _Edit(of, refuted, known).folded()
+
+    def in_float64() -> tuple[ExportedProgram, Callable[[Sequence[str]], ExportedProgram]]:
+        wide = _widened(exported_program)
+        return wide, lambda kept: fused(kept, wide)
+
+    whole = whole_difference(exported_program, norms, fused, in_float64)
+    if whole.refused:
+        folded = without(set(whole.refused))
     plan = folded.plan
-    if not decides:
+    if not whole.decided:
         plan = dataclasses.replace(plan, scope=(*plan.scope, _NOT_IN_FLOAT64))
-    elif not check.passed:
+    if not whole.check.passed:
         raise FusionError(
-            f"The fused program differs from the given one ({check.problems[0]}), although each "
-            "fusion was exact on its own; is the program deterministic?"
+            f"The program, unfused, differs from itself ({whole.check.problems[0]}); is it "
+            "deterministic?"
         )
-    return FusionResult(folded.program, plan, check, folded.key_map)
+    return FusionResult(folded.program, plan, whole.check, folded.key_map)
 
 
+_WHOLE_DIFFERS = (
+    "with it the program's outputs differ, although the pair itself agrees; something that was not "
+    "recorded depends on it."
+)
 _NOT_IN_FLOAT64 = (
     "Each fusion was compared on its own: the whole program differs by more than rounding in one "
     "layer explains, and does not run in float64, which would tell."
@@ -171,6 +195,7 @@ class _Edit:
         self.order = [spec.arg.name for spec in program.graph_signature.input_specs]
         self.state: dict[str, Tensor] = dict(program.state_dict)
         self.pairs: dict[str, Pair] = {}  # by the batch norm's name
+        self.norms: list[str] = []  # all that were folded
         self.taken_in: dict[str, str] = {}  # old key → new key of what took it in
         self.fusions: list[Fusion] = []
         self.skips: list[Skip] = []
@@ -232,6 +257,7 @@ class _Edit:
         # Two batch norms in a row: what the first put out is no longer there to compare.
         self.pairs = {n: pair for n, pair in self.pairs.items() if pair.stands != stands}
         self.pairs[norm.name] = Pair(layer.name, stands)
+        self.norms.append(norm.name)
         elements, size = _elements(norm), values[weight].element_size()
         self.fusions.append(
             Fusion(
@@ -336,7 +362,8 @@ class _Edit:
         key_map = {
             key: key if key in self.state else self.taken_in.get(key) for key in old.state_dict
         }
-        return Folded(program, plan, key_map, self._in_float64)
+        norms = tuple(self.norms)
+        return Folded(program, plan, key_map, self._in_float64, norms, self.refuted)
 
     def _in_float64(self) -> tuple[ExportedProgram, ExportedProgram]:
         wide = _widened(self.old)

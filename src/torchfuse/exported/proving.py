@@ -16,25 +16,20 @@ from torchfuse.errors import InputError
 from torchfuse.inputs import Case
 from torchfuse.proving import (
     PairDifference,
-    compare,
+    Whole,
     decided,
-    is_blurred,
     other_inputs,
     outputs_of,
-    rounding,
+    prove,
     unwrapped,
-    widened_case,
-    within,
 )
 from torchfuse.quieting import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.export import ExportedProgram
     from torch.fx import Node
-
-    from torchfuse.equivalence import Equivalence
 
     # The old and the new program in float64
     _InFloat64 = Callable[[], tuple[ExportedProgram, ExportedProgram]]
@@ -56,12 +51,15 @@ class Pair:
 
 
 def whole_difference(
-    old: ExportedProgram, new: ExportedProgram, in_float64: _InFloat64
-) -> tuple[Equivalence, bool]:
-    """Return how far `new` is from `old` on the example inputs, and on others of their sizes.
+    old: ExportedProgram,
+    norms: Sequence[str],
+    fused: Callable[[Sequence[str]], ExportedProgram],
+    in_float64: Callable[[], tuple[ExportedProgram, Callable[[Sequence[str]], ExportedProgram]]],
+) -> Whole[str]:
+    """Return how far the new program is from `old` on the example inputs, and on others like them.
 
-    And whether that decides. What differs by more than rounding is compared in float64, where the
-    program may be one that amplifies rounding; it does not decide if `old` does not run there.
+    `fused` makes the one in which these batch norms of `norms` are folded; `in_float64` gives
+    `old` there, and what makes the other one.
     """
     if old.example_inputs is None:
         raise _no_example_inputs()
@@ -69,21 +67,22 @@ def whole_difference(
     case = Case(tuple(args), dict(kwargs))
     tried = [case, other_inputs(case, seed=0)]
     with quiet():
-        before = _module(old)
-        expected = outputs_of(before, tried)
-        check = compare(expected, outputs_of(_module(new), tried))
-        if check.passed and not is_blurred(expected):
-            return check, True
-        wide_tried = [widened_case(case) for case in tried]
-        try:
-            wide_old, wide_new = map(_module, in_float64())
-            exact = outputs_of(wide_old, wide_tried)
-        except Exception:  # noqa: BLE001 - the program insists on its dtypes
-            return within(check, rounding(before, tried, expected)), False
-        wide = compare(exact, outputs_of(wide_new, wide_tried))
-        if not wide.passed:
-            wide = within(wide, rounding(wide_old, wide_tried, exact))
-        return (check if check.passed and wide.passed else wide), True
+        trial = _ProgramTrial(old, fused)
+        expected = trial.outputs([], tried)
+        return prove(trial, norms, tried, expected, lambda: _ProgramTrial(*in_float64()))
+
+
+class _ProgramTrial:
+    """A program, and the one in which given batch norms of it are folded."""
+
+    def __init__(
+        self, old: ExportedProgram, fused: Callable[[Sequence[str]], ExportedProgram]
+    ) -> None:
+        self.old, self.fused = old, fused
+
+    def outputs(self, matches: Sequence[str], cases: Sequence[Case]) -> list[dict[str, Any]]:
+        """Return what it returns on each case."""
+        return outputs_of(_module(self.fused(matches) if matches else self.old), cases)
 
 
 def _module(program: ExportedProgram) -> torch.nn.Module:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torchfuse.graph import Call, Graph
     from torchfuse.inputs import Case
-    from torchfuse.proving import PairDifference
+    from torchfuse.proving.pairs import PairDifference
 
 # Operators that run functions of the model's own, as graphs.
 _HIGHER_ORDER = frozenset({"cond", "while_loop", "scan", "map_impl", "associative_scan"})
