@@ -11,13 +11,16 @@ weights are multiplied in float32, by the rounded s: two roundings, at most one 
 place, at half the time.
 """
 
+import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["ChannelAffine", "fold_batch_norm", "fold_into_weight"]
+__all__ = ["ChannelAffine", "as_batch_norm", "fold_batch_norm", "fold_into_weight"]
 
 # Weights folded at a time: a large layer is never whole in float64, and a block stays in the cache.
 _BLOCK_ELEMENTS = 1 << 16
@@ -90,9 +93,33 @@ def fold_batch_norm(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
     `layer` is any of torch's convolutions, transposed convolutions or a linear layer.
     """
+    norm = as_batch_norm(norm)
     affine = ChannelAffine.of_batch_norm(
         norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     groups = layer.groups if getattr(layer, "transposed", False) else 0
     with torch.inference_mode(False), torch.no_grad():
         return fold_into_weight(layer.weight, layer.bias, affine, transposed_groups=groups)
+
+
+def as_batch_norm(norm: Any) -> Any:
+    """Return `norm` with the tensors and settings of a batch norm; itself, if it is one.
+
+    A module of a class of its own is asked, in float64, what it makes of 0 and of 1: its ε may be
+    a number in its code.
+
+        shift = f(0)        scale = f(1) − f(0)        [channels]
+    """
+    if isinstance(norm, _BatchNorm) or not isinstance(norm, nn.Module):
+        return norm
+    wide: Any = copy.deepcopy(norm).double()
+    zero = torch.zeros_like(wide.running_mean)[None, :, None, None]
+    with torch.inference_mode(False), torch.no_grad():
+        shift, one = (wide(given).flatten() for given in (zero, zero + 1))
+    return SimpleNamespace(
+        running_mean=torch.zeros_like(shift),
+        running_var=torch.ones_like(shift),
+        weight=one - shift,
+        bias=shift,
+        eps=0.0,
+    )

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from torchfuse.capture.kinds import METADATA, kind_of_name
+from torchfuse.capture.norm_modules import NORM_TENSORS
 from torchfuse.copying import own_tables, shell
 from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.restoring import MODULE_TABLES, restored
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
 __all__ = [
-    "NORM_TENSORS",
     "is_retraced",
     "leaves_it_to_torch",
     "operations",
@@ -42,8 +42,6 @@ __all__ = [
     "without_batch_norm",
 ]
 
-# What a batch norm holds, and what is gone once it is folded.
-NORM_TENSORS = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 # What a batch norm checks of its input
 _DIMENSIONS = ((nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5))

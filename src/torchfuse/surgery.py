@@ -424,7 +424,10 @@ def is_folded(module: nn.Module) -> bool:
 
 def _without_norm(norm: nn.Module) -> nn.Module:
     """What stays where the batch norm was: an Identity, or what its subclass adds."""
-    if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+    if not isinstance(norm, _BatchNorm) or type(norm).forward in (
+        _BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
+    ):
         return nn.Identity().train(norm.training)
     if not leaves_it_to_torch(norm):
         return without_batch_norm(norm)

@@ -33,6 +33,7 @@ from torchfuse.capture.kinds import (
     roles,
 )
 from torchfuse.capture.memory import Memory, storage_key
+from torchfuse.capture.norm_modules import with_norms_as_calls
 from torchfuse.capture.threads import handing_over
 from torchfuse.errors import CaptureError
 from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
@@ -87,6 +88,7 @@ def record(
             torch._dynamo.reset()
             recording = _recorded(model, cases, questions, accept)
     graph = recording.graph
+    with_norms_as_calls(graph, dict(model.named_modules()))
     if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
         graph.threads = True
     return graph

@@ -120,6 +120,7 @@ class Pair:
         asked: list[str] = []
         if names & {"isinstance", "type", "issubclass"}:
             classes = {base.__name__ for base in norm.__mro__ if issubclass(base, _BatchNorm)}
+            classes.add(norm.__name__)
             asked = sorted(names & classes)
         if names & {"__class__", "__name__", "__qualname__", "type"}:
             asked += sorted(name for name in names if "batchnorm" in name.lower())

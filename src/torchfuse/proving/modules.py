@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchfuse.applying import apply, fused_while_called, undo
@@ -103,7 +102,6 @@ class PairProof:
     def _watch(self, rewrite: _Rewrite, match: Match, found: dict[str, PairDifference]) -> None:
         layer = self.model.get_submodule(match.first)
         norm = self.model.get_submodule(match.second)
-        assert isinstance(norm, _BatchNorm)
         busy: list[bool] = []
 
         def after_layer(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -132,7 +130,7 @@ class PairProof:
 
 def _judged(
     layer: nn.Module,
-    norm: _BatchNorm,
+    norm: nn.Module,
     rewrite: _Rewrite,
     args: Any,
     kwargs: Any,
@@ -150,7 +148,7 @@ def _judged(
 
 
 def _in_float64(
-    layer: nn.Module, norm: _BatchNorm, rewrite: _Rewrite, args: Any, kwargs: Any
+    layer: nn.Module, norm: nn.Module, rewrite: _Rewrite, args: Any, kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """What the layer and the norm give, and what the folded layer gives."""
     wide_layer, wide_norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.folding import as_batch_norm
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["PairDifference", "decided", "normed", "unwrapped", "worse"]
 
@@ -68,14 +68,16 @@ def decided(
     return PairDifference(max_rel, None)
 
 
-def normed(layer: nn.Module, norm: _BatchNorm, output: Tensor) -> Tensor:
+def normed(layer: nn.Module, norm: nn.Module, output: Tensor) -> Tensor:
     """The batch norm, by torch's own function, over the layer's channel axis."""
     assert isinstance(layer.weight, Tensor)
     axis = output.dim() - 1 - (layer.weight.dim() - 2)
     moved = output.movedim(axis, 1) if output.dim() > 1 else output[None]
-    result = F.batch_norm(
-        moved, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-    )
+    alike = as_batch_norm(norm)
+    mean, var, gamma, beta = alike.running_mean, alike.running_var, alike.weight, alike.bias
+    if alike is not norm:  # in float64, whatever it was
+        mean, var, gamma, beta = (t.to(output.dtype) for t in (mean, var, gamma, beta))
+    result = F.batch_norm(moved, mean, var, gamma, beta, eps=alike.eps)
     return result.movedim(1, axis) if output.dim() > 1 else result[0]
 
 

@@ -46,5 +46,3 @@ def variations(case: Case) -> list[Case]:
         if str(other) not in {str(case), *map(str, others)}:
             others.append(other_inputs(other, seed=2))
     return others
-
-

@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
+from torchfuse.capture.norm_modules import NORM_TENSORS, is_norm_module
 from torchfuse.errors import UnsupportedError
 from torchfuse.judging.sources import functions_of, is_setup, names_in, syntax_of
 from torchfuse.parametrized import is_state_dict_hook_of_torch
 from torchfuse.retracing import (
-    NORM_TENSORS,
     leaves_it_to_torch,
     operations,
     traced,
@@ -48,7 +48,7 @@ _REWRITE_ONLY = "Use torchfuse.fuse_exported, which can rewrite function calls, 
 
 def norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
     norm = subject.modules[match.second]
-    if not isinstance(norm, _BatchNorm) or any(
+    if not (is_norm_module(norm) or isinstance(norm, _BatchNorm)) or any(
         call.module_path != match.second for call in match.seconds
     ):
         return Refusal(
@@ -81,6 +81,8 @@ def norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
                 f"`{match.second}` has a {name} of its own, which would be lost.",
                 "Move what it adds into a module of its own.",
             )
+    if not isinstance(norm, _BatchNorm):
+        return _does_more(subject, match) or _reads_tensors(match, norm)
     if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return _subclass(subject, match, norm)
     if added:
@@ -130,6 +132,20 @@ def no_hook_renames_keys(subject: Subject, match: Match) -> Refusal | None:
                         "which folding changes.",
                         "Remove the hook.",
                     )
+    return None
+
+
+def _does_more(subject: Subject, match: Match) -> Refusal | None:
+    """None if each call of a norm of a class of its own is a batch norm, and nothing else."""
+    graph = subject.graph
+    for entry in graph.module_calls_of(match.second):
+        inside = graph.calls[entry.first : entry.last]
+        if len(inside) != 1 or inside[0] not in match.seconds or entry.outputs != inside[0].outputs:
+            return Refusal(
+                f"`{match.second}` is a {type(subject.modules[match.second]).__name__}, whose own "
+                "forward does more than a batch norm.",
+                "Move what it adds into a module of its own.",
+            )
     return None
 
 
@@ -202,7 +218,7 @@ def _first_path(subject: Subject, path: str) -> str:
     return next(first for first, names in subject.graph.paths.items() if path in names)
 
 
-def _reads_tensors(match: Match, norm: _BatchNorm) -> Refusal | None:
+def _reads_tensors(match: Match, norm: nn.Module) -> Refusal | None:
     """None if no other method of the norm's class reads what is gone once it is folded."""
     class_: Any = type(norm)  # mypy takes nn.Module's own __hash__ for its class's
     for name, function in functions_of(class_):
