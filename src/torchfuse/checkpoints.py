@@ -149,13 +149,13 @@ def key_map(old_keys: list[str], done: Fusions) -> dict[str, str | None]:
     new: dict[str, str | None] = {key: key for key in old_keys}
     into = {"bias": "bias", "running_mean": "bias", "num_batches_tracked": None}
     for folded in done.folded:
+        for path in folded.first:
+            for name in folded.layer.state_dict():
+                new[f"{path}.{name}"] = f"{path}.{'bias' if 'bias' in name else 'weight'}"
         for path in folded.second:
             for name in _own(folded.norm.state_dict()):
                 last = into.get(name, "weight")
                 new[f"{path}.{name}"] = f"{folded.first[0]}.{last}" if last else None
-        for path in folded.first:
-            for name in folded.layer.state_dict():
-                new[f"{path}.{name}"] = f"{path}.{'bias' if 'bias' in name else 'weight'}"
     for merged in done.merged:
         for path in merged.first:
             for key, target in new.items():

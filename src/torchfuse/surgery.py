@@ -325,10 +325,17 @@ def plain_layer(layer: nn.Module) -> nn.Module:
     return plain
 
 
-def folded_layer(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    """A layer like the plain `layer`, with these parameters and without hooks."""
+def folded_layer(
+    layer: nn.Module, weight: Tensor, bias: Tensor, child: str | None = None
+) -> nn.Module:
+    """A layer like the plain `layer`, with these parameters and without hooks.
+
+    `child` is the name of the batch norm, where it is one of the layer's own children.
+    """
     folded = shell(type(layer), vars(layer))
     folded._forward_hooks.clear()
+    if child is not None:
+        _put(folded, (child,), _without_norm(layer.get_submodule(child)))
     folded._forward_pre_hooks.clear()
     folded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     folded._parameters["bias"] = nn.Parameter(bias, requires_grad=False)

@@ -138,7 +138,9 @@ class Pair:
                 continue
             if reached == self.second and not hasattr(_IDENTITY, rest[0]):
                 return f"{reached}.{rest[0]}"
-            if reached == self.first and rest[0] == "bias" and self._adds_bias:
+            # (What the layer itself does with its bias is judged where it is edited.)
+            own = path == self.first
+            if reached == self.first and rest[0] == "bias" and self._adds_bias and not own:
                 return f"{reached}.bias"
         return None
 

@@ -102,6 +102,7 @@ class PairProof:
     def _watch(self, rewrite: _Rewrite, match: Match, found: dict[str, PairDifference]) -> None:
         layer = self.model.get_submodule(match.first)
         norm = self.model.get_submodule(match.second)
+        child = match.child
         busy: list[bool] = []
 
         def after_layer(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -117,10 +118,10 @@ class PairProof:
                         weights = rewrite(plain, norm)
                         if self.keep:
                             self.weights[match.second] = weights
-                    folded = folded_layer(plain, *weights)
+                    folded = folded_layer(plain, *weights, child)
                 fused = folded(*args, **kwargs)
                 with _disable_current_modes():
-                    judged = _judged(plain, norm, rewrite, args, kwargs, output, fused)
+                    judged = _judged(plain, norm, child, rewrite, args, kwargs, output, fused)
             finally:
                 busy.clear()
             found[match.second] = worse(found.get(match.second), judged)
@@ -131,30 +132,37 @@ class PairProof:
 def _judged(
     layer: nn.Module,
     norm: nn.Module,
+    child: str | None,
     rewrite: _Rewrite,
     args: Any,
     kwargs: Any,
     output: Tensor,
     fused: Tensor,
 ) -> PairDifference:
-    expected = normed(layer, norm, output)
-
+    # A layer that calls its batch norm itself gives what that makes of it.
     return decided(
-        expected,
+        normed(layer, norm, output) if child is None else output,
         fused,
         _ROUNDING.get(output.dtype, 0.0),
-        lambda: _in_float64(layer, norm, rewrite, args, kwargs),
+        lambda: _in_float64(layer, norm, child, rewrite, args, kwargs),
     )
 
 
 def _in_float64(
-    layer: nn.Module, norm: nn.Module, rewrite: _Rewrite, args: Any, kwargs: Any
+    layer: nn.Module,
+    norm: nn.Module,
+    child: str | None,
+    rewrite: _Rewrite,
+    args: Any,
+    kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """What the layer and the norm give, and what the folded layer gives."""
     wide_layer, wide_norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
     wide_args, wide_kwargs = widened(args), widened(kwargs)
-    exact = normed(wide_layer, wide_norm, wide_layer(*wide_args, **wide_kwargs))
-    folded = folded_layer(wide_layer, *rewrite(wide_layer, wide_norm))
+    exact = wide_layer(*wide_args, **wide_kwargs)
+    if child is None:
+        exact = normed(wide_layer, wide_norm, exact)
+    folded = folded_layer(wide_layer, *rewrite(wide_layer, wide_norm), child)
     return exact, folded(*wide_args, **wide_kwargs)
 
 

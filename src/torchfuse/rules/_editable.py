@@ -254,8 +254,34 @@ def layer_is_a_module(subject: Subject, match: Match) -> Refusal | None:
             )
     if (held := _held_elsewhere(subject, match.first)) is not None:
         return held
+    if match.child is not None and (refusal := _holds_more(match, layer)) is not None:
+        return refusal
     if _has_state_dict_hooks(layer):
         return Refusal(f"`{match.first}` has state_dict hooks, which may not fit a folded layer.")
+    return None
+
+
+def _holds_more(match: Match, layer: nn.Module) -> Refusal | None:
+    """None if a layer that holds its batch norm has no other weights, nor another use of its own.
+
+    What reads its weight in a method of its own would find it folded, without a trace outside.
+    """
+    hint = "Move what it adds into a module of its own."
+    for name, child in layer.named_children():
+        if name != match.child and child.state_dict():
+            return Refusal(
+                f"`{match.first}` holds its batch norm and another module with weights, `{name}`.",
+                hint,
+            )
+    class_: Any = type(layer)  # mypy takes nn.Module's own __hash__ for its class's
+    for name, function in functions_of(class_):
+        named = names_in(function.__code__) & {"weight", "bias", match.child}
+        if named and name != "forward" and not is_setup(name):
+            return Refusal(
+                f"`{match.first}` is a {class_.__name__}, which holds its batch norm, and whose "
+                f"method {name} reads `{min(map(str, named))}`.",
+                hint,
+            )
     return None
 
 

@@ -180,6 +180,14 @@ class Match:
         """Paths in running order."""
         return (self.first, self.second)
 
+    @property
+    def child(self) -> str | None:
+        """The norm's name below the layer, where the layer holds it, and calls it itself."""
+        below = f"{self.first}."
+        if not self.first:
+            return self.second or None
+        return self.second.removeprefix(below) if self.second.startswith(below) else None
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -151,7 +151,10 @@ def nobody_else_reads_the_weight(subject: Subject, match: Match) -> Refusal | No
     layer = subject.modules[match.first]
     ours = {id(call) for call in match.firsts}
     inside = {id(module) for module in layer.modules()}
+    norm = f"{match.child}." if match.child is not None else None
     for name, _ in layer.named_parameters():
+        if norm is not None and name.startswith(norm):
+            continue  # (the norm's own are looked at as the norm's)
         value = subject.graph.value_named(f"{match.first}.{name}" if match.first else name)
         outside = [n for n in value.names if id(_owner(subject, n)) not in inside]
         outside += [a for a in value.attributes if id(_owner(subject, a)) not in inside]
