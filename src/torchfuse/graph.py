@@ -128,6 +128,7 @@ class Graph:
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)  # first path → all paths
     # Python functions that were seen calling modules, each with the module it ran in
     codes: set[tuple[CodeType, str]] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)  # names of attributes that the pass changed
     threads: bool = False  # work was handed to another thread
 
     def readers(self, value: int) -> tuple[Call, ...]:

@@ -115,7 +115,12 @@ class Snapshot:
         self._undo = _random_state()
         self._undo += _tensors(modules)
         self._undo += _script_tensors([m for m in modules if isinstance(m, torch.jit.ScriptModule)])
-        self._undo += _attributes([m for m in modules if not isinstance(m, torch.jit.ScriptModule)])
+        kept = _Attributes()
+        for module in modules:
+            if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
+                kept.keep_module(module)
+        self.changed = kept.changed  # names of attributes and entries that a run changed
+        self._undo.append(kept.put_back)
 
     def put_back(self) -> None:
         """Undo what a run did to attributes, flags, hooks and random states."""
@@ -225,15 +230,6 @@ def _script_tensors(modules: list[torch.jit.ScriptModule]) -> list[Callable[[], 
     return [undo]
 
 
-def _attributes(modules: list[nn.Module]) -> list[Callable[[], object]]:
-    """Undoes what assignments, and changes to plain containers and objects, did to attributes."""
-    kept = _Attributes()
-    for module in modules:
-        if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
-            kept.keep_module(module)
-    return [kept.put_back]
-
-
 class _Attributes:
     """Shallow copies of the modules' attributes, and of the plain containers below them."""
 
@@ -243,6 +239,7 @@ class _Attributes:
         self.sets: list[tuple[set[Any], set[Any]]] = []
         self.steps: list[Callable[[], object]] = []  # for what has a state and no entries
         self.seen: set[int] = set()
+        self.changed: set[str] = set()
 
     def keep_module(self, module: nn.Module) -> None:
         attributes = dict(vars(module))
@@ -284,7 +281,7 @@ class _Attributes:
     def put_back(self) -> None:
         for mapping, entries in self.mappings:
             if mapping or entries:
-                _refill(mapping, entries)
+                self.changed.update(_refill(mapping, entries))
         for sequence, items in self.sequences:
             _refill_sequence(sequence, items)
         for value, members in self.sets:
@@ -328,13 +325,17 @@ _ATOMS = (
 )
 
 
-def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> None:
+def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[str]:
+    """Gives a dictionary its entries back; the names of those that were others."""
     if len(mapping) == len(entries) and all(map(is_, mapping, entries)):
         now = mapping.values() if type(mapping) is dict else [mapping[key] for key in mapping]
         if all(map(is_, now, entries.values())):
-            return
+            return []
+    names = [key for key in {**mapping, **entries} if isinstance(key, str)]
+    changed = [key for key in names if mapping.get(key) is not entries.get(key)]
     mapping.clear()
     mapping.update(entries)
+    return changed
 
 
 def _refill_sequence(sequence: Any, items: list[Any]) -> None:

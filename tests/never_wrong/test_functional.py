@@ -106,6 +106,6 @@ def test_what_torch_func_transforms_is_fused_or_left_alone(name: str, keep: bool
 def test_a_wrong_fold_inside_vmap_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(Transformed(TRANSFORMS["vmap over samples"][1]), IMAGE)
     monkeypatch.setattr(
-        modules, "folded_layer", lambda layer, w, b: folded_layer(layer, w * 1.01, b)
+        modules, "folded_layer", lambda layer, w, b, child: folded_layer(layer, w * 1.01, b, child)
     )
     assert torchfuse.fuse(model, IMAGE).plan.fusions == ()

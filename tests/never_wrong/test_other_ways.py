@@ -316,6 +316,36 @@ def test_code_that_asks_for_classes_by_name_is_left_alone():
     assert_left_alone(trained(CountsNorms(), IMAGE), IMAGE, because="the class BatchNorm")
 
 
+class Ticking:
+    def __init__(self):
+        self.count = 0
+
+    def tick(self):
+        self.count += 1
+        return self.count
+
+
+class Tiring(ConvBn):
+    """A plain object counts the calls, in code that calls nothing of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.clock = Ticking()
+
+    def forward(self, x):
+        self.clock.tick()
+        y = self.conv(x)
+        return self.bn(y) if self.clock.count < 20 else y
+
+
+def test_a_branch_on_the_state_of_a_plain_object_is_left_alone():
+    torch.manual_seed(0)
+    model = trained(Tiring(), IMAGE)
+    plan = torchfuse.plan(model, IMAGE)
+    assert plan.fusions == ()
+    assert "branches on count" in plan.skips[0].reason
+
+
 class Penalised(ConvBn):
     def penalty(self):
         return sum(parameter.square().sum() for parameter in self.parameters())

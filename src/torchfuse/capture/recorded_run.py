@@ -40,7 +40,7 @@ from torchfuse.graph import Call, Frame, Graph, ModuleCall, Operand, Read, Value
 from torchfuse.inputs import half_precision
 from torchfuse.nesting import named_leaves
 from torchfuse.parametrized import is_weight_hook
-from torchfuse.restoring import MODULE_TABLES, CopyOnWrite, restored
+from torchfuse.restoring import MODULE_TABLES, CopyOnWrite, Snapshot, restored
 
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
@@ -212,7 +212,8 @@ class _Recording:
             self.value_of(tensor, "input")
         before = len(self.graph.values)
         mode = _Operators(self)
-        with restored(self.model, mode), _frozen(), ExitStack() as stack:
+        snapshot = Snapshot(self.model)
+        with restored(self.model, mode, snapshot), _frozen(), ExitStack() as stack:
             stack.enter_context(_patched(self))
             stack.enter_context(_Functions(self))
             self.running = True
@@ -242,6 +243,7 @@ class _Recording:
             # What is alive now is held by something outside, or by the output in other ways.
             self._note_held(before, set(returned))
             del output
+        self.graph.changed |= snapshot.changed
 
     def _note_held(self, before: int, returned: set[int]) -> None:
         """Marks what outlives the pass (before attributes are put back) as read."""

@@ -121,6 +121,7 @@ class Subject:
         }
         ran |= {entry.function.__code__ for entry in self.attached if entry.is_hook}
         changed = {name for code in ran for name in assigned_attributes(code)}
+        changed |= self.graph.changed
         # Properties that answer from such state, or from what changes by itself
         answers = {
             name
