@@ -129,7 +129,8 @@ class Graph:
     # Python functions that were seen calling modules, each with the module it ran in
     codes: set[tuple[CodeType, str]] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)  # names of attributes that the pass changed
-    threads: bool = False  # work was handed to another thread
+    # Cases that handed work to another thread: when so many calls had been made
+    handed_over: dict[int, int] = field(default_factory=dict)
 
     def readers(self, value: int) -> tuple[Call, ...]:
         """The calls that read `value`, through whatever view, in running order."""

@@ -128,8 +128,8 @@ def test_work_in_another_thread_is_noted():
         worker.join()
 
     model = Block(in_thread).eval()
-    assert record(model, [Case((X,))]).threads
-    assert not record(Block().eval(), [Case((X,))]).threads
+    assert record(model, [Case((X,))]).handed_over
+    assert not record(Block().eval(), [Case((X,))]).handed_over
 
 
 def test_calls_carry_kind_module_and_parameters():
@@ -297,4 +297,4 @@ def test_showing_a_tensor_reads_it():
 def test_work_in_a_pool_that_was_there_before_is_noted():
     with ThreadPool(1) as pool:
         model = Block(lambda y: pool.apply(torch.sum, (y.detach(),))).eval()
-        assert record(model, [Case((X,))]).threads
+        assert record(model, [Case((X,))]).handed_over

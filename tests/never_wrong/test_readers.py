@@ -6,6 +6,7 @@ The numbers are upstream issues: pt is pytorch/pytorch, ao pytorch/ao.
 import _thread
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -187,6 +188,27 @@ def test_an_output_read_in_another_thread_is_seen() -> None:
             return self.bn(y) + result[0]
 
     check_not_folded(Model())
+
+
+def test_post_processing_in_a_thread_pool_is_no_obstacle_to_what_ran_before() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.conv(x))
+            with ThreadPoolExecutor(1) as pool:
+                return torch.stack(list(pool.map(lambda entry: entry * 2, y)))
+
+    assert_fuses(trained(Model(), IMAGE), IMAGE)
+
+
+def test_what_is_alive_when_a_thread_starts_may_be_read_there() -> None:
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = self.bn(y)
+            with ThreadPoolExecutor(1) as pool:
+                return z + pool.submit(lambda: y.detach().mean()).result()
+
+    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="another thread")
 
 
 def test_a_conv_that_runs_in_another_thread_stays_right() -> None:

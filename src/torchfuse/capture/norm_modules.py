@@ -128,4 +128,5 @@ def _drop(graph: Graph, gone: set[int]) -> None:
         replace(entry, first=before[entry.first], last=before[entry.last])
         for entry in graph.module_calls
     ]
+    graph.handed_over = {case: before[position] for case, position in graph.handed_over.items()}
     graph.reads[:] = [replace(read, position=before[read.position]) for read in graph.reads]

@@ -90,7 +90,7 @@ def record(
     graph = recording.graph
     with_norms_as_calls(graph, dict(model.named_modules()))
     if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
-        graph.threads = True
+        graph.handed_over.update(dict.fromkeys(range(len(cases)), 0))
     return graph
 
 
@@ -124,6 +124,7 @@ class _Recording:
         self.graph = Graph(type(model).__name__, tuple(map(str, cases)))
         self.memory = Memory(self.graph.values)
         self.case = 0
+        self.before = 0  # so many values were known when this case began
         self.current: _Open | None = None
         self.running = False
         self.stack: list[int] = []  # open module calls
@@ -199,6 +200,10 @@ class _Recording:
                 Call(len(self.graph.calls), self.case, kind, target, module, operands)
             )
 
+    def alive(self) -> tuple[int, ...]:
+        """The values made in this pass that something still holds."""
+        return tuple(self.memory.alive(self.before))
+
     def module_path(self) -> str | None:
         return self.graph.module_calls[self.stack[-1]].path if self.stack else None
 
@@ -210,7 +215,7 @@ class _Recording:
         self.case = index
         for tensor in _tensors((case.args, dict(case.kwargs))):
             self.value_of(tensor, "input")
-        before = len(self.graph.values)
+        self.before = before = len(self.graph.values)
         mode = _Operators(self)
         snapshot = Snapshot(self.model)
         with restored(self.model, mode, snapshot), _frozen(), ExitStack() as stack:
@@ -449,14 +454,18 @@ def _patched(recording: _Recording) -> Iterator[None]:
     def _torchfuse_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         path = recording.path_of.get(id(module))
         if path is not None and threading.get_ident() != thread:
-            recording.graph.threads = True
+            recording.graph.handed_over[recording.case] = 0
             return original(module, *args, **kwargs)
         if path is None or recording.current is not None:
             return original(module, *args, **kwargs)
         return _module_call(recording, original, module, path, args, kwargs)
 
     def to_thread() -> None:
-        recording.graph.threads = True
+        graph = recording.graph
+        if recording.case not in graph.handed_over:
+            graph.handed_over[recording.case] = len(graph.calls)
+        # What is gone by now, no thread can read.
+        recording.add("unseen", "another thread", recording.alive(), recording.module_path())
 
     def to_library(tensor: Tensor) -> None:
         recording.add("unseen", "DLPack", recording.values_in(tensor), recording.module_path())

@@ -102,8 +102,9 @@ def _parameters_are_stored(subject: Subject, match: Match) -> Refusal | None:
     return None
 
 
-def _no_threads(subject: Subject, _: Match) -> Refusal | None:
-    if subject.graph.threads:
+def _no_threads(subject: Subject, match: Match) -> Refusal | None:
+    since = subject.graph.handed_over
+    if any(c.case in since and c.index >= since[c.case] for c in (*match.firsts, *match.seconds)):
         return Refusal(
             "The model hands work to another thread, where it cannot be seen what is read.",
             "Run everything in one thread while planning.",
