@@ -55,7 +55,7 @@ $(VENV)/models/installed: Makefile | $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	mkdir -p out
-	for script in $(filter-out benchmarks/verdicts.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/verdicts.py benchmarks/on_gpu.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script --json out/$$(basename $$script .py).json || exit 1; \
 	done
 
