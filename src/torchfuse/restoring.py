@@ -200,18 +200,23 @@ def _tensors(modules: list[nn.Module]) -> list[Callable[[], object]]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 seen[id(tensor)] = tensor
-    before = [(t, t.data, t.grad, t.requires_grad) for t in seen.values()]
+    before = [(t, t.data, _grad(t), t.requires_grad) for t in seen.values()]
 
     def undo() -> None:
         for tensor, data, grad, requires_grad in before:
             if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
                 tensor.data = data
-            if tensor.grad is not grad:
+            if _grad(tensor) is not grad:
                 tensor.grad = grad
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
 
     return [undo]
+
+
+def _grad(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Its gradient; torch warns where one is asked for that it never keeps."""
+    return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
 
 
 def _script_tensors(modules: list[torch.jit.ScriptModule]) -> list[Callable[[], object]]:
