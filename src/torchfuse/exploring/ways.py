@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from torchfuse.graph import Graph
 
     Site = tuple[CodeType, int]  # a function, and a place in its bytecode
-    # Which answers of a run are false: all that a site gives, or (number) one of them
+    Span = tuple[int, int, int, int]
+    # Which answers of a run are false: all that a site gives, (a number) one of them, or (its
+    # complement) that one and all that follow
     Lies = Mapping[Site, int | None]
 
 __all__ = ["Way", "Ways", "explore"]
@@ -51,8 +53,11 @@ _RUNS = 256
 _COMBINED = 5
 # A site that is asked so often in one run may be a loop that a false answer never ends.
 _ANSWERS = 200
-# Up to so many visits of a site, each is answered otherwise by itself as well.
+# Up to so many visits of a site, each is answered otherwise by itself as well, and each with all
+# that follow.
 _VISITS = 3
+# A site that a run with false answers comes to so often is in a loop that they never end.
+_ENDLESS = 1000
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Ways:
     """The ways that were found, apart from the recorded one."""
 
     ways: tuple[Way, ...]
-    asked: frozenset[tuple[CodeType, int]]  # the functions, and lines, of the branch sites
+    asked: frozenset[tuple[CodeType, Span]]  # the functions, and where in them a site is
     sites: int  # their number
     runs: int  # of the model
     lost: str | None  # what could not be followed, as a clause; None: nothing
@@ -85,7 +90,7 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
         warnings.simplefilter("ignore")  # the user has seen them in the recorded run
         for index, case in enumerate(cases):
             found.extend(explorer.ways_of(index, case))
-    asked = frozenset((code, _line(code, instruction)) for code, instruction in explorer.known)
+    asked = frozenset((code, _span(code, instruction)) for code, instruction in explorer.known)
     return Ways(tuple(found), asked, len(explorer.known), explorer.runs, explorer.lost)
 
 
@@ -104,6 +109,7 @@ class _Explorer:
     lies: Lies = field(default_factory=dict)
     asked: dict[Site, bool] = field(default_factory=dict)  # with the true answers
     visits: Counter[Site] = field(default_factory=Counter)
+    usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
     def ways_of(self, index: int, case: Case) -> Iterator[Way]:
@@ -135,11 +141,12 @@ class _Explorer:
     def _natural(self, case: Case) -> Graph | None:
         """What is recorded where every answer is true; None if it ends in an error."""
         try:
-            return self._run(case, {})
+            graph = self._run(case, {})
         except TorchfuseError:
             return None
-        finally:
-            self.natural |= set(self.asked.items())
+        self.natural |= set(self.asked.items())
+        self.usual |= self.visits
+        return graph
 
     def _otherwise(
         self, case: Case, asked: dict[Site, bool], visits: Counter[Site], seen: set[int]
@@ -155,6 +162,7 @@ class _Explorer:
                     waiting.append({**before, site: None})
                     if 1 < count[site] <= _VISITS:
                         waiting.extend({**before, site: n} for n in range(count[site]))
+                        waiting.extend({**before, site: ~n} for n in range(1, count[site]))
 
         add(asked, visits, {})
         budget = self.runs + _RUNS
@@ -171,9 +179,10 @@ class _Explorer:
                 return
             lies = waiting.pop(0)
             graph = self._tried(case, lies)
+            # A check that raised asked as well: it may do so only because this answer is false.
+            add(self.asked, self.visits, lies)
             if graph is None:
                 continue
-            add(self.asked, self.visits, lies)
             yield from self._new(graph, ", ".join(_place(*site) for site in lies), seen)
 
     def _tried(self, case: Case, lies: Lies) -> Graph | None:
@@ -245,10 +254,16 @@ class _Explorer:
         self.visits[site] += 1
         self.asked.setdefault(site, real)
         self.known.add(site)
+        if self.lies and visit >= max(_ENDLESS, 2 * self.usual[site]):
+            self._lost_at(site, "a loop may not end")
+            raise _EndlessError
+        if visit >= _VISITS and _looks_into(*site):
+            self._lost_at(site, "a size or value is looked up in a container")
         if site in self.lies:
+            lie = self.lies[site]
             if visit >= _ANSWERS:
                 self._lost_at(site, "a loop may not end")
-            elif self.lies[site] in (None, visit):
+            elif lie in (None, visit) or (lie is not None and lie < 0 and visit >= ~lie):
                 self.lied_after = len(self.graph.calls) if self.graph is not None else None
                 return not real
         return real
@@ -281,6 +296,10 @@ _PLAIN_ANSWERS = frozenset(
 _OWN = ("torchfuse.exploring.", "torchfuse.capture.")
 
 
+class _EndlessError(Exception):
+    """Ends a run that would not end."""
+
+
 def _asking() -> Any:
     """The frame of the code that asks, without the recording and what leads to it."""
     frame: Any = sys._getframe(2)
@@ -298,6 +317,23 @@ def _is_torch(frame: Any) -> bool:
 
 def _place(code: CodeType, instruction: int) -> str:
     return f"{code.co_filename.rsplit('/', 1)[-1]}:{_line(code, instruction)}"
+
+
+def _span(code: CodeType, instruction: int) -> Span:
+    """Where in the source an instruction is: first line and column, last line and column."""
+    positions = getattr(code, "co_positions", None)
+    if positions is None:  # Python 3.10 knows only lines
+        line = _line(code, instruction)
+        return line, -1, line, -1
+    where = next(islice(positions(), instruction // 2, None))
+    first, last, start, end = (-1 if number is None else number for number in where)
+    return first, start, last, end
+
+
+@lru_cache(maxsize=1024)
+def _looks_into(code: CodeType, instruction: int) -> bool:
+    """Whether the instruction there is `in`, which asks for one element after the other."""
+    return dis.opname[code.co_code[instruction]] == "CONTAINS_OP"
 
 
 def _line(code: CodeType, instruction: int) -> int:

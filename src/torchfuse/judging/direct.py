@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import CodeType
 
-__all__ = ["is_direct"]
+__all__ = ["is_direct", "names_one_after_the_other"]
 
 
 def is_direct(code: CodeType | None, first: str, second: str) -> bool:
@@ -40,6 +40,25 @@ def is_direct(code: CodeType | None, first: str, second: str) -> bool:
         _assigns(one, source.id, first) and _uses_only(function, then, outer, source.id)
         for block in _blocks(function)
         for one, then in pairwise(block)
+    )
+
+
+def names_one_after_the_other(code: CodeType, *names: str | None) -> bool:
+    """Whether all that the code does with two attributes is to give them to one call, in order.
+
+    `nn.Sequential(self.conv, self.bn)`.
+    """
+    function = syntax_of(code)
+    if function is None or len(names) != 2:
+        return False
+    attributes = [n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)]
+    if any(attributes.count(name) != 1 for name in names if name is not None):
+        return False
+    return any(
+        [getattr(argument, "attr", None) for argument in pair] == list(names)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        for pair in pairwise(call.args)
     )
 
 
