@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dis
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,6 +28,7 @@ from torch.utils._pytree import tree_map
 from torchfuse.capture.recorded_run import record
 from torchfuse.errors import TorchfuseError
 from torchfuse.exploring.numbers import followed, listening
+from torchfuse.exploring.unheard import unheard
 from torchfuse.inputs import Case, resized
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
     Site = tuple[CodeType, int]  # a function, and a place in its bytecode
     Span = tuple[int, int, int, int]
-    # Which answers of a run are false: all that a site gives, (a number) one of them, or (its
-    # complement) that one and all that follow
-    Lies = Mapping[Site, int | None]
+    # Which answers of a run are false: all that a site gives, (a number) one of them, or all those
+    # that are not the one given here
+    Lies = Mapping[Site, int | bool | None]
 
 __all__ = ["Way", "Ways", "explore"]
 
@@ -53,8 +53,7 @@ _RUNS = 256
 _COMBINED = 5
 # A site that is asked so often in one run may be a loop that a false answer never ends.
 _ANSWERS = 200
-# Up to so many visits of a site, each is answered otherwise by itself as well, and each with all
-# that follow.
+# Up to so many visits of a site, each is answered otherwise by itself as well.
 _VISITS = 3
 # A site that a run with false answers comes to so often is in a loop that they never end.
 _ENDLESS = 1000
@@ -86,8 +85,7 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
     """
     explorer = _Explorer(model, recorded)
     found: list[Way] = []
-    with warnings.catch_warnings(), listening(explorer):
-        warnings.simplefilter("ignore")  # the user has seen them in the recorded run
+    with unheard(), listening(explorer):
         for index, case in enumerate(cases):
             found.extend(explorer.ways_of(index, case))
     asked = frozenset((code, _span(code, instruction)) for code, instruction in explorer.known)
@@ -154,6 +152,7 @@ class _Explorer:
         """The ways on which some answers are false."""
         waiting: list[Lies] = []
         sites: list[Site] = []
+        settled: set[Site] = set()
 
         def add(new: Mapping[Site, bool], count: Counter[Site], before: Lies) -> None:
             for site in new:
@@ -162,7 +161,9 @@ class _Explorer:
                     waiting.append({**before, site: None})
                     if 1 < count[site] <= _VISITS:
                         waiting.extend({**before, site: n} for n in range(count[site]))
-                        waiting.extend({**before, site: ~n} for n in range(1, count[site]))
+                if count[site] > 1 and site not in settled and _asks_for_equality(*site):
+                    settled.add(site)  # of sizes with others: one answer for each pair of numbers
+                    waiting.extend({**before, site: answer} for answer in (True, False))
 
         add(asked, visits, {})
         budget = self.runs + _RUNS
@@ -261,9 +262,10 @@ class _Explorer:
             self._lost_at(site, "a size or value is looked up in a container")
         if site in self.lies:
             lie = self.lies[site]
+            false = real is not lie if isinstance(lie, bool) else lie in (None, visit)
             if visit >= _ANSWERS:
                 self._lost_at(site, "a loop may not end")
-            elif lie in (None, visit) or (lie is not None and lie < 0 and visit >= ~lie):
+            elif false:
                 self.lied_after = len(self.graph.calls) if self.graph is not None else None
                 return not real
         return real
@@ -328,6 +330,16 @@ def _span(code: CodeType, instruction: int) -> Span:
     where = next(islice(positions(), instruction // 2, None))
     first, last, start, end = (-1 if number is None else number for number in where)
     return first, start, last, end
+
+
+@lru_cache(maxsize=1024)
+def _asks_for_equality(code: CodeType, instruction: int) -> bool:
+    """Whether the instruction there is `==` or `!=`."""
+    steps = {step.offset: step for step in dis.get_instructions(code)}
+    step = steps.get(instruction)
+    if step is None or step.opname != "COMPARE_OP":
+        return False
+    return any(equal in str(step.argval) for equal in ("==", "!="))  # 3.13: "bool(==)"
 
 
 @lru_cache(maxsize=1024)
