@@ -251,11 +251,24 @@ class Constant(HandsOn):
         return self.between(x, norm=True)
 
 
+class Unpacked(HandsOn):
+    def forward(self, x):
+        flags = {"norm": self.outer(x)}
+        return self.block(x, **flags)
+
+
+class Returned(HandsOn):
+    def forward(self, x):
+        norm, _ = self.outer(x), x.shape
+        return self.block(x, norm)
+
+
 def test_a_flag_is_followed_to_the_callers_that_hand_it_on():
     torch.manual_seed(0)
     assert_fuses(trained(Constant(), IMAGE), IMAGE, others=(LARGE,))
-    model = trained(HandsOn(lambda x: 0.5 * x.shape[-1] < 10), IMAGE)
-    assert torchfuse.plan(model, IMAGE).fusions == ()
+    for handing_on in (HandsOn, Unpacked, Returned):
+        model = trained(handing_on(lambda x: 0.5 * x.shape[-1] < 10), IMAGE)
+        assert torchfuse.plan(model, IMAGE).fusions == ()
 
 
 SMALL = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(7))

@@ -93,13 +93,18 @@ class _Place:
                 continue
             given = [k.value for k in call.keywords if k.arg == name]
             before = call.args[: position + 1]
-            handed_on = any(k.arg is None for k in call.keywords)
-            if any(isinstance(argument, ast.Starred) for argument in before):
-                handed_on = True
-            elif len(before) > position:
+            unpacked = [k.value for k in call.keywords if k.arg is None]
+            starred = [a.value for a in before if isinstance(a, ast.Starred)]
+            if len(before) > position and not starred:
                 given.append(before[position])
-            if handed_on and not around.is_given_what_is_seen(name, depth - 1):
-                return False
+            own = {a.arg for a in (tree.args.vararg, tree.args.kwarg) if a is not None}
+            for value in (*unpacked, *starred):
+                if outer.reader.is_configuration(value):
+                    continue
+                if not (isinstance(value, ast.Name) and value.id in own):
+                    return False  # `**{"norm": …}`
+                if not around.is_given_what_is_seen(name, depth - 1):
+                    return False
             if not all(outer.is_seen(value, [around], depth - 1) for value in given):
                 return False
         return True
