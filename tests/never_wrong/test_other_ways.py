@@ -118,6 +118,29 @@ class TwoOfThem(nn.Module):
         return self.other(self.one(x))
 
 
+class Intermediates(ConvBn):
+    """As in timm: more arguments than forward has, and children by names that stand there."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2 = nn.ReLU(), nn.Tanh()
+
+    def forward(self, x):
+        return self.layer2(self.layer1(self.bn(self.conv(x))))
+
+    def forward_intermediates(self, x, stop_early=False):
+        x = self.conv(x)
+        x = self.bn(x)
+        found = [x]
+        names = ("layer1", "layer2")
+        if stop_early:
+            names = names[:1]
+        for name in names:
+            x = getattr(self, name)(x)
+            found.append(x)
+        return found
+
+
 class Stem(nn.Sequential):
     """A static method, whose first argument is no module."""
 
@@ -141,6 +164,7 @@ class Stem(nn.Sequential):
         (Checkpointed, 1),
         (Methods, 1),
         (TwoOfThem, 2),
+        (Intermediates, 1),
         (Stem, 1),
     ],
 )
@@ -360,6 +384,14 @@ class OfferedToADepth(ConvBn):
         return x
 
 
+class OfferedByName(ConvBn):
+    def features(self, x, names=()):
+        for name in names:
+            x = getattr(self, name)(x)
+        x = self.conv(x)
+        return self.bn(x)
+
+
 class OfferedMasked(ConvBn):
     def features(self, x, mask=None):
         y = self.conv(x)
@@ -398,7 +430,7 @@ class HandsOutByName(ConvBn):
 @pytest.mark.parametrize(
     "model",
     [
-        *(OfferedRaw, OfferedToADepth, OfferedMasked, OfferedBySize),
+        *(OfferedRaw, OfferedToADepth, OfferedByName, OfferedMasked, OfferedBySize),
         *(HandsOutTheLayer, HandsOutAProperty, HandsOutAList, HandsOutByName),
     ],
 )

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.judging.answers import answers_are_seen
 from torchfuse.judging.branching import branching_of
-from torchfuse.judging.direct import is_direct
+from torchfuse.judging.direct import is_direct, names_asked_for
 from torchfuse.judging.other_ways import holds_on_every_way, holds_where_called_itself
 from torchfuse.judging.sources import syntax_of
 from torchfuse.retracing import leaves_it_to_torch
@@ -170,22 +170,24 @@ def is_followed(subject: Subject, match: Match, codes: Sequence[CodeType]) -> bo
 def is_followed_by_itself(subject: Subject, match: Match, function: FunctionType) -> bool:
     """Whether a method of the model, called with the inputs of forward, was followed everywhere.
 
-    Whoever calls it may give it more than that, where it takes more.
+    Whoever calls it may give it more than that, where it takes more: then the two stand in it one
+    right after the other.
     """
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    given = {len(case.args) + len(case.kwargs) for case in subject.cases}
-    if {len(parameters)} != given or any(
-        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
-    ):
-        return False
+    code = function.__code__
     if holds_where_called_itself(subject, match, function.__name__) is not True:
         return False
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    given = {len(case.args) + len(case.kwargs) for case in subject.cases}
+    if variable or given != {len(parameters)}:
+        first, second = (path.rpartition(".")[2] for path in match.modules)
+        named = names_asked_for(code)
+        parts = {part for path in match.modules for part in path.split(".")}
+        return named is not None and not named & parts and is_direct(code, first, second)
     entry = subject.entries[function.__name__]
-    branching = branching_of(function.__code__, subject.volatile)
+    branching = branching_of(code, subject.volatile)
     return branching.one_way or (
-        entry is not None
-        and branching.only_tests
-        and answers_are_seen(entry, (), function.__code__)
+        entry is not None and branching.only_tests and answers_are_seen(entry, (), code)
     )
 
 
