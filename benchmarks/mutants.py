@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NEVER_WRONG = tuple(
     f"tests/never_wrong/test_{name}.py"
-    for name in ("dtypes", "sharing", "order", "inputs", "parametrized", "batch_norms", "layers")
+    for name in ("order", "inputs", "dtypes", "sharing", "parametrized", "batch_norms", "layers")
 )
 PROOF = ("tests/proving", "tests/test_proof.py")
 PROGRAMS = tuple(
@@ -42,7 +42,6 @@ PROGRAMS = tuple(
 )
 # The files that are changed, each with the tests that are to notice.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "stats.py": ("tests/test_stats.py",),
     "proving/whole.py": (*PROOF, *PROGRAMS),
     "proving/pairs.py": (*PROOF, "tests/never_wrong/test_functional.py", *PROGRAMS),
     "proving/modules.py": (
@@ -63,6 +62,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "surgery.py": ("tests/test_surgery.py", "tests/test_same_model_out.py"),
     "applying.py": ("tests/test_proof.py", "tests/test_same_model_out.py"),
     "checkpoints.py": ("tests/test_same_model_out.py", "tests/rules/test_bn_relu.py"),
+    "stats.py": ("tests/test_stats.py",),
 }
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
