@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import importlib
 import json
 import os
 import random
@@ -130,9 +132,11 @@ def _of_file(
     count = len(list(_sites(ast.parse(original))))
     order = list(range(count))
     random.Random(0).shuffle(order)
-    began = time.perf_counter()
-    if _run(source, tests, timeout_s=300):
+    if _run(source, tests, timeout_s=300, note=source / "modules"):
         sys.exit(f"The tests of {file} fail without a mutant: {', '.join(tests)}.")
+    _import_all((source / "modules").read_text().split())
+    began = time.perf_counter()
+    _run(source, tests, timeout_s=300)
     allowed_s = 3 * (time.perf_counter() - began) + 10
     killed = 0
     chosen = order[skip : skip + per_file]
@@ -150,11 +154,19 @@ def _of_file(
     print(f"{file}: {killed} of {len(chosen)} killed; there are {count}.", flush=True)
 
 
-def _run(source: Path, tests: list[str], *, timeout_s: float) -> str:
-    """Return how the tests fail in a process of their own, in which torch is imported already."""
+def _import_all(modules: list[str]) -> None:
+    """Import what the tests import, but for the package itself: once, for all mutants."""
+    for name in modules:
+        if not name.startswith(("torchfuse", "torch._dynamo", "torch._inductor", "__")):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def _run(source: Path, tests: list[str], *, timeout_s: float, note: Path | None = None) -> str:
+    """Return how the tests fail in a process of their own; `note` is told what they import."""
     child = os.fork()
     if child == 0:
-        _test(source, tests)
+        _test(source, tests, note)
     deadline = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline:
         finished, status = os.waitpid(child, os.WNOHANG)
@@ -166,7 +178,7 @@ def _run(source: Path, tests: list[str], *, timeout_s: float) -> str:
     return "timed out"
 
 
-def _test(source: Path, tests: list[str]) -> None:
+def _test(source: Path, tests: list[str], note: Path | None) -> None:
     import pytest
 
     os.chdir(ROOT)
@@ -177,7 +189,12 @@ def _test(source: Path, tests: list[str]) -> None:
     os.dup2(out, 2)
     code: int = 1
     try:
+        before = {*sys.modules}
         code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        if note is not None:
+            files = {n: getattr(m, "__file__", None) or "" for n, m in sys.modules.items()}
+            theirs = [n for n, file in files.items() if str(ROOT / "tests") not in file]
+            note.write_text("\n".join(name for name in theirs if name not in before))
     finally:
         os._exit(code)
 
