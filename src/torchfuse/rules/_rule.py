@@ -16,6 +16,7 @@ from torchfuse.judging.sources import (
     is_setup,
     names_in,
 )
+from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from torchfuse.graph import Call, Graph
 
 __all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a match is left alone, and what the user could change (empty if nothing)."""
-
-    reason: str
-    hint: str = ""
 
 
 @dataclass(frozen=True, eq=False)
