@@ -1,4 +1,4 @@
-"""What can be done with linear layers, exactly: scaled, shifted, composed, added. It knows no graph.
+"""What can be done with linear layers, exactly: scale, shift, compose, add. It knows no graph.
 
     layer    y = W ⊛ x + b           convolutions of any dimensions, transposed ones, linear layers
     affine   y_c = s_c · x_c + t_c   one scale and one shift per channel
@@ -160,7 +160,7 @@ def compose(first: Layer, second: Layer) -> Layer | Refusal:
         dilation.append(step)
         size.append((s1 * d2 * (k2 - 1) + d1 * (k1 - 1)) // step + 1)
     out, middle, into = second.channels_out, second.channels_in, first.channels_in
-    weight = torch.zeros(out, into // groups, *size, dtype=torch.float64)
+    weight = torch.zeros(out, into // groups, *size, dtype=first.weight.dtype)
     one_by_group = first.weight.reshape(groups, middle // groups, into // groups, *first.kernel)
     two_by_group = second.weight.reshape(groups, out // groups, middle // groups, *second.kernel)
     for a in product(*map(range, first.kernel)):
@@ -171,8 +171,8 @@ def compose(first: Layer, second: Layer) -> Layer | Refusal:
                     a, b, first.stride, first.dilation, second.dilation, dilation, strict=True
                 )
             )
-            taps = two_by_group[(..., *b)] @ one_by_group[(..., *a)]
-            weight[(..., *at)] += taps.flatten(0, 1)
+            taps = _tap(two_by_group, b) @ _tap(one_by_group, a)
+            _tap(weight, at).add_(taps.flatten(0, 1))
     return Layer(
         weight,
         None if first.bias is None and second.bias is None else shifted.bias,
@@ -273,6 +273,13 @@ def regrouped(layer: Layer, groups: int) -> Layer:
         weight=new.reshape(layer.channels_out, inside * width, *layer.kernel),
         groups=groups,
     )
+
+
+def _tap(weight: Tensor, at: tuple[int, ...]) -> Tensor:
+    """Return the part of a weight that is at one place of the kernel, its last dimensions."""
+    for index in reversed(at):
+        weight = weight.select(-1, index)
+    return weight
 
 
 def _misfit(affine: Affine, channels: int) -> bool:
