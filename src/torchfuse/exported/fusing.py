@@ -182,6 +182,8 @@ def fuse_all(
     # A norm that is no longer there was taken in after all.
     norms = _paths_of_norms(more.program)
     skips = [skip for skip in folded.plan.skips if skip.modules[-1] in norms]
+    more_is_said = {skip.modules for skip in more.skips}
+    skips = [s for s in skips if s.rule is not None or s.modules not in more_is_said]
     said = {skip.modules for skip in skips}
     plan = dataclasses.replace(
         folded.plan,

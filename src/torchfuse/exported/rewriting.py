@@ -115,6 +115,9 @@ class _Rewriting(EditedProgram):
         self.refused: dict[tuple[Any, ...], Refusal] = {}  # of the last pass
         self.taken_in: dict[str, str | None] = {}  # old key → new key of what took it in
         self.named_outside = _named_outside(program)
+        for node in list(self.graph.nodes):
+            if node.target is aten._assert_tensor_metadata.default:
+                self.graph.erase_node(node)  # what it says of a dtype was settled at export
         self.reading: Reading
         if rules and _is_plain(self.graph):
             self._rewrite_all()
@@ -310,7 +313,8 @@ class _Rewriting(EditedProgram):
         for node in nodes:
             if node.op == "placeholder" and self.specs[node.name].target is not None:
                 return node
-        return nodes[-1]
+        first: Node = next(node for node in self.graph.nodes if node.op == "placeholder")
+        return first
 
     def unused_name(self, name: str) -> str:
         """Return a name like this one, which no node has or had."""
@@ -438,7 +442,7 @@ class _Building:
         tensor = self.values.rounded[id(value)]
         target = self.program.specs[self.beside.name].target
         template = self.old_state.get(str(target))
-        if isinstance(template, nn.Parameter):
+        if isinstance(template, nn.Parameter) and not value.role.startswith("running_"):
             tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
         owner = str(target).rpartition(".")[0] if target else _path(self.edit.goes[-1])
         node = self.program.store(

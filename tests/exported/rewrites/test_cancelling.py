@@ -13,8 +13,8 @@ X = torch.randn(2, 4, 6, 3, generator=torch.Generator().manual_seed(0))
 CANCELS = {
     "transposes": lambda m, x: F.gelu(x.transpose(1, 2).transpose(2, 1)),
     "permutations": lambda m, x: F.gelu(x.permute(0, 2, 3, 1).permute(0, 3, 1, 2)),
-    "a transpose and a permutation": lambda m, x: F.gelu(x.mT.permute(0, 1, 3, 2)),
-    "negations": lambda m, x: F.gelu(-(-x)),
+    "a transpose and a permutation": lambda m, x: F.gelu(x.transpose(-1, 2).permute(0, 1, 3, 2)),
+    "negations": lambda m, x: F.gelu(x.neg().neg()),
 }
 
 
@@ -24,11 +24,11 @@ def test_both_go(name: str) -> None:
 
 
 def test_a_relu_of_a_relu_is_one() -> None:
-    assert calls(fused(lambda m, x: F.relu(F.relu(x)).relu_() + 0.5, X)) == {"relu": 1, "add": 1}
+    assert calls(fused(lambda m, x: F.relu(F.relu(x)) + 0.5, X)) == {"relu": 1, "add": 1}
 
 
 def test_what_is_read_in_between_stays() -> None:
-    result = fused(lambda m, x: F.gelu((y := x.mT).mT).sum() + F.relu(y), X)
+    result = fused(lambda m, x: (F.gelu((y := x.transpose(1, 2)).transpose(1, 2)), F.relu(y)), X)
     assert calls(result)["gelu"] == 1
     assert "relu" in calls(result)
 

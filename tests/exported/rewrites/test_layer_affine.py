@@ -53,6 +53,7 @@ def layers() -> dict[str, nn.Module]:
         "scalar": Scale(),
         "last": Scale(8),
         "drop": nn.Dropout(),
+        "tall": Scale(6, 1),
     }
 
 
@@ -81,10 +82,10 @@ def test_it_is_taken_in(name: str) -> None:
 
 
 STAYS: dict[str, tuple[str, Callable[[Model, Tensor], object]]] = {
-    "another axis": ("", lambda m, x: m.line(x) * torch.arange(1, 7.0)[:, None].to(x)),
+    "another axis": ("", lambda m, x: m.tall(m.line(x))),
     "more than one axis": ("", lambda m, x: m.line(x) * m.line.weight[:6, :1].expand(6, 8)),
     "a factor that is computed": ("", lambda m, x: m.conv(x) * x.mean()),
-    "a factor that makes it larger": ("", lambda m, x: m.line(x[:, :, :1]) * torch.ones(6, 1).to(x)),
+    "a factor that makes it larger": ("", lambda m, x: m.tall(m.line(x[:, :, :1]))),
     "a layer that is read again": (
         "The output of `conv` is also read by",
         lambda m, x: m.scale(y := m.conv(x)) + F.relu(y),

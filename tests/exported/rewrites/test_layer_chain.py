@@ -51,7 +51,7 @@ def test_it_becomes_one(name: str) -> None:
 
 
 STAYS: dict[str, tuple[str, Callable[[Model, Tensor], object]]] = {
-    "a bottleneck": ("Merged, it would take", lambda m, x: m.wide(m.narrow(m.wide(F.relu(x))))),
+    "a bottleneck": ("Merged, it would take", lambda m, x: m.wide(m.narrow(F.relu(m.wide(x))))),
     "depthwise and pointwise": ("Merged, it would take", lambda m, x: m.pw(m.dw(x))),
     "a bias before padding": ("The first convolution has a bias", lambda m, x: m.padded(m.wide(x))),
     "padding between": (

@@ -31,7 +31,6 @@ def test_it_is_moved(name: str) -> None:
     result = fused(MOVES[name], X, **LAYERS)
     assert rules(result) == ["layer_pool"]
     last = [node for node in result.model.graph.nodes if node.op == "call_function"][-1]
-    assert "conv" in last.name or "linear" in last.name or "mean" in last.name
     assert str(last.target).startswith(("aten.conv2d", "aten.linear"))
 
 

@@ -29,6 +29,9 @@ def _find(reading: Reading, node: Node) -> list[Edit]:
     axes = {axis for axis in (first.axis, second.axis) if axis is not None}
     if len(axes) > 1 or reading.only_reader(first.node) is not node:
         return []
+    reader = reading.only_reader(node)
+    if reader is not None and reading.layer(reader) is not None:
+        return []  # the layer takes in what it can: of two calls, before padding, more than of one
     axis = axes.pop() if axes else None
     rank = node.meta["val"].dim()
     return [
