@@ -269,7 +269,7 @@ class _Edit(EditedProgram):
         )
         stands = _args(norm)[0].name
         # Two batch norms in a row: what the first put out is no longer there to compare.
-        self.pairs = {n: pair for n, pair in self.pairs.items() if pair.stands != stands}
+        self.pairs = {n: p for n, p in self.pairs.items() if p.layer != layer.name}
         self.pairs[norm.name] = Pair(layer.name, stands)
         self.stands = {name: pair.stands for name, pair in self.pairs.items()}
         elements, size = _elements(norm), values[weight].element_size()
