@@ -133,7 +133,7 @@ def latencies(
     """Return medians in ms, and the ratios of "after" to the others."""
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.pte" for name in ("before", "after", "timm")}
-        with patch.object(executorch, "fuse_all", fold):
+        with patch.object(executorch, "fuse_all", fold):  # as it was before there were other rules
             torchfuse.export(model, image, files["before"])
         torchfuse.export(model, image, files["after"])
         torchfuse.export(merged, image, files["timm"])

@@ -1,18 +1,24 @@
-"""The fusion rules, as a table."""
+"""The fusion rules, as a table: those of modules, or with `programs` what is merged beyond."""
+
+import sys
 
 from torchfuse.exported.rewrites import REWRITES
 from torchfuse.rules import RULES
 
 
-def main() -> None:
-    """Print a line per rule: its name, when it runs, and what it does."""
-    width = max(len(rule.name) for rule in (*RULES, *REWRITES))
+def main(which: str) -> None:
+    """Print a line per rule: its name, when it runs, and what it does; an example in programs."""
+    if which == "programs":
+        width = max(len(rule.name) for rule in REWRITES)
+        for rewrite in REWRITES:
+            print(f"{rewrite.name:{width}}  {rewrite.summary}")
+            print(f"{'':{width}}    {rewrite.example}")
+        return
+    width = max(len(rule.name) for rule in RULES)
     for rule in RULES:
         when = "only by name" if rule.on_request else "always"
         print(f"{rule.name:{width}}  {when:12}  {rule.summary}")
-    for rewrite in REWRITES:
-        print(f"{rewrite.name:{width}}  {'in programs':12}  {rewrite.summary}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1] if len(sys.argv) > 1 else "")

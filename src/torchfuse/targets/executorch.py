@@ -20,6 +20,7 @@ from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
 from torchfuse.exported.fusing import fuse_all
 from torchfuse.exported.norms import write_batch_norms_plainly
+from torchfuse.exported.rewriting import rewrite
 from torchfuse.first_load import SCALAR_TYPES
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet, quiet_runtime
@@ -92,7 +93,11 @@ def capture(
     case = _traceable(case, dynamic_shapes)
     program = _export(model, case, dynamic_shapes)
     _require_pure(program)
-    program = fuse_all(program, prove=False).program  # what is made of it is compared as a whole
+    # What is made of it is compared as a whole.
+    if _has_batch_norms(program):
+        program = fuse_all(program, prove=False).program
+    else:  # (without a copy, if there is nothing to do)
+        program = rewrite(program, prove=False).program
     if _has_batch_norms(program):
         with quiet():
             graph_module = program.module(check_guards=False)
