@@ -13,7 +13,7 @@ from torch.export import ExportedProgram, export
 import torchfuse
 from rewriting_checks import Model, calls, fused, reasons, rules
 from torchfuse.algebra import Affine, Layer
-from torchfuse.errors import InputError
+from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.exported import rewriting
 from torchfuse.exported.rewrites import REWRITES, layer_affine
 
@@ -199,3 +199,46 @@ def test_a_rounded_value_between_is_not_skipped() -> None:
 
 def test_the_order_of_the_rules_is_written_down() -> None:
     assert [rule.name for rule in REWRITES][:2] == ["no_op", "cancelling"]
+
+
+def test_a_module_can_be_fused_as_a_graph() -> None:
+    model = Model(repvgg, **layers()).eval()
+    before = copy.deepcopy(model.state_dict())
+    result = torchfuse.fuse(model, X, graph=True)
+    assert isinstance(result.model, torch.fx.GraphModule)
+    assert set(result.model.state_dict()) == {"conv.weight", "conv.bias"}
+    assert rules(result) == ["conv_bn", "conv_bn", "branches"]
+    assert result.check.passed
+    torch.testing.assert_close(result.model(X), model(X), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_graph_is_of_one_call_and_new() -> None:
+    model = Model(repvgg, **layers()).eval()
+    with pytest.raises(InputError, match="got 2 cases"):
+        torchfuse.fuse(model, [X, X], graph=True)
+    with pytest.raises(InputError, match="a new module"):
+        torchfuse.fuse(model, X, graph=True, inplace=True)
+
+
+def test_a_model_that_export_cannot_take_is_told_so() -> None:
+    model = Model(lambda m, x: m.conv(x) if x.sum().item() > 0 else x, **layers()).eval()
+    with pytest.raises(UnsupportedError, match=r"torch\.export cannot take this model"):
+        torchfuse.fuse(model, X, graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")  # nn.LSTM's own
+def test_calls_of_several_values_and_sizes_are_no_obstacle() -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        y, (h, _) = m.lstm(x.flatten(2))
+        return (y * y.shape[0] + h.mean()).chunk(2, -1)[0] * 3
+
+    modules = {"lstm": nn.LSTM(30, 6, batch_first=True), **layers()}
+    program = export(
+        Model(body, **modules).eval(),
+        (X,),
+        dynamic_shapes=({0: torch.export.Dim("batch", max=8)},),
+    )
+    torch.testing.assert_close(
+        torchfuse.fuse_exported(program).model.module()(X), program.module()(X)
+    )

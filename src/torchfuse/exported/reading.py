@@ -299,9 +299,11 @@ class Reading:
 
     def _values(self, given: Any, x: Any) -> tuple[Tensor, int | None] | None:
         """Return a constant operand as a value per channel of `x`, and their axis."""
+        if not isinstance(x, Node) or not isinstance(x.meta.get("val"), Tensor):
+            return None
         if isinstance(given, (int, float)):
             return torch.tensor([float(given)], dtype=torch.float64), None
-        if not self.is_constant(given) or not isinstance(x, Node) or self.is_constant(x):
+        if not self.is_constant(given) or self.is_constant(x):
             return None
         rank, shape = x.meta["val"].dim(), given.meta["val"].shape
         if len(shape) > rank or given.meta["val"].is_complex():

@@ -134,9 +134,10 @@ class _Rewriting(EditedProgram):
         while number < len(self.done):
             number = len(self.done)
             self.refused = {}
-            for node in list(self.graph.nodes):
+            for node in [n for n in self.graph.nodes if n.op == "call_function"]:
                 for rule in self.rules:
-                    if node.op != "call_function" or node._erased:
+                    # (what gives several values, or a size, is never a part of a pattern's end)
+                    if node._erased or not isinstance(node.meta.get("val"), Tensor):
                         break
                     self._try(rule, node)
 
