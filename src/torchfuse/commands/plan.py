@@ -100,9 +100,10 @@ def print_plan(plan: FusionPlan) -> None:
 
 
 def _check_rules(names: tuple[str, ...]) -> None:
+    from torchfuse.exported.rewrites import REWRITES
     from torchfuse.rules import RULES
 
-    known = [rule.name for rule in RULES]
+    known = [*(rule.name for rule in RULES), *(rule.name for rule in REWRITES)]
     for name in names:
         if name not in (*known, _ANY):
             raise InputError(

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torchfuse.copying import copied
 from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError, first_line
-from torchfuse.exported.fusing import fold
+from torchfuse.exported.fusing import fuse_all
 from torchfuse.exported.norms import write_batch_norms_plainly
+from torchfuse.exported.rewriting import rewrite
 from torchfuse.first_load import SCALAR_TYPES
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet, quiet_runtime
@@ -77,7 +78,7 @@ def with_default_strides(value: Any) -> Any:
 def capture(
     model: nn.Module, case: Case, dynamic_shapes: Any = None
 ) -> torch.export.ExportedProgram:
-    """Return the exported program of `model`, with no batch norm left that could be folded.
+    """Return the exported program of `model`, in which all is merged that can be.
 
     Raises:
         UnsupportedError: torch.export cannot capture the model, or not with these dynamic shapes;
@@ -92,8 +93,11 @@ def capture(
     case = _traceable(case, dynamic_shapes)
     program = _export(model, case, dynamic_shapes)
     _require_pure(program)
+    # What is made of it is compared as a whole.
     if _has_batch_norms(program):
-        program = fold(program, prove=False).program  # what is made of it is compared as a whole
+        program = fuse_all(program, prove=False).program
+    else:  # (without a copy, if there is nothing to do)
+        program = rewrite(program, prove=False).program
     if _has_batch_norms(program):
         with quiet():
             graph_module = program.module(check_guards=False)
