@@ -1,5 +1,7 @@
 """Other ways through a model's code."""
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -140,6 +142,70 @@ def test_a_loop_that_a_false_answer_never_ends_is_lost():
         return self.bn(self.conv(x))
 
     assert ways_of(forward).lost is not None
+
+
+def test_a_loop_that_a_false_answer_elsewhere_never_ends_is_lost():
+    def forward(self, x):
+        step, top = 4, 0
+        if x.shape[-1] > 1024:
+            step = x.shape[-1] // 1024
+        while top < x.shape[-1]:
+            top += step
+        return self.bn(self.conv(x))
+
+    assert "may not end" in ways_of(forward).lost
+
+
+def test_a_check_that_only_a_false_answer_fails_is_passed():
+    def forward(self, x):
+        y = self.conv(x)
+        if x.shape[-1] > 16:
+            assert x.shape[-1] // 16 > 0
+            return y
+        return self.bn(y)
+
+    assert ["conv"] in [called(way) for way in ways_of(forward).ways]
+
+
+def test_a_run_that_failed_is_no_evidence_of_a_way():
+    def forward(self, x):
+        if x.shape[-1] % 8 == 0:
+            return self.bn(self.conv(x))
+        return self.conv(x.view(x.shape[0], 4, x.shape[-1] // 6 * 6, x.shape[-1]))
+
+    assert "ends in an error" in ways_of(forward).lost
+
+
+def test_a_comparison_of_sizes_comes_out_true_from_any_of_them_on():
+    def forward(self, x):
+        y = self.conv(x)
+        return y if x.shape == torch.Size([2, 4, 32, 32]) else self.bn(y)
+
+    assert ["conv"] in [called(way) for way in ways_of(forward).ways]
+
+
+def test_a_long_search_in_a_container_is_lost():
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if x.shape[-1] in range(20) else y
+
+    assert "looked up in a container" in ways_of(forward).lost
+
+
+def test_what_other_ways_print_log_and_ask_for_reaches_nobody(capfd, caplog):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        if y.isnan().any():
+            print("NaN")
+            logging.getLogger("model").error("NaN")
+            input("Go on?")
+        return y
+
+    ways = ways_of(forward)
+    assert ways.sites == 1
+    assert (*capfd.readouterr(), caplog.text) == ("", "", "")
+    logging.getLogger("model").error("heard again")
+    assert "heard again" in caplog.text
 
 
 def test_state_that_a_run_changes_is_put_back():

@@ -1,6 +1,7 @@
 """What functions name and change, and which functions a class has."""
 
 import functools
+import importlib.util
 
 import pytest
 from torch import nn
@@ -13,6 +14,7 @@ from torchfuse.judging.sources import (
     functions_of,
     is_setup,
     names_in,
+    syntax_of,
 )
 
 SEEN = []
@@ -173,3 +175,14 @@ class Editing:
 def test_methods_that_take_modules_away_or_replace_forward_compute_no_outputs():
     edits = {n for n, f in vars(Editing).items() if n[0] != "_" and edits_modules(f.__code__)}
     assert edits == {"fuse", "switch_to_deploy", "replaced", "taken_away"}
+
+
+def test_a_file_that_was_edited_since_its_import_is_no_source(tmp_path):
+    file = tmp_path / "edited.py"
+    file.write_text("def one(x):\n    return x.real\n\n\ndef other(x):\n    return x.imag\n")
+    spec = importlib.util.spec_from_file_location("edited", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert syntax_of(module.one.__code__) is not None
+    file.write_text("def one(x):\n    return x.real\n\n\ndef other(x):\n    return x.mT.conj()\n")
+    assert syntax_of(module.other.__code__) is None

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import math
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -117,6 +118,29 @@ class TwoOfThem(nn.Module):
         return self.other(self.one(x))
 
 
+class Intermediates(ConvBn):
+    """As in timm: more arguments than forward has, and children by names that stand there."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2 = nn.ReLU(), nn.Tanh()
+
+    def forward(self, x):
+        return self.layer2(self.layer1(self.bn(self.conv(x))))
+
+    def forward_intermediates(self, x, stop_early=False):
+        x = self.conv(x)
+        x = self.bn(x)
+        found = [x]
+        names = ("layer1", "layer2")
+        if stop_early:
+            names = names[:1]
+        for name in names:
+            x = getattr(self, name)(x)
+            found.append(x)
+        return found
+
+
 class Stem(nn.Sequential):
     """A static method, whose first argument is no module."""
 
@@ -140,6 +164,7 @@ class Stem(nn.Sequential):
         (Checkpointed, 1),
         (Methods, 1),
         (TwoOfThem, 2),
+        (Intermediates, 1),
         (Stem, 1),
     ],
 )
@@ -199,6 +224,77 @@ CONDITIONS = [
     lambda x: x.shape[-1] > 5 and x.shape[-2] > 5,
     lambda x: x.shape == (2, 4, 8, 8) or x.shape[0] != 2 or x.shape[-1] > 5,
 ]
+# All true at 4 and 8; what is compared is a plain number by then, or no number at all.
+BEYOND = [
+    lambda x: 0.5 * x.shape[-1] < 10,
+    lambda x: x.shape.numel() < 2000,
+    lambda x: math.log2(x.shape[-1]) < 4.5,
+    lambda x: math.sqrt(x.shape[-1] / 2) < 3.5,
+    lambda x: len(range(x.shape[-1])) < 20,
+    lambda x: len(x.unbind(-1)) < 20,
+    lambda x: len(x.split(8, -1)) < 3,
+    lambda x: f"{x.shape[-1]}" in ("8", "4"),
+    lambda x: ([True] * 20 + [False] * 20)[x.shape[-1]],
+    lambda x: x.size() != torch.Size([2, 4, 32, 32]),
+    lambda x: x.shape[-1] in range(20),
+    lambda x: x.shape[0] > 0 and 0.5 * x.shape[-1] < 10,
+]
+LARGE = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("number", range(len(BEYOND)))
+@pytest.mark.parametrize("kind", [branching, flagged])
+def test_a_flag_whose_source_cannot_be_followed_is_left_alone(kind, number):
+    torch.manual_seed(0)
+    model = trained(kind(BEYOND[number])(), IMAGE)
+    result = torchfuse.fuse(model, IMAGE, verify=False)
+    assert result.plan.fusions == ()
+    assert torch.equal(result.model(LARGE), model(LARGE))
+
+
+class HandsOn(nn.Module):
+    """A flag that comes through several callers, and starred arguments, from a constant."""
+
+    def __init__(self, outer):
+        super().__init__()
+        self.block, self.outer = Block(), outer
+
+    def forward(self, x):
+        return self.between(x, norm=self.outer(x))
+
+    def between(self, *args, **kwargs):
+        y = self.block(*args, **kwargs)
+        return F.relu(y) if y.shape[-1] > 4 else y
+
+
+class Constant(HandsOn):
+    def __init__(self):
+        super().__init__(None)
+
+    def forward(self, x):
+        return self.between(x, norm=True)
+
+
+class Unpacked(HandsOn):
+    def forward(self, x):
+        flags = {"norm": self.outer(x)}
+        return self.block(x, **flags)
+
+
+class Returned(HandsOn):
+    def forward(self, x):
+        norm, _ = self.outer(x), x.shape
+        return self.block(x, norm)
+
+
+def test_a_flag_is_followed_to_the_callers_that_hand_it_on():
+    torch.manual_seed(0)
+    assert_fuses(trained(Constant(), IMAGE), IMAGE, others=(LARGE,))
+    for handing_on in (HandsOn, Unpacked, Returned):
+        model = trained(handing_on(lambda x: 0.5 * x.shape[-1] < 10), IMAGE)
+        assert torchfuse.plan(model, IMAGE).fusions == ()
+
+
 SMALL = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(7))
 
 
@@ -240,11 +336,123 @@ class OnlyLater(ConvBn):
         return self.bn(self.conv(x))
 
 
-@pytest.mark.parametrize("model", [FromASlice, Suppressing, OnlyLater])
+class ChecksThere(ConvBn):
+    """The false answer ends in a check of what the true one would have made sure of."""
+
+    def forward(self, x):
+        if x.shape[-1] > 16:
+            if x.shape[-1] % 16:
+                raise ValueError("Large images must be multiples of 16.")
+            return self.conv(x)
+        return self.bn(self.conv(x))
+
+
+class FailsSmall(ConvBn):
+    """Neither the smaller inputs nor the false answer get through the other way."""
+
+    def forward(self, x):
+        if x.shape[-1] % 8 == 0:
+            return self.bn(self.conv(x))
+        return self.conv(x.view(x.shape[0], 4, x.shape[-1] // 6 * 6, x.shape[-1]))
+
+
+class AsksForTheDtype(ConvBn):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if x.dtype is torch.float32 and x.shape[0] > 0 else y
+
+
+@pytest.mark.parametrize(
+    "model", [FromASlice, Suppressing, OnlyLater, ChecksThere, FailsSmall, AsksForTheDtype]
+)
 def test_ways_that_cannot_be_followed_are_left_alone(model):
     torch.manual_seed(0)
     model = trained(model(), IMAGE)
     assert torchfuse.plan(model, IMAGE).fusions == ()
+
+
+class OfferedRaw(ConvBn):
+    def features(self, x, raw=False):
+        y = self.conv(x)
+        return y if raw else self.bn(y)
+
+
+class OfferedToADepth(ConvBn):
+    def features(self, x, depth=2):
+        for layer in [self.conv, self.bn][:depth]:
+            x = layer(x)
+        return x
+
+
+class OfferedByName(ConvBn):
+    def features(self, x, names=()):
+        for name in names:
+            x = getattr(self, name)(x)
+        x = self.conv(x)
+        return self.bn(x)
+
+
+class OfferedMasked(ConvBn):
+    def features(self, x, mask=None):
+        y = self.conv(x)
+        if mask is not None:
+            y = y * mask
+        return self.bn(y)
+
+
+class OfferedBySize(ConvBn):
+    def features(self, x):
+        y = self.conv(x)
+        return self.bn(y) if 0.5 * x.shape[-1] < 10 else y
+
+
+class HandsOutTheLayer(ConvBn):
+    def features(self):
+        return nn.Sequential(self.conv)
+
+
+class HandsOutAProperty(ConvBn):
+    @property
+    def features(self):
+        return self.conv
+
+
+class HandsOutAList(ConvBn):
+    def features(self):
+        return [self.conv, self.bn]
+
+
+class HandsOutByName(ConvBn):
+    def features(self, name="conv"):
+        return {"conv": self.conv, "bn": self.bn}[name]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(OfferedRaw, OfferedToADepth, OfferedByName, OfferedMasked, OfferedBySize),
+        *(HandsOutTheLayer, HandsOutAProperty, HandsOutAList, HandsOutByName),
+    ],
+)
+def test_a_method_that_may_be_called_otherwise_or_hands_the_layer_out_is_left_alone(model):
+    torch.manual_seed(0)
+    assert_left_alone(trained(model(), IMAGE), IMAGE, because="features")
+
+
+class Exports(ConvBn):
+    """What is called with inputs of forward just to see what it does may have other effects."""
+
+    calls: ClassVar = []
+
+    def write_features(self, x):
+        self.calls.append(x)
+        torch.save(self.conv(x), "features.pt")
+
+
+def test_a_method_that_writes_files_is_not_tried_out():
+    torch.manual_seed(0)
+    assert_left_alone(trained(Exports(), IMAGE), IMAGE, because="write_features")
+    assert Exports.calls == []
 
 
 class SetsUpByName(ConvBn):

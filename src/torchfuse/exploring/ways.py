@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import dis
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,7 @@ from torch.utils._pytree import tree_map
 from torchfuse.capture.recorded_run import record
 from torchfuse.errors import TorchfuseError
 from torchfuse.exploring.numbers import followed, listening
+from torchfuse.exploring.unheard import unheard
 from torchfuse.inputs import Case, resized
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from torchfuse.graph import Graph
 
     Site = tuple[CodeType, int]  # a function, and a place in its bytecode
-    # Which answers of a run are false: all that a site gives, or (number) one of them
-    Lies = Mapping[Site, int | None]
+    Span = tuple[int, int, int, int]
+    # Which answers of a run are false: all that a site gives, (a number) one of them, or all those
+    # that are not the one given here
+    Lies = Mapping[Site, int | bool | None]
 
 __all__ = ["Way", "Ways", "explore"]
 
@@ -53,6 +55,8 @@ _COMBINED = 5
 _ANSWERS = 200
 # Up to so many visits of a site, each is answered otherwise by itself as well.
 _VISITS = 3
+# A site that a run with false answers comes to so often is in a loop that they never end.
+_ENDLESS = 1000
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Ways:
     """The ways that were found, apart from the recorded one."""
 
     ways: tuple[Way, ...]
-    asked: frozenset[tuple[CodeType, int]]  # the functions, and lines, of the branch sites
+    asked: frozenset[tuple[CodeType, Span]]  # the functions, and where in them a site is
     sites: int  # their number
     runs: int  # of the model
     lost: str | None  # what could not be followed, as a clause; None: nothing
@@ -81,11 +85,10 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
     """
     explorer = _Explorer(model, recorded)
     found: list[Way] = []
-    with warnings.catch_warnings(), listening(explorer):
-        warnings.simplefilter("ignore")  # the user has seen them in the recorded run
+    with unheard(), listening(explorer):
         for index, case in enumerate(cases):
             found.extend(explorer.ways_of(index, case))
-    asked = frozenset((code, _line(code, instruction)) for code, instruction in explorer.known)
+    asked = frozenset((code, _span(code, instruction)) for code, instruction in explorer.known)
     return Ways(tuple(found), asked, len(explorer.known), explorer.runs, explorer.lost)
 
 
@@ -104,6 +107,7 @@ class _Explorer:
     lies: Lies = field(default_factory=dict)
     asked: dict[Site, bool] = field(default_factory=dict)  # with the true answers
     visits: Counter[Site] = field(default_factory=Counter)
+    usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
     def ways_of(self, index: int, case: Case) -> Iterator[Way]:
@@ -135,11 +139,12 @@ class _Explorer:
     def _natural(self, case: Case) -> Graph | None:
         """What is recorded where every answer is true; None if it ends in an error."""
         try:
-            return self._run(case, {})
+            graph = self._run(case, {})
         except TorchfuseError:
             return None
-        finally:
-            self.natural |= set(self.asked.items())
+        self.natural |= set(self.asked.items())
+        self.usual |= self.visits
+        return graph
 
     def _otherwise(
         self, case: Case, asked: dict[Site, bool], visits: Counter[Site], seen: set[int]
@@ -147,6 +152,7 @@ class _Explorer:
         """The ways on which some answers are false."""
         waiting: list[Lies] = []
         sites: list[Site] = []
+        settled: set[Site] = set()
 
         def add(new: Mapping[Site, bool], count: Counter[Site], before: Lies) -> None:
             for site in new:
@@ -155,6 +161,9 @@ class _Explorer:
                     waiting.append({**before, site: None})
                     if 1 < count[site] <= _VISITS:
                         waiting.extend({**before, site: n} for n in range(count[site]))
+                if count[site] > 1 and site not in settled and _asks_for_equality(*site):
+                    settled.add(site)  # of sizes with others: one answer for each pair of numbers
+                    waiting.extend({**before, site: answer} for answer in (True, False))
 
         add(asked, visits, {})
         budget = self.runs + _RUNS
@@ -171,9 +180,10 @@ class _Explorer:
                 return
             lies = waiting.pop(0)
             graph = self._tried(case, lies)
+            # A check that raised asked as well: it may do so only because this answer is false.
+            add(self.asked, self.visits, lies)
             if graph is None:
                 continue
-            add(self.asked, self.visits, lies)
             yield from self._new(graph, ", ".join(_place(*site) for site in lies), seen)
 
     def _tried(self, case: Case, lies: Lies) -> Graph | None:
@@ -245,10 +255,17 @@ class _Explorer:
         self.visits[site] += 1
         self.asked.setdefault(site, real)
         self.known.add(site)
+        if self.lies and visit >= max(_ENDLESS, 2 * self.usual[site]):
+            self._lost_at(site, "a loop may not end")
+            raise _EndlessError
+        if visit >= _VISITS and _looks_into(*site):
+            self._lost_at(site, "a size or value is looked up in a container")
         if site in self.lies:
+            lie = self.lies[site]
+            false = real is not lie if isinstance(lie, bool) else lie in (None, visit)
             if visit >= _ANSWERS:
                 self._lost_at(site, "a loop may not end")
-            elif self.lies[site] in (None, visit):
+            elif false:
                 self.lied_after = len(self.graph.calls) if self.graph is not None else None
                 return not real
         return real
@@ -281,6 +298,10 @@ _PLAIN_ANSWERS = frozenset(
 _OWN = ("torchfuse.exploring.", "torchfuse.capture.")
 
 
+class _EndlessError(Exception):
+    """Ends a run that would not end."""
+
+
 def _asking() -> Any:
     """The frame of the code that asks, without the recording and what leads to it."""
     frame: Any = sys._getframe(2)
@@ -298,6 +319,33 @@ def _is_torch(frame: Any) -> bool:
 
 def _place(code: CodeType, instruction: int) -> str:
     return f"{code.co_filename.rsplit('/', 1)[-1]}:{_line(code, instruction)}"
+
+
+def _span(code: CodeType, instruction: int) -> Span:
+    """Where in the source an instruction is: first line and column, last line and column."""
+    positions = getattr(code, "co_positions", None)
+    if positions is None:  # Python 3.10 knows only lines
+        line = _line(code, instruction)
+        return line, -1, line, -1
+    where = next(islice(positions(), instruction // 2, None))
+    first, last, start, end = (-1 if number is None else number for number in where)
+    return first, start, last, end
+
+
+@lru_cache(maxsize=1024)
+def _asks_for_equality(code: CodeType, instruction: int) -> bool:
+    """Whether the instruction there is `==` or `!=`."""
+    steps = {step.offset: step for step in dis.get_instructions(code)}
+    step = steps.get(instruction)
+    if step is None or step.opname != "COMPARE_OP":
+        return False
+    return any(equal in str(step.argval) for equal in ("==", "!="))  # 3.13: "bool(==)"
+
+
+@lru_cache(maxsize=1024)
+def _looks_into(code: CodeType, instruction: int) -> bool:
+    """Whether the instruction there is `in`, which asks for one element after the other."""
+    return dis.opname[code.co_code[instruction]] == "CONTAINS_OP"
 
 
 def _line(code: CodeType, instruction: int) -> int:

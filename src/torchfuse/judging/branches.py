@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchfuse.judging.answers import answers_are_seen
 from torchfuse.judging.branching import branching_of
-from torchfuse.judging.direct import is_direct
-from torchfuse.judging.other_ways import holds_on_every_way
+from torchfuse.judging.direct import is_direct, names_asked_for
+from torchfuse.judging.other_ways import holds_on_every_way, holds_where_called_itself
 from torchfuse.judging.sources import syntax_of
 from torchfuse.retracing import leaves_it_to_torch
 from torchfuse.rules import Match, Refusal, Subject
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
 
     from torchfuse.graph import Call, ModuleCall
 
-__all__ = ["has_other_ways", "is_followed", "may_fork", "mentioned_elsewhere"]
+__all__ = [
+    "has_other_ways",
+    "is_followed",
+    "is_followed_by_itself",
+    "may_fork",
+    "mentioned_elsewhere",
+]
 
 _HINT = "Call the batch norm directly on the layer's output, or put both in nn.Sequential."
 
@@ -152,16 +159,35 @@ def is_followed(subject: Subject, match: Match, codes: Sequence[CodeType]) -> bo
     readers = {read.code for read in subject.graph.reads}
     if None in readers:  # scripted code
         return False
-    known = {code: branching_of(code, subject.volatile) for code in codes}
-    if not all(branching.only_tests for branching in known.values()):
+    if not all(branching_of(code, subject.volatile).only_tests for code in codes):
         return False
     if not holds_on_every_way(subject, match):
         return False
-    asked = subject.ways.asked
-    return all(
-        any((code, line) in asked for line in range(first, last + 1))
-        for code, branching in known.items()
-        for first, last in branching.of_numbers
+    calls = (*match.firsts, *match.seconds)
+    return all(answers_are_seen(subject, calls, code) for code in codes)
+
+
+def is_followed_by_itself(subject: Subject, match: Match, function: FunctionType) -> bool:
+    """Whether a method of the model, called with the inputs of forward, was followed everywhere.
+
+    Whoever calls it may give it more than that, where it takes more: then the two stand in it one
+    right after the other.
+    """
+    code = function.__code__
+    if holds_where_called_itself(subject, match, function.__name__) is not True:
+        return False
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    given = {len(case.args) + len(case.kwargs) for case in subject.cases}
+    if variable or given != {len(parameters)}:
+        first, second = (path.rpartition(".")[2] for path in match.modules)
+        named = names_asked_for(code)
+        parts = {part for path in match.modules for part in path.split(".")}
+        return named is not None and not named & parts and is_direct(code, first, second)
+    entry = subject.entries[function.__name__]
+    branching = branching_of(code, subject.volatile)
+    return branching.one_way or (
+        entry is not None and branching.only_tests and answers_are_seen(entry, (), code)
     )
 
 

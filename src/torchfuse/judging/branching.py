@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import CodeType
 
-__all__ = ["Branching", "branching_of"]
+__all__ = ["Branching", "Reader", "branching_of", "tests_of"]
 
 _BUILTINS = frozenset(vars(builtins))
 # Functions of `math` that look into a whole number without asking it.
@@ -39,8 +39,6 @@ class Branching:
 
     one_way: bool  # no branch, or only on the module's own configuration
     only_tests: bool = False  # each branch is a test, and what is tested can be followed
-    # Tests of more than flags: what compares or computes numbers, by its first and last line
-    of_numbers: tuple[tuple[int, int], ...] = ()
     catches: bool = False
     restless: str = ""  # what a branch asks for that changes from call to call
 
@@ -51,10 +49,10 @@ def branching_of(code: CodeType, volatile: frozenset[str]) -> Branching:
     function = syntax_of(code)
     if function is None:
         return Branching(one_way=False)
-    tests = list(_tests(function))
+    tests = list(tests_of(function))
     asked = {name for test in tests for name in _attributes_and_names(test)}
     restless = sorted(asked & (RESTLESS | volatile))
-    reader = _Reader(function, volatile)
+    reader = Reader(function, volatile)
     one_way = all(reader.is_configuration(test) for test in tests) and reader.chooses_nothing()
     nodes = list(ast.walk(function))
     catches = "suppress" in names_in(code) or any(isinstance(node, ast.Try) for node in nodes)
@@ -62,16 +60,10 @@ def branching_of(code: CodeType, volatile: frozenset[str]) -> Branching:
     if catches or matches:
         one_way = False
     only_tests = reader.chooses_nothing() and not matches and reader.can_be_followed(code)
-    before = code.co_firstlineno - 1
-    of_numbers = tuple(
-        (test.lineno + before, (test.end_lineno or test.lineno) + before)
-        for test in tests
-        if not reader.is_configuration(test) and not reader.is_of_flags(test)
-    )
-    return Branching(one_way, only_tests, of_numbers, catches, restless[0] if restless else "")
+    return Branching(one_way, only_tests, catches, restless[0] if restless else "")
 
 
-def _tests(function: ast.FunctionDef) -> Iterator[ast.expr]:
+def tests_of(function: ast.FunctionDef) -> Iterator[ast.expr]:
     """What the function branches on, apart from checks that only raise."""
     raising: set[int] = set()
     for node in ast.walk(function):
@@ -97,7 +89,7 @@ def _attributes_and_names(test: ast.expr) -> Iterator[str]:
             yield node.id
 
 
-class _Reader:
+class Reader:
     """What in one function is fixed: its module's configuration, globals, loops over those."""
 
     def __init__(self, function: ast.FunctionDef, volatile: frozenset[str]) -> None:
@@ -159,27 +151,6 @@ class _Reader:
         ):
             return True  # an argument that was given here is given in the plan's scope
         return self.is_fixed(test)
-
-    def is_of_flags(self, test: ast.expr) -> bool:
-        """Whether `test` compares no numbers, or only behind a part of the configuration."""
-        if isinstance(test, ast.BoolOp):
-            reached = []
-            for value in test.values:
-                reached.append(value)
-                if self.is_configuration(value):
-                    break  # had it let what follows be asked, that would have been seen
-            return all(self.is_configuration(v) or self.is_of_flags(v) for v in reached)
-        for node in ast.walk(test):
-            if isinstance(node, (ast.BinOp, ast.Subscript)):
-                return False
-            if isinstance(node, ast.Compare) and not all(
-                isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq, ast.In, ast.NotIn))
-                for op in node.ops
-            ):
-                return False
-            if isinstance(node, ast.Call) and ast.unparse(node.func) not in _PLAIN:
-                return False
-        return True
 
     def chooses_nothing(self) -> bool:
         """Whether no module is picked, and no loop run, by what is not fixed."""

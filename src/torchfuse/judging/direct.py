@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import CodeType
 
-__all__ = ["is_direct"]
+__all__ = ["is_direct", "names_asked_for", "names_one_after_the_other"]
 
 
 def is_direct(code: CodeType | None, first: str, second: str) -> bool:
@@ -41,6 +41,79 @@ def is_direct(code: CodeType | None, first: str, second: str) -> bool:
         for block in _blocks(function)
         for one, then in pairwise(block)
     )
+
+
+def names_one_after_the_other(code: CodeType, *names: str | None) -> bool:
+    """Whether all that the code does with two attributes is to give them to one call, in order.
+
+    `nn.Sequential(self.conv, self.bn)`.
+    """
+    function = syntax_of(code)
+    if function is None or len(names) != 2:
+        return False
+    attributes = [n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)]
+    if any(attributes.count(name) != 1 for name in names if name is not None):
+        return False
+    return any(
+        [getattr(argument, "attr", None) for argument in pair] == list(names)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        for pair in pairwise(call.args)
+    )
+
+
+def names_asked_for(code: CodeType) -> frozenset[str] | None:
+    """The names that the code gives to `getattr`; None if they are more than constants of its own.
+
+    `for name in ("layer1", "layer2"): getattr(self, name)`.
+    """
+    function = syntax_of(code)
+    if function is None:
+        return None
+    found: set[str] = set()
+    waiting = [
+        argument
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "getattr"
+        for argument in call.args[1:2]
+    ]
+    followed: set[str] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, ast.Constant):
+            found.add(str(value.value))
+        elif isinstance(value, (ast.Tuple, ast.List)):
+            waiting += value.elts
+        elif isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice):
+            waiting.append(value.value)
+        elif isinstance(value, ast.Name):
+            if value.id not in followed:
+                followed.add(value.id)
+                sources = _sources(function, value.id)
+                if not sources:
+                    return None
+                waiting += sources
+        else:
+            return None
+    return frozenset(found)
+
+
+def _sources(function: ast.FunctionDef, name: str) -> list[ast.expr]:
+    """What a local name is given, by assignments and loops; empty if by anything else as well."""
+    sources = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg) and node.arg == name:
+            return []
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            if not isinstance(node, (ast.Assign, ast.For)):
+                return []
+            sources.append(node.value if isinstance(node, ast.Assign) else node.iter)
+    stores = sum(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
+        for n in ast.walk(function)
+    )
+    return sources if stores == len(sources) else []
 
 
 def _unmoved(value: ast.expr) -> ast.expr:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchfuse.judging.branches import has_other_ways
+from torchfuse.judging.branches import has_other_ways, is_followed_by_itself
+from torchfuse.judging.direct import names_one_after_the_other
 from torchfuse.judging.mentions import BELOW, TENSORS, mentions_of
 from torchfuse.judging.other_ways import holds_on_every_way, holds_where_called_itself
 from torchfuse.judging.pair import Pair, delegates
@@ -116,11 +117,13 @@ def _is_explored(
     """
     name = function.__name__
     if _is_public(subject, path, name):
-        return holds_where_called_itself(subject, match, name) is True
+        return is_followed_by_itself(subject, match, function)
     seen |= {function.__code__}
     callers = [c for c in subject.mentions.get(name, ()) if c[1].__code__ not in seen]
     return bool(callers) and all(
         holds_on_every_way(subject, match)
+        and not has_other_ways(subject, caller.__code__, match)
+        and not has_other_ways(subject, function.__code__, match)
         if _ran(subject, caller.__code__, where) and not _is_public(subject, where, caller.__name__)
         else _is_explored(subject, match, where, caller, seen)
         for where, caller in callers
@@ -128,16 +131,19 @@ def _is_explored(
 
 
 def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
-    """Whether a method that takes nothing neither calls one of the two nor reads its tensors.
+    """Whether a method that takes nothing does no more than hand the two to one call, together.
 
-    `as_sequential()` makes a list of layers, `fuse()` folds them itself.
+    `as_sequential()` makes a sequence of them, `fuse()` folds them itself.
     """
     parameters = list(inspect.signature(function).parameters.values())[1:]
     if any(parameter.default is parameter.empty for parameter in parameters):
         return False
     mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
-    return bool(mentions) and all(
-        mention.usage == "read" and not TENSORS & {*mention.chain} for mention in mentions
+    reached = {pair.split(path, mention) for mention in mentions}
+    return (
+        reached == {pair.first, pair.second}
+        and all(m.usage == "read" and not TENSORS & {*m.chain} for m in mentions)
+        and names_one_after_the_other(function.__code__, *(m.chain[-1] for m in mentions))
     )
 
 

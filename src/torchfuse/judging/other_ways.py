@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torchfuse.capture.recorded_run import record
 from torchfuse.errors import TorchfuseError
+from torchfuse.exploring import unheard
 from torchfuse.inputs import resized
 from torchfuse.judging.dataflow import origin, owner_path
+from torchfuse.judging.sources import names_in
 from torchfuse.rules._exactness import exact_on_way
 from torchfuse.rules._rule import Match
 
@@ -81,19 +83,35 @@ def _as_entry(subject: Subject, method: str) -> Subject | None:
 
 
 def _takes_inputs(function: Any) -> bool:
-    """Whether a method takes an argument at all, and gives its result back when it has run."""
+    """Whether a method takes an argument at all, and only gives its result back when it has run."""
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
         return False
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or names_in(code) & _LEAVING_TRACES:
+        return False  # it was not asked for, and what it does cannot be put back
     return any(parameter.default is parameter.empty for parameter in parameters)
+
+
+# What writes to files, or trains
+_LEAVING_TRACES = frozenset(
+    {
+        *("save", "savez", "savetxt", "savefig", "imsave", "imwrite", "imshow", "show", "tofile"),
+        *("open", "write", "writelines", "write_text", "write_bytes", "dump", "to_csv"),
+        *("remove", "unlink", "rmtree", "rename", "mkdir", "makedirs", "system", "popen", "Popen"),
+        *("check_call", "check_output", "post", "put", "send", "exit", "_exit", "input"),
+        *("step", "backward", "zero_grad"),
+    }
+)
 
 
 def _recorded(subject: Subject, cases: tuple[Case, ...]) -> Subject | None:
     try:
-        graph = record(subject.model, cases, accept=_is_finished)
+        with unheard():
+            graph = record(subject.model, cases, accept=_is_finished)
     except (TorchfuseError, SystemExit):
         return None
     return subject.recorded_as(graph, cases)

@@ -27,12 +27,38 @@ __all__ = [
 
 @lru_cache(maxsize=4096)
 def syntax_of(code: CodeType) -> ast.FunctionDef | None:
-    """The function's syntax tree; None if there is no source, or it is no plain function."""
+    """The function's syntax tree; None if there is no source, or it is no plain function.
+
+    A file that was edited since it was imported holds the source of other functions by now.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError, IndentationError):
         return None
-    return next((node for node in tree.body[:1] if isinstance(node, ast.FunctionDef)), None)
+    function = next((node for node in tree.body[:1] if isinstance(node, ast.FunctionDef)), None)
+    return function if function is not None and _is_source_of(function, code) else None
+
+
+def _is_source_of(function: ast.FunctionDef, code: CodeType) -> bool:
+    """Whether the function has this name, these arguments, and names all that its code does."""
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    count = code.co_argcount + code.co_kwonlyargcount
+    if (function.name, tuple(a.arg for a in named)) != (code.co_name, code.co_varnames[:count]):
+        return False
+    if not all(name.replace(".", "").isidentifier() for name in code.co_names):
+        return True  # a tool rewrote it as it was imported, as pytest does with each assert
+    known: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name):
+            known.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            known.add(node.attr)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            known |= {alias.name for alias in node.names}
+            known |= {part for alias in node.names for part in alias.name.split(".")}
+            known.add(getattr(node, "module", None) or "")
+    return all(name in known for name in code.co_names if "__" not in name)
 
 
 def _members(class_: type) -> Iterator[tuple[str, Any]]:
