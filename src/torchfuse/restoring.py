@@ -332,10 +332,12 @@ _ATOMS = (
 
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> None:
-    if len(mapping) == len(entries) and all(map(is_, mapping, entries)):
-        now = mapping.values() if type(mapping) is dict else [mapping[key] for key in mapping]
-        if all(map(is_, now, entries.values())):
-            return
+    if (
+        len(mapping) == len(entries)
+        and all(map(is_, mapping, entries))
+        and all(map(is_, mapping.values(), entries.values()))
+    ):
+        return
     mapping.clear()
     mapping.update(entries)
 
