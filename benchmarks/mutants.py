@@ -65,7 +65,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "tests/test_checking.py",
         "tests/capture/test_recorded_run.py",
     ),
-    "surgery.py": ("tests/test_surgery.py", "tests/test_same_model_out.py"),
+    "surgery.py": (
+        "tests/test_surgery.py",
+        "tests/test_retracing.py",
+        "tests/test_same_model_out.py",
+    ),
     "applying.py": ("tests/test_proof.py", "tests/test_same_model_out.py"),
     "checkpoints.py": ("tests/test_same_model_out.py", "tests/rules/test_bn_relu.py"),
     "stats.py": ("tests/test_stats.py",),
