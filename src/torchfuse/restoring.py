@@ -335,10 +335,12 @@ _ATOMS = (
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[str]:
     """Gives a dictionary its entries back; the names of those that were others."""
-    if len(mapping) == len(entries) and all(map(is_, mapping, entries)):
-        now = mapping.values() if type(mapping) is dict else [mapping[key] for key in mapping]
-        if all(map(is_, now, entries.values())):
-            return []
+    if (
+        len(mapping) == len(entries)
+        and all(map(is_, mapping, entries))
+        and all(map(is_, mapping.values(), entries.values()))
+    ):
+        return []
     names = [key for key in {**mapping, **entries} if isinstance(key, str)]
     changed = [key for key in names if mapping.get(key) is not entries.get(key)]
     mapping.clear()
