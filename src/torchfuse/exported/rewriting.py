@@ -267,9 +267,13 @@ class _Rewriting(EditedProgram):
         replayed = _replayed(edit, result, self.reading) if self.keep else None
         parameters = _numel(self.state)
         # Those that go free their names for those that come.
-        kept = self.state.copy()
+        kept, stay = self.state.copy(), set(_nodes(result))
         for node in constants:
-            if node.op == "placeholder" and all(user in edit.goes for user in node.users):
+            if (
+                node.op == "placeholder"
+                and node not in stay
+                and all(user in edit.goes for user in node.users)
+            ):
                 target = str(self.specs[node.name].target)
                 if len(self.named(target)) == 1:
                     self.state.pop(target, None)
