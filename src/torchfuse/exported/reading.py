@@ -83,11 +83,6 @@ class AffineCall:
     affine: Affine
     axis: int | None  # of the channels; None: everywhere alike
 
-    @property
-    def constants(self) -> tuple[Node, ...]:
-        """The other nodes that the call reads."""
-        return tuple(node for node in self.node.all_input_nodes if node is not self.x)
-
 
 class Reading:
     """A state of an edited program's graph; make another one after an edit."""
