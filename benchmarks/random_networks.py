@@ -27,8 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torchfuse
 from judge import problems
 from networks import network
-from unmerged_networks import Unmerged, unmerged
-from unmerged_networks import problems as problems_of_program
+from unmerged_networks import Unmerged, judged, unmerged
 
 
 def main() -> None:
@@ -50,8 +49,7 @@ def main() -> None:
         drawn = (unmerged if options.unmerged else network)(Random(seed), seed)
         try:
             if isinstance(drawn, Unmerged):
-                plan = _plan_of_program(drawn)
-                found = problems_of_program(drawn)
+                plan, found = judged(drawn)
             else:
                 plan = torchfuse.plan(drawn.model, drawn.inputs(0))
                 found = problems(drawn)
@@ -93,11 +91,6 @@ def main() -> None:
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     sys.exit(bool(failing))
-
-
-def _plan_of_program(drawn: Unmerged) -> torchfuse.FusionPlan:
-    program = torch.export.export(drawn.model, (drawn.inputs,))
-    return torchfuse.fuse_exported(program, verify=False).plan
 
 
 def _without_names(reason: str) -> str:

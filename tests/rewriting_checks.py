@@ -33,7 +33,8 @@ def fused(
 ) -> FusionResult:
     """Return the fused program of `body`, having compared it in float32 and in float64.
 
-    Norms get statistics that are not trivial. With `rule`, only that one is used.
+    Norms get statistics that are not trivial. With `rule`, only that one is used. In float64 the
+    conditions alone must make it right: the proof is there to find their defects.
     """
     torch.manual_seed(0)
     model = Model(body, **modules).eval()
@@ -48,7 +49,7 @@ def fused(
                 nn.init.normal_(module.bias)
     wide = export(model.double(), (x.double(),), dynamic_shapes=dynamic)
     names = None if rule is None else [rule]
-    exact = torchfuse.fuse_exported(wide, rules=names)
+    exact = torchfuse.fuse_exported(wide, rules=names, verify=False)
     compare(wide, exact.model, x.double(), 1e-12)
     program = export(model.float(), (x,), dynamic_shapes=dynamic)
     before = {name: value.clone() for name, value in program.state_dict.items()}

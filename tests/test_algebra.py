@@ -222,3 +222,12 @@ def test_what_has_no_exact_form_is_refused_with_a_sentence() -> None:
     ):  # fmt: skip
         assert isinstance(refusal, Refusal)
         assert refusal.reason.endswith(".")
+
+
+def test_a_weight_that_would_fill_the_memory_is_not_made() -> None:
+    depthwise = Layer(torch.ones(4096, 1, 7, 7).double(), None, (1, 1), (3, 3), (1, 1), 4096)
+    one = torch.ones(1, 1, 1, 1).double()
+    wide = Layer(one.expand(4096, 4096, 1, 1), None, (1, 1), (0, 0), (1, 1))
+    for refusal in (plus(depthwise, wide), compose(depthwise, wide)):
+        assert isinstance(refusal, Refusal)
+        assert "elements in place of" in refusal.reason

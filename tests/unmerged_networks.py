@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
+from torchfuse import FusionPlan
 
 if TYPE_CHECKING:
     from random import Random
 
-__all__ = ["Unmerged", "problems", "unmerged"]
+__all__ = ["Unmerged", "judged", "unmerged"]
 
 CHANNELS = (4, 8)
 
@@ -185,8 +186,8 @@ def unmerged(random: Random, seed: int) -> Unmerged:
     return Unmerged(writing.model.eval(), inputs, source, layers, others)
 
 
-def problems(drawn: Unmerged) -> list[str]:
-    """Return what is wrong with the merged network, a line each."""
+def judged(drawn: Unmerged) -> tuple[FusionPlan, list[str]]:
+    """Return what was merged, and what is wrong with it, a line each."""
     program = torch.export.export(drawn.model, (drawn.inputs,))
     result = torchfuse.fuse_exported(program)
     found = []
@@ -203,4 +204,4 @@ def problems(drawn: Unmerged) -> list[str]:
     )
     if left["conv2d"] != drawn.layers or left.total() > drawn.layers + drawn.others:
         found.append(f"{dict(left)} left of {drawn.layers} layers: {result.plan}")
-    return found
+    return result.plan, found

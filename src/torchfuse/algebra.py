@@ -34,6 +34,12 @@ __all__ = [
 ]
 
 
+# A weight of more elements is made only if it is not much larger than those it is made of: written
+# out, the zeros between the groups of a wide depthwise convolution alone would fill the memory.
+_LARGE = 1 << 22
+_MUCH = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Affine:
     """y_c = scale_c · x_c + shift_c; of one element each where all channels have the same."""
@@ -150,7 +156,6 @@ def compose(first: Layer, second: Layer) -> Layer | Refusal:
             "The first convolution has a bias, and the second pads with zeros that do not."
         )
     groups = gcd(first.groups, second.groups)
-    first, second = regrouped(first, groups), regrouped(second, groups)
     size: list[int] = []
     dilation: list[int] = []
     for k1, k2, s1, d1, d2 in zip(
@@ -160,7 +165,11 @@ def compose(first: Layer, second: Layer) -> Layer | Refusal:
         dilation.append(step)
         size.append((s1 * d2 * (k2 - 1) + d1 * (k1 - 1)) // step + 1)
     out, middle, into = second.channels_out, second.channels_in, first.channels_in
+    refusal = _too_large(out * (into // groups) * prod(size), first, second)
+    if refusal is not None:
+        return refusal
     weight = torch.zeros(out, into // groups, *size, dtype=first.weight.dtype)
+    first, second = regrouped(first, groups), regrouped(second, groups)
     one_by_group = first.weight.reshape(groups, middle // groups, into // groups, *first.kernel)
     two_by_group = second.weight.reshape(groups, out // groups, middle // groups, *second.kernel)
     for a in product(*map(range, first.kernel)):
@@ -205,11 +214,15 @@ def plus(a: Layer, b: Layer) -> Layer | Refusal:
             return Refusal("Transposed convolutions are added only where all their sizes agree.")
     else:
         groups = gcd(a.groups, b.groups)
-        a, b = regrouped(a, groups), regrouped(b, groups)
         grid = [_grid(*sizes) for sizes in zip(*_places(a), *_places(b), strict=True)]
         if None in grid:
             return Refusal("The taps of the two kernels do not lie on one grid.")
         places = [place for place in grid if place is not None]
+        elements = a.channels_out * (a.channels_in // groups) * prod(size for size, *_ in places)
+        refusal = _too_large(elements, a, b)
+        if refusal is not None:
+            return refusal
+        a, b = regrouped(a, groups), regrouped(b, groups)
         a, b = _on_grid(a, places), _on_grid(b, places)
     bias = None if a.bias is None and b.bias is None else _bias(a) + _bias(b)
     return replace(a, weight=a.weight + b.weight, bias=bias)
@@ -273,6 +286,13 @@ def regrouped(layer: Layer, groups: int) -> Layer:
         weight=new.reshape(layer.channels_out, inside * width, *layer.kernel),
         groups=groups,
     )
+
+
+def _too_large(elements: int, a: Layer, b: Layer) -> Refusal | None:
+    before = a.weight.numel() + b.weight.numel()
+    if elements <= max(_LARGE, _MUCH * before):
+        return None
+    return Refusal(f"Merged, the weight would have {elements:,} elements in place of {before:,}.")
 
 
 def _tap(weight: Tensor, at: tuple[int, ...]) -> Tensor:

@@ -83,11 +83,6 @@ class AffineCall:
     affine: Affine
     axis: int | None  # of the channels; None: everywhere alike
 
-    @property
-    def constants(self) -> tuple[Node, ...]:
-        """The other nodes that the call reads."""
-        return tuple(node for node in self.node.all_input_nodes if node is not self.x)
-
 
 class Reading:
     """A state of an edited program's graph; make another one after an edit."""
@@ -101,6 +96,7 @@ class Reading:
             if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
         }
         self._constants: dict[Node, bool] = {}
+        self._computed: dict[Node, Tensor] = {}
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 spec = program.specs[node.name]
@@ -138,11 +134,14 @@ class Reading:
             stored = self.program.tensor(node)
             assert stored is not None
             return stored.detach()
+        if node in self._computed:
+            return self._computed[node]
         args, kwargs = map_arg((node.args, node.kwargs), self.constant)
         assert callable(node.target)
         with torch.no_grad():
             value = node.target(*args, **kwargs)
         assert isinstance(value, Tensor)
+        self._computed[node] = value
         return value
 
     def stored(self, nodes: Sequence[Node]) -> set[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-__all__ = ["Replay", "replay"]
+__all__ = ["Replay", "named", "replay"]
 
 # What rounding may do to a few layers in a row; beyond it, float64 decides.
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}

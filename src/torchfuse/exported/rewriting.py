@@ -265,11 +265,15 @@ class _Rewriting(EditedProgram):
         constants = [n for n in _inputs(edit) if self.reading.is_constant(n)]
         stored = self.reading.stored(constants)
         replayed = _replayed(edit, result, self.reading) if self.keep else None
-        parameters = _numel(self.state)
+        parameters = _parameters(self.state)
         # Those that go free their names for those that come.
-        kept = self.state.copy()
+        kept, stay = self.state.copy(), set(_nodes(result))
         for node in constants:
-            if node.op == "placeholder" and all(user in edit.goes for user in node.users):
+            if (
+                node.op == "placeholder"
+                and node not in stay
+                and all(user in edit.goes for user in node.users)
+            ):
                 target = str(self.specs[node.name].target)
                 if len(self.named(target)) == 1:
                     self.state.pop(target, None)
@@ -298,7 +302,7 @@ class _Rewriting(EditedProgram):
             fusion = Fusion(
                 rule.name,
                 paths,
-                parameters - _numel(self.state),
+                parameters - _parameters(self.state),
                 saved.traffic_bytes if known else None,
                 saved.macs if known else None,
             )
@@ -532,8 +536,8 @@ def _nodes(value: Any) -> Iterator[Node]:
             yield from _nodes(entry)
 
 
-def _numel(state: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in state.values())
+def _parameters(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in state.values() if isinstance(tensor, nn.Parameter))
 
 
 def _path(node: Node) -> str:

@@ -29,6 +29,15 @@ def test_it_is_removed(name: str) -> None:
     assert calls(result) == {"relu": 1}
 
 
+def test_a_parameter_that_is_passed_on_is_kept() -> None:
+    """As a class token is, expanded to a batch of one."""
+    model = nn.Linear(6, 4)
+    result = fused(lambda m, x: torch.cat([m.token.weight[None].expand(1, -1, -1), x[:1]]), X,
+                   token=model)  # fmt: skip
+    assert "expand" not in calls(result)
+    assert "token.weight" in result.model.state_dict
+
+
 def copied_and_changed(m: Model, x: Tensor) -> object:
     y = F.relu(x)
     z = y.clone()

@@ -174,6 +174,8 @@ def _sum(group: list[_Branch]) -> Layer | Refusal:
             layers.append(signed)
         else:
             affines.append((made, branch.term.sign))
+    # The largest first: what is added to it then makes it hardly larger.
+    layers.sort(key=lambda layer: layer.weight.numel(), reverse=True)
     total: Layer | Refusal = layers[0]
     for layer in layers[1:]:
         total = _plus(total, layer)
