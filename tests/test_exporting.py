@@ -25,6 +25,7 @@ from torchfuse.errors import (
 )
 from torchfuse.inputs import Case
 from torchfuse.quantizing import static
+from torchfuse.targets.target import Made
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -626,7 +627,7 @@ def test_an_int8_program_that_computes_something_else_is_not_written(
 def test_outputs_that_are_all_zero_are_not_a_step_off() -> None:
     model, calibration = with_two_logits()
     int8 = torchfuse.quantize(model, calibration[0], calibration).model
-    made = exporting._Made(b"", "int8", {}, lambda x: 0 * int8(x), int8)
+    made = Made({}, "int8", {}, lambda x: 0 * int8(x), int8)
     problems, _, _ = exporting._judged(int8, made, [Case((x,)) for x in calibration[:8]])
     assert problems == [
         "output: has an SQNR of 0.0 dB against the quantized model; at least 10.0 dB was asked for."

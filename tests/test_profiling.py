@@ -94,7 +94,7 @@ def test_the_profilers_own_lines_are_not_shown(capfd: pytest.CaptureFixture[str]
 
 
 def test_a_pte_needs_an_etdump(model_files: Callable[[str], str]) -> None:
-    with pytest.raises(UnsupportedError, match=r"keeps no profile; build executor_runner with .*"):
+    with pytest.raises(UnsupportedError, match=r"keeps no profile. Build executor_runner with .*"):
         profile(model_files("third.pte"), X)
 
 

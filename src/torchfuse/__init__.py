@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
     from torchfuse.quantizing.report import QuantizationReport
     from torchfuse.quantizing.training import convert_qat, prepare_qat
-    from torchfuse.targets.mobile_optimizer import optimize_for_mobile
+    from torchfuse.targets.torchscript.mobile_optimizer import optimize_for_mobile
     from torchfuse.timing import Measurement, measure
 
 __all__ = [
@@ -130,7 +130,7 @@ _HOME = {
     "load": "exporting",
     "load_unfused_state_dict": "checkpoints",
     "measure": "timing",
-    "optimize_for_mobile": "targets.mobile_optimizer",
+    "optimize_for_mobile": "targets.torchscript.mobile_optimizer",
     "plan": "fusing",
     "convert_qat": "quantizing.training",
     "prepare_qat": "quantizing.training",

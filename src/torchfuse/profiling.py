@@ -99,15 +99,13 @@ def profile(
 def _loaded(runnable_or_path: Callable[..., Any] | str | os.PathLike[str]) -> Callable[..., Any]:
     if not isinstance(runnable_or_path, (str, os.PathLike)):
         return runnable_or_path
-    from torchfuse.artifacts import artifact_format
     from torchfuse.exporting import load
+    from torchfuse.targets import target_for
 
-    if artifact_format(runnable_or_path) == "pte":
+    if (obstacle := target_for(runnable_or_path).profile_obstacle()) is not None:
         raise UnsupportedError(
-            f"Expected a model, a '.pt' or a '.ptl', got '{runnable_or_path}', and the ExecuTorch "
-            "runtime that is installed keeps no profile; build executor_runner with "
-            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, run the file with "
-            "its --etdump_path, and give the ETDump that it writes to profile_of_etdump."
+            f"Expected a model, or a file of a runtime that can be asked for a profile, got "
+            f"'{os.fspath(runnable_or_path)}': {obstacle}."
         )
     return load(runnable_or_path)
 

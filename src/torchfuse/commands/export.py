@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from torchfuse import model_source
-from torchfuse.artifacts import artifact_format, check_destination, check_options
+from torchfuse.artifacts import check_destination
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.dynamic_sizes import dynamic_shapes, parse_sizes
 from torchfuse.commands.model_options import model_options
 from torchfuse.errors import InputError
+from torchfuse.targets import target_for
+from torchfuse.targets.options import check_options
 
 if TYPE_CHECKING:
     from torchfuse.artifacts import Precision
@@ -60,11 +62,11 @@ def command(
 
     MODEL is path/to/file.py:callable or package.module:callable.
     """  # noqa: D301  # \b keeps click from re-filling the next paragraph
-    form = artifact_format(output)
+    target = target_for(output)
     check_destination(output)
     parsed = parse_sizes(sizes)
     check_options(
-        form,
+        target,
         precision,
         calibrated=given.data is not None,
         dynamic=bool(parsed),

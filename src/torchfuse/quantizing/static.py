@@ -22,7 +22,7 @@ from torchfuse.quantizing.lockstep import attribute
 from torchfuse.quantizing.normalisation import FLOAT, RANGE, fold_normalisation
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quieting import quiet
-from torchfuse.targets import executorch
+from torchfuse.targets.capturing import capture
 
 __all__ = [
     "LAYERS",
@@ -106,7 +106,7 @@ def float_graph(
         UnsupportedError: torch.export cannot capture the model.
     """
     traced, dynamic_shapes = widest(model, example, data, dynamic_shapes)
-    program = executorch.capture(model, traced, dynamic_shapes)
+    program = capture(model, traced, dynamic_shapes)
     with quiet():
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)
