@@ -69,7 +69,7 @@ def test_models_are_measured_and_what_it_saves_is_read_elsewhere(
         (["model.pte", "--threads=-1"], 2, "--threads must be 1 or more, got -1"),
         (["model.pte", "--warmup=-1"], 2, "--warmup must be 0 or more, got -1"),
         (["model.pte", *INPUT, "--save=no/such/folder"], 1, "No such file or directory: 'no/such"),
-        (["model.tflite", *INPUT], 1, "with suffix '.tflite'"),
+        (["model.onnx", *INPUT], 1, "expected a .pte, .pt or .ptl file"),
         (["model.pt", *INPUT], 1, "a .pt needs torch, which"),
     ],
 )

@@ -16,7 +16,7 @@ from torchfuse.devices.operators import operators_of
 from torchfuse.devices.runner import Runner
 from torchfuse.devices.speed_benchmark import SpeedBenchmark
 from torchfuse.errors import InputError, UnsupportedError
-from torchfuse.targets import TARGETS, target_for
+from torchfuse.targets import TARGETS, target_of
 from torchfuse.tasks import Task
 
 __all__ = ["native_runner"]
@@ -56,7 +56,7 @@ def native_runner(path: Path, tasks: Mapping[str, Task], facts: DeviceFacts) -> 
         raise InputError(
             f"Expected a runner, but '{path}' cannot be read: {error.strerror}."
         ) from error
-    targets = {name: target_for(task.path) for name, task in tasks.items()}
+    targets = {name: target_of(task.form) for name, task in tasks.items()}
     for name, target in targets.items():
         if target.native_runner is None:
             raise InputError(
@@ -105,7 +105,7 @@ def _require_version(path: Path, binary: bytes, tasks: Mapping[str, Task]) -> No
     for name, task in tasks.items():
         with task.path.open("rb") as file:
             version = file.read(8)[4:]
-        is_program = target_for(task.path).native_runner == "executor_runner"
+        is_program = target_of(task.form).native_runner == "executor_runner"
         if is_program and reads and version not in reads:
             raise UnsupportedError(
                 f"{name} is a program of version {version.decode(errors='replace')}, and '{path}' "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from torchfuse.quieting import quiet
-from torchfuse.targets import target_for
+from torchfuse.targets import target_of
 from torchfuse.tasks import Task
 
 __all__ = ["operators_of"]
@@ -18,4 +18,4 @@ def operators_of(task: Task) -> Sequence[str]:
     if noted is not None:
         return noted
     with quiet():
-        return target_for(task.path).operators(task.path)
+        return target_of(task.form).operators(task.path)

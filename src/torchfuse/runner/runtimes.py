@@ -185,7 +185,7 @@ class _OfTarget(_Torch):
     def __init__(self, form: str) -> None:
         super().__init__()
         # By name, since the archive that is pushed to devices holds none of it.
-        self._target = importlib.import_module("torchfuse.targets").target_for(f"model.{form}")
+        self._target = importlib.import_module("torchfuse.targets").target_of(form)
         self._opening = importlib.import_module("torchfuse.targets.opening")
         self._target.require_runtime()
         self._target.preload()

@@ -7,17 +7,24 @@ import os
 
 from torchfuse.errors import ArtifactError
 from torchfuse.targets.executorch import ExecuTorch
+from torchfuse.targets.onnx import Onnx
 from torchfuse.targets.target import Target
 from torchfuse.targets.torchscript import TorchScript
 
-__all__ = ["TARGETS", "Target", "target_for"]
+__all__ = ["TARGETS", "Target", "target_for", "target_of"]
 
 # In the order in which they are listed and compared.
 TARGETS: tuple[Target, ...] = (
     ExecuTorch(),
+    Onnx(),
     TorchScript(".pt"),
     TorchScript(".ptl"),
 )
+
+
+def target_of(form: str) -> Target:
+    """Return the target whose files have this form: a suffix without its dot."""
+    return target_for(f"model.{form}")
 
 
 def target_for(path: str | os.PathLike[str]) -> Target:

@@ -1,5 +1,6 @@
 """Calling a loaded file as the model that it was made from: nesting, sizes and types."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from torchfuse.errors import ArtifactError, InputError, first_line
 from torchfuse.inputs import Case
-from torchfuse.targets.capturing import plainly_nested, with_default_strides
+from torchfuse.targets.capturing import ANY_SIZE, plainly_nested, with_default_strides
 
-__all__ = ["Input", "Model", "described", "inputs_of_signature"]
+__all__ = ["ANY_SIZE", "Input", "Model", "cores", "described", "inputs_of_signature"]
 
 
 class Model(ABC):
@@ -65,7 +66,9 @@ class Model(ABC):
         return lambda: self._execute(inputs)
 
     def largest_ones(self) -> Case | None:
-        """Return inputs of ones of the largest sizes that it takes; None: one is no tensor."""
+        """Return inputs of ones of the largest sizes that it takes; None: there are none."""
+        if any(largest >= ANY_SIZE for given in self._inputs for _, largest in given.sizes):
+            return None
         leaves = [
             torch.ones([largest for _, largest in given.sizes], dtype=given.dtype)
             for given in self._inputs
@@ -183,8 +186,18 @@ class Input:
         """As in "1×3×(32…224)×(32…224) float32"."""
         if self.dtype is None:
             return "a number"
-        sizes = [str(low) if low == high else f"({low}…{high})" for low, high in self.sizes]
+        sizes = [
+            str(low) if low == high else f"({low}…{'' if high >= ANY_SIZE else high})"
+            for low, high in self.sizes
+        ]
         return f"{'×'.join(sizes) or 'a scalar'} {str(self.dtype).removeprefix('torch.')}"
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def inputs_of_signature(signature: Mapping[str, Any]) -> tuple[Input, ...]:

@@ -19,14 +19,17 @@ from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
 
 __all__ = [
+    "ANY_SIZE",
     "capture",
     "input_shapes",
     "plainly_nested",
+    "require_tensor_outputs",
     "signature_of",
     "size_range",
     "with_default_strides",
 ]
 
+ANY_SIZE = 2**31 - 1  # the largest size of an axis that has no maximum
 _SPLITS = (
     torch.ops.aten.chunk.default,
     torch.ops.aten.split.Tensor,
@@ -292,6 +295,17 @@ def plainly_nested(spec: pytree.TreeSpec) -> pytree.TreeSpec:
     return pytree.TreeSpec(tuple, None, children)
 
 
+def require_tensor_outputs(program: torch.export.ExportedProgram, suffix: str) -> None:
+    """Raise UnsupportedError if the program returns anything but tensors."""
+    for index, spec in enumerate(program.graph_signature.output_specs):
+        if not isinstance(spec.arg, torch.export.graph_signature.TensorArgument):
+            value = getattr(spec.arg, "value", spec.arg)
+            raise UnsupportedError(
+                f"'{suffix}' returns tensors only, and output {index} of this model is {value!r}; "
+                "leave it out, or use '.pte'."
+            )
+
+
 def input_shapes(program: torch.export.ExportedProgram) -> list[Sequence[Any] | None]:
     """Return the shapes of the user's inputs, sizes as int or SymInt; None for a number."""
     return [getattr(value, "shape", None) for value in _input_values(program)]
@@ -315,7 +329,8 @@ def size_range(program: torch.export.ExportedProgram, size: Any) -> tuple[int, i
     allowed = program.range_constraints.get(size.node.expr)
     if allowed is None:  # derived from another size
         allowed = size.node.shape_env.bound_sympy(size.node.expr)
-    return max(int(allowed.lower), 1), int(allowed.upper)
+    endless = not allowed.upper.is_finite or allowed.upper >= ANY_SIZE
+    return max(int(allowed.lower), 1), ANY_SIZE if endless else int(allowed.upper)
 
 
 def _sizes(

@@ -1,7 +1,6 @@
 """The exported program that a target is given: as the model is, with half inside, or quantized."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torchfuse.inputs import Case
 from torchfuse.quantizing import is_quantized_graph, quantize
 from torchfuse.quantizing.static import layers_of
 from torchfuse.quantizing.unquantized import mostly_float
-from torchfuse.targets.capturing import capture, input_shapes
+from torchfuse.targets.capturing import ANY_SIZE, capture, input_shapes
 from torchfuse.targets.target import Request
 from torchfuse.targets.torchscript.scripting import is_quantized
 
@@ -36,7 +35,14 @@ class Captured:
     known: tuple[str, ...]  # notes that the user was warned of when the model was quantized
 
 
-def captured(request: Request, *, suffix: str, lacking: str, for_xnnpack: bool = True) -> Captured:
+def captured(
+    request: Request,
+    *,
+    suffix: str,
+    lacking: str,
+    precisions: Collection[Precision] = ("fp32", "fp16", "int8", "int4"),
+    for_xnnpack: bool = True,
+) -> Captured:
     """Return the model of the request as an exported program in the precision asked for.
 
     int8 is XNNPACK's PT2E recipe. `lacking` says why other types of weights are refused. Without
@@ -70,6 +76,11 @@ def captured(request: Request, *, suffix: str, lacking: str, for_xnnpack: bool =
         raise InputError(
             f"Expected a model that can be exported in {request.precision}, got one in "
             f"{precision}; leave precision out to export it as it is."
+        )
+    if precision not in precisions:
+        raise UnsupportedError(
+            f"Expected a model in {' or '.join(precisions)} for '{suffix}', got one in "
+            f"{precision}; use '.pte'."
         )
     return Captured(
         program,
@@ -157,7 +168,7 @@ def _range(allowed: Any, example_size: int) -> tuple[int, int]:
     `allowed` is what torch.export says of a size.
     """
     low = max(int(allowed.lower), 1)
-    endless = not allowed.upper.is_finite or allowed.upper >= sys.maxsize - 1
+    endless = not allowed.upper.is_finite or allowed.upper >= ANY_SIZE
     if not endless:
         return low, int(allowed.upper)
     return max(low, example_size), max(low, 2 * example_size)
