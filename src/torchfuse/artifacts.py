@@ -45,6 +45,7 @@ class Artifact:
     # none left, since lowering folds them or turns them into other operators.
     batch_norms: int | None = None
     batch_norms_left: int | None = None
+    computes_in: str | None = None  # here, of what is not int8, by the runtime; None: not said
     beside: tuple[Path, ...] = ()  # its other files, in the same folder: an `.xml` has a `.bin`
 
     def __str__(self) -> str:
@@ -52,6 +53,9 @@ class Artifact:
         lines = [f"{self.path}: {self.precision} .{self.format}, {self.size_bytes / 1e3:.1f} kB"]
         lines.append(f"SHA-256 {self.sha256}")
         lines += [f"with {path}, which it needs beside it" for path in self.beside]
+        if self.computes_in is not None:
+            what = "what is not in int8" if self.precision == "int8" else "everything"
+            lines.append(f"computes {what} in {self.computes_in} on this CPU, as the runtime says")
         if self.equivalence is not None:
             lines.append(f"compared with the model: {self.equivalence}")
         if self.batch_norms:

@@ -47,7 +47,7 @@ from torchfuse.targets.target import CheckedFile, Made, Request
 
 __all__ = ["export", "load", "loaded"]
 
-_FP16_MIN_SQNR_DB = 30.0
+_MIN_SQNR_DB = {"fp16": 30.0, "bf16": 30.0}  # against the model
 # Kernels round int8 otherwise than torchao's simulation does, and dozens of layers multiply it:
 # the program may be as far from the quantized model as that is from the model.
 _INT8_MIN_SQNR_DB = 10.0  # against the quantized model
@@ -178,6 +178,7 @@ def export(
         notes=(*made.known, *notes),
         batch_norms=made.batch_norms,
         batch_norms_left=made.batch_norms_left,
+        computes_in=made.computes_in,
         beside=tuple(paths[suffix] for suffix in target.beside),
     )
 
@@ -274,7 +275,7 @@ def _compared(
             problems, notes, asked = _judged(model, made, [*examples, *data])
             found = replace(found, min_sqnr_db=asked)
     else:
-        sqnr = {"fp16": _FP16_MIN_SQNR_DB}.get(made.precision)
+        sqnr = _MIN_SQNR_DB.get(made.precision)
         found = verify(model, made.run, examples, min_sqnr_db=sqnr)
         problems = list(found.problems)
     if problems:

@@ -29,7 +29,7 @@ __all__ = ["command"]
     help="The file to write: .pte for ExecuTorch, .pt or .ptl for TorchScript.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int8"]),
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     help="Default: as the model is. int8 is plain; quantize wins accuracy back.",
 )  # fmt: skip
 @click.option(

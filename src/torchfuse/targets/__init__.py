@@ -8,6 +8,7 @@ import os
 from torchfuse.errors import ArtifactError
 from torchfuse.targets.executorch import ExecuTorch
 from torchfuse.targets.onnx import Onnx
+from torchfuse.targets.openvino import OpenVino
 from torchfuse.targets.target import Target
 from torchfuse.targets.torchscript import TorchScript
 
@@ -17,6 +18,7 @@ __all__ = ["TARGETS", "Target", "target_for", "target_of"]
 TARGETS: tuple[Target, ...] = (
     ExecuTorch(),
     Onnx(),
+    OpenVino(),
     TorchScript(".pt"),
     TorchScript(".ptl"),
 )

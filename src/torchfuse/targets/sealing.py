@@ -122,7 +122,8 @@ def digests(files: Mapping[str, bytes]) -> dict[str, str]:
 
 def sealed_text(payload: bytes, metadata: Mapping[str, Any]) -> str:
     """Return a seal over `payload` as one line of text, for formats that take a text at the end."""
-    body = _encode(metadata)
+    # "--" ends a comment in XML, and stands in JSON within strings only, where it has another form.
+    body = _encode(metadata).replace(b"--", b"-\\u002d")
     digest = hashlib.sha256(payload)
     digest.update(body)
     return f"{_TEXT_OPENING.decode()}{body.decode()} {digest.hexdigest()}{_TEXT_CLOSING.decode()}"
@@ -138,9 +139,11 @@ def unseal_text(
     Raises:
         ArtifactError: there is such a text, and it is not that of these bytes.
     """
-    if not data.endswith(_TEXT_CLOSING + end):
-        return None
     start = data.rfind(_TEXT_OPENING)
+    if not data.endswith(_TEXT_CLOSING + end):
+        if start >= 0:
+            raise damaged(path, "the seal at its end is not whole")
+        return None
     text = data[start + len(_TEXT_OPENING) : -len(_TEXT_CLOSING + end)]
     body, _, digest = text.rpartition(b" ")
     whole = hashlib.sha256(payload(data[: max(start, 0)]))

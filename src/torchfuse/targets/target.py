@@ -48,6 +48,7 @@ class Made:
     other_cases: "tuple[Case, ...]" = ()  # at other sizes
     notes: tuple[str, ...] = ()  # what was done otherwise than asked: what comes after "it was"
     known: tuple[str, ...] = ()  # notes that the user was warned of when the model was quantized
+    computes_in: str | None = None  # what the runtime says, of what is not int8; None: it does not
     batch_norms: int | None = None  # in the model's graph; None: not counted
     batch_norms_left: int | None = None  # in the file's
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
+from torchfuse.artifacts import Precision
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
 from torchfuse.quieting import quiet
 from torchfuse.targets.capturing import input_shapes, require_tensor_outputs, signature_of
@@ -24,7 +26,7 @@ from torchfuse.targets.onnx.session import OnnxModel
 from torchfuse.targets.programs import captured, nested_as
 from torchfuse.targets.target import Made, Request
 
-__all__ = ["made"]
+__all__ = ["made", "model_of"]
 
 _LARGEST_BYTES = 2**31 - 1  # of a protocol buffer
 _INT8_TO_UINT8 = 128
@@ -47,10 +49,7 @@ def made(request: Request) -> Made:
     require_tensor_outputs(found.program, ".onnx")
     import onnx
 
-    model = _exported(found.program)
-    _strip(model)
-    if found.precision == "int8":
-        _make_activations_unsigned(model)
+    model = model_of(found.program, found.precision, optimize=request.optimize)
     if (size := model.ByteSize()) > _LARGEST_BYTES:
         raise UnsupportedError(
             f"An '.onnx' of one file holds 2 GiB, and this model has {size / 2**30:.1f}; use "
@@ -95,6 +94,22 @@ def made(request: Request) -> Made:
     )
 
 
+def model_of(
+    program: torch.export.ExportedProgram, precision: Precision, *, optimize: bool = True
+) -> Any:
+    """Return the program as an onnx.ModelProto, without names of anybody's source files.
+
+    Raises:
+        UnsupportedError: ONNX has no form of it.
+    """
+    _subtract_from_floats(program.graph)
+    model = _exported(program, optimize=optimize)
+    _strip(model)
+    if precision == "int8":
+        _make_activations_unsigned(model)
+    return model
+
+
 @contextlib.contextmanager
 def _without_news() -> Iterator[None]:
     """Keep the exporter from logging that torchvision is missing, of which nothing is used."""
@@ -107,14 +122,35 @@ def _without_news() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _exported(program: torch.export.ExportedProgram) -> Any:
+def _exported(program: torch.export.ExportedProgram, *, optimize: bool) -> Any:
     try:
         with quiet(), torch.no_grad(), _without_news():
-            exported = torch.onnx.export(program, (), None, dynamo=True, verbose=False)
+            exported = torch.onnx.export(
+                program, (), None, dynamo=True, verbose=False, optimize=optimize
+            )
     except Exception as error:
         raise UnsupportedError(f"ONNX cannot have this model: {_reason(error)}.") from error
     assert exported is not None
     return exported.model_proto
+
+
+def _subtract_from_floats(graph: fx.Graph) -> None:
+    """Write `number - integers` as `number + (-float(integers))`, in place.
+
+    torch.onnx.export finds no operator for the former: pytorch#194381.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
+        source, number, *alpha = node.args
+        made = node.meta["val"]
+        if source.meta["val"].dtype == made.dtype or alpha not in ([], [1]):
+            continue
+        value = source
+        with graph.inserting_before(node):
+            for target, args in ((aten.to.dtype, (made.dtype,)), (aten.neg.default, ())):
+                value = graph.call_function(target, (value, *args))
+                value.meta = {**node.meta}
+        node.target, node.args = aten.add.Scalar, (value, number)
 
 
 def _strip(model: Any) -> None:

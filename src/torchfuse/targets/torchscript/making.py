@@ -34,8 +34,9 @@ def made(request: Request) -> Made:
     model, examples, form = request.model, request.examples, request.form
     if isinstance(model, fx.GraphModule) and is_quantized_graph(model.graph):
         raise UnsupportedError(
-            f"A model that torchfuse.quantize made is for '.pte' and '.onnx'; for '.{form}' give the "
-            "model itself, with QuantStub and DeQuantStub, and precision='int8' with calibration data."
+            f"A model that torchfuse.quantize made is for '.pte' and '.onnx'; for '.{form}' give "
+            "the model itself, with QuantStub and DeQuantStub, and precision='int8' with "
+            "calibration data."
         )
     if form == "ptl" and (named := [name for case in examples for name in case.kwargs]):
         raise UnsupportedError(
