@@ -6,6 +6,7 @@ Nothing outside this folder (and the runner, which is pushed to devices) knows a
 import os
 
 from torchfuse.errors import ArtifactError
+from torchfuse.targets.aotinductor import AotInductor
 from torchfuse.targets.executorch import ExecuTorch
 from torchfuse.targets.onnx import Onnx
 from torchfuse.targets.openvino import OpenVino
@@ -19,6 +20,7 @@ TARGETS: tuple[Target, ...] = (
     ExecuTorch(),
     Onnx(),
     OpenVino(),
+    AotInductor(),
     TorchScript(".pt"),
     TorchScript(".ptl"),
 )

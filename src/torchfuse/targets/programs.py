@@ -40,7 +40,7 @@ def captured(
     *,
     suffix: str,
     lacking: str,
-    precisions: Collection[Precision] = ("fp32", "fp16", "int8", "int4"),
+    precisions: Collection[str] = ("fp32", "fp16", "int8", "int4"),
     for_xnnpack: bool = True,
 ) -> Captured:
     """Return the model of the request as an exported program in the precision asked for.

@@ -19,7 +19,7 @@ __all__ = ["HINTS", "OpenVinoModel"]
 
 # What OpenVINO is told to compute in. Left to itself it takes bf16 for fp32 where the CPU has it.
 HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
-_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
 
 class OpenVinoModel(Model):
@@ -59,8 +59,8 @@ class OpenVinoModel(Model):
     @property
     def precision(self) -> str:
         """What it computes in on this CPU where it is not in int8: fp32, fp16 or bf16."""
-        kind = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_dtype()
-        return _PRECISIONS.get(getattr(kind, "__name__", str(kind)), str(kind))
+        kind: str = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        return _PRECISIONS.get(kind, kind)
 
     def set_threads(self, count: int) -> None:
         """Compile the model anew, with so many threads."""
@@ -119,7 +119,7 @@ def _told(error: Exception) -> str:
 
 def _input(given: Any) -> Input:
     """Return what an input of someone else's model may be."""
-    dtype = getattr(torch, given.get_element_type().to_dtype().__name__.replace("bool_", "bool"))
+    dtype = getattr(torch, given.get_element_type().to_dtype().name)
     sizes = []
     for size in given.get_partial_shape():
         longest = size.get_max_length()
