@@ -268,7 +268,7 @@ def test_a_folder_is_not_a_model(tmp_path: Path) -> None:
 )
 def test_an_unknown_suffix_is_an_error_that_lists_the_known(name: str, got: str) -> None:
     with pytest.raises(
-        ArtifactError, match=rf"'\.pte', '\.pt', '\.ptl'.*, got '{name}' with {got}"
+        ArtifactError, match=rf"'\.pte', .*'\.pt', '\.ptl', got '{name}' with {got}"
     ):
         target_for(name)
 

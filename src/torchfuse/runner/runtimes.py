@@ -106,9 +106,9 @@ class _ExecuTorch(_Torch):
     def __init__(self) -> None:
         super().__init__()
         # Not executorch.runtime: importing that brings all of its exporter in, which takes seconds.
-        from executorch.extension.pybindings import _portable_lib
+        from executorch.extension.pybindings import _C
 
-        self._bindings = _portable_lib
+        self._bindings = _C
         self.version = version("executorch")
 
     def set_threads(self, count: int) -> int | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchfuse.artifacts import Precision
     from torchfuse.delegation import Delegation
     from torchfuse.inputs import Case
+    from torchfuse.profiling import Profile
 
 __all__ = ["CheckedFile", "Files", "Made", "Request", "Target"]
 
@@ -178,6 +179,11 @@ class Target(ABC):
     def operators(self, path: Path) -> Sequence[str]:  # noqa: ARG002  # who has none needs no path
         """Return the operators that the file needs kernels for, where the runtime may lack some."""
         return ()
+
+    def profile(  # noqa: B027  # torch's profiler sees what torch runs
+        self, file: CheckedFile, case: "Case", *, name: str, warmup: int, runs: int, threads: int
+    ) -> "Profile | None":
+        """Return where the time of a run goes; None: torch's profiler says it."""
 
     def profile_obstacle(self) -> str | None:
         """Why it cannot be said here where the time of a run goes; None: it can."""

@@ -9,6 +9,8 @@ from torchfuse.targets.sealing import damaged, seal_pte, unseal_binary
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 if TYPE_CHECKING:
+    from torchfuse.inputs import Case
+    from torchfuse.profiling import Profile
     from torchfuse.targets.executorch.program import ExecutorchModel
 
 __all__ = ["ExecuTorch"]
@@ -79,13 +81,17 @@ class ExecuTorch(Target):
         program = deserialize_pte_binary(path.read_bytes()).program
         return sorted({name for plan in program.execution_plan for name in operators(plan)})
 
+    def profile(
+        self, file: CheckedFile, case: "Case", *, name: str, warmup: int, runs: int, threads: int
+    ) -> "Profile":
+        """Return where the time of a run goes, by the runtime's event tracer."""
+        from torchfuse.targets.executorch.profiling import profiled
+
+        return profiled(file, case, name=name, warmup=warmup, runs=runs, threads_wanted=threads)
+
     def profile_obstacle(self) -> str | None:
-        """What the installed runtime lacks to say where the time goes."""
-        return (
-            "ExecuTorch's installed runtime keeps no profile. Build executor_runner with "
-            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, and give it with "
-            "--runner, or give the ETDump that it writes with --etdump"
-        )
+        """Nothing: since 1.5 the wheel's runtime has an event tracer."""
+        return None
 
 
 def check_header(path: Path, data: bytes) -> None:

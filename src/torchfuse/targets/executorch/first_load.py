@@ -26,11 +26,9 @@ SCALAR_TYPES = {
 
 def load(path: str) -> None:
     """Load every method of the program at `path`, and run it on ones."""
-    from executorch.extension.pybindings import _portable_lib
+    from executorch.extension.pybindings import _C
 
-    program = _portable_lib._load_program(
-        path, program_verification=_portable_lib.Verification.InternalConsistency
-    )
+    program = _C._load_program(path, program_verification=_C.Verification.InternalConsistency)
     for name in sorted(map(program.get_method_name, range(program.num_methods()))):
         method = program.load_method(name)
         # A run that raises only says that ones are no good input for this model; one that ends

@@ -20,9 +20,9 @@ def runtime() -> Any:
     Not by executorch.runtime, whose import brings all of its exporter in and takes seconds.
     """
     with quiet(), quiet_runtime():
-        from executorch.extension.pybindings import _portable_lib
+        from executorch.extension.pybindings import _C
 
-        return _portable_lib
+        return _C
 
 
 # The runtime's thread pool is one per process. Methods that were loaded with the one before keep
