@@ -591,13 +591,13 @@ def test_a_program_that_is_a_step_off_on_one_example_is_a_good_one(tmp_path: Pat
 def test_int8_is_judged_on_calibration_inputs_in_the_examples_shape() -> None:
     example = Case((torch.zeros(2, 3),), {"scale": 2.0})
     data = [Case((torch.arange(21.0).reshape(7, 3),), {"scale": 3.0}), Case((torch.ones(2, 4),))]
-    found = exporting._like(example, data, 2)
+    found = exporting.in_the_shape_of(example, data, 2)
     assert [case.args[0].tolist() for case in found] == [
         [[0, 1, 2], [3, 4, 5]],
         [[12, 13, 14], [15, 16, 17]],
     ]
     assert [case.kwargs for case in found] == [{"scale": 3.0}] * 2
-    assert exporting._like(example, [Case((torch.ones(2, 4),), {"scale": 1.0})], 2) == []
+    assert exporting.in_the_shape_of(example, [Case((torch.ones(2, 4),), {"scale": 1.0})], 2) == []
 
 
 def test_an_int8_program_that_computes_something_else_is_not_written(

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torchfuse.artifacts import Artifact
     from torchfuse.checking import verify
     from torchfuse.checkpoints import load_unfused_state_dict
+    from torchfuse.choosing import Fastest, export_fastest
     from torchfuse.comparing import compare
     from torchfuse.comparison import Comparison
     from torchfuse.delegation import Delegation, DelegationWarning
@@ -57,6 +58,7 @@ __all__ = [
     "DeviceError",
     "Equivalence",
     "ExportWarning",
+    "Fastest",
     "Fusion",
     "FusionError",
     "FusionPlan",
@@ -76,6 +78,7 @@ __all__ = [
     "compare",
     "convert_qat",
     "export",
+    "export_fastest",
     "fuse",
     "fuse_exported",
     "fuse_modules",
@@ -105,6 +108,7 @@ _HOME = {
     "DeviceError": "errors",
     "Equivalence": "equivalence",
     "ExportWarning": "errors",
+    "Fastest": "choosing",
     "Fusion": "planning",
     "FusionError": "errors",
     "FusionPlan": "planning",
@@ -123,6 +127,7 @@ _HOME = {
     "UnsupportedError": "errors",
     "compare": "comparing",
     "export": "exporting",
+    "export_fastest": "choosing",
     "fuse": "fusing",
     "fuse_exported": "exported.fusing",
     "fuse_modules": "eager",

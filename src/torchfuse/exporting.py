@@ -45,7 +45,7 @@ from torchfuse.targets.opening import check
 from torchfuse.targets.options import check_options
 from torchfuse.targets.target import CheckedFile, Made, Request
 
-__all__ = ["export", "load", "loaded"]
+__all__ = ["export", "in_the_shape_of", "load", "loaded"]
 
 _MIN_SQNR_DB = {"fp16": 30.0, "bf16": 30.0}  # against the model
 # Kernels round int8 otherwise than torchao's simulation does, and dozens of layers multiply it:
@@ -148,7 +148,7 @@ def export(
             Request(model, examples, target.form, precision, calibration, dynamic_shapes, optimize)
         )
     examples = [*examples, *made.other_cases]
-    judging = _like(examples[0], calibration or (), _MOST_CASES)
+    judging = in_the_shape_of(examples[0], calibration or (), _MOST_CASES)
     equivalence, suspicions = _compared(model, made, target.form, examples, judging)
     if made.delegation is not None and made.delegation.warning is not None:
         warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
@@ -345,7 +345,7 @@ def _output_steps(quantized: nn.Module) -> list[float]:
     return steps
 
 
-def _like(example: Case, data: Iterable[Case], most: int) -> list[Case]:
+def in_the_shape_of(example: Case, data: Iterable[Case], most: int) -> list[Case]:
     """At most so many cases of `data`, spread over it, in the shapes of `example`."""
     leaves, spec = pytree.tree_flatten((example.args, dict(example.kwargs)))
     found = []
