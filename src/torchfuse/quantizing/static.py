@@ -50,6 +50,7 @@ LAYERS = {
     torch.ops.aten.conv_transpose3d.input: "conv_transpose3d",
     torch.ops.aten.linear.default: "linear",
     torch.ops.aten.matmul.default: "matmul",
+    torch.ops.aten.bmm.default: "matmul",
 }
 
 # What else multiplies and accumulates, by the operator's name: none of it is ever quantized.

@@ -17,6 +17,7 @@ from torchfuse.exported.fusing import fold
 from torchfuse.exported.norms import write_batch_norms_plainly
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
+from torchfuse.targets.executorch.rewrites import rewrite
 
 __all__ = [
     "ANY_SIZE",
@@ -89,6 +90,7 @@ def capture(
             program = _export(graph_module, case, dynamic_shapes)
     if for_xnnpack:
         _spell_out(program.graph)
+        rewrite(program)
     return program
 
 
