@@ -153,6 +153,15 @@ def test_a_target_that_is_not_installed_says_the_line_that_installs_it(
         torchfuse.export(LAYER, X, tmp_path / "net.toy")
 
 
+def test_quantizing_without_its_extra_says_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(targets.target_of("pte"), "modules", ("executorch", "no_such_package"))
+    message = r"needs no_such_package, not installed here: pip install 'torchfuse\[executorch\]'\."
+    with pytest.raises(UnsupportedError, match=message):
+        torchfuse.quantize(LAYER, X, [X])
+
+
 def test_no_two_targets_have_one_suffix_and_each_says_what_it_is() -> None:
     suffixes = [suffix for target in targets.TARGETS for suffix in (target.suffix, *target.beside)]
     assert len(set(suffixes)) == len(suffixes)

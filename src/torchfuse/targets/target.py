@@ -110,19 +110,24 @@ class Target(ABC):
 
     def is_installed(self) -> bool:
         """Whether the modules that it needs are there; none of them is imported."""
-        return all(importlib.util.find_spec(module) is not None for module in self.modules)
+        return not self.missing()
 
     def obstacle(self) -> str | None:
         """Why no file can be made here, and what to do about it; None: it can."""
         if self.is_installed():
             return None
-        missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
-        return f"'{self.suffix}' needs {', '.join(missing)}, not installed here: {self.install}"
+        return (
+            f"'{self.suffix}' needs {', '.join(self.missing())}, not installed here: {self.install}"
+        )
 
     def require(self) -> None:
         """Raise UnsupportedError if no file can be made here."""
         if (obstacle := self.obstacle()) is not None:
             raise UnsupportedError(f"{obstacle}.")
+
+    def missing(self) -> list[str]:
+        """Return the modules that are not installed here, of those that it needs."""
+        return [name for name in self.modules if importlib.util.find_spec(name) is None]
 
     def require_runtime(self) -> None:
         """Raise UnsupportedError if no file can be run here."""

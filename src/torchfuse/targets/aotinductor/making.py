@@ -1,6 +1,7 @@
 """Making a package: captured, in int8 quantized by inductor's own recipe, frozen, compiled."""
 
 import dataclasses
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -77,6 +78,10 @@ def _quantized(request: Request) -> tuple[nn.Module, torch.export.ExportedProgra
     """Return the model in int8 as inductor's kernels take it, and its program."""
     model, case, data = request.model, request.examples[0], request.calibration or []
     graph = float_graph(model, case, data, request.dynamic_shapes)
+    if importlib.util.find_spec("torchao") is None:
+        raise UnsupportedError(
+            "int8 needs torchao, not installed here: pip install 'torchfuse[executorch]'."
+        )
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86

@@ -28,6 +28,7 @@ class ExecuTorch(Target):
 
     name = "ExecuTorch"
     suffix = ".pte"
+    extra = "executorch"
     modules = ("executorch", "torchao")
     distribution = "executorch"
     precisions = ("fp32", "fp16", "int8")
