@@ -11,6 +11,7 @@ PyTorch beside them. One thread each, interleaved, medians; ratios with interval
 import argparse
 import contextlib
 import functools
+import io
 import json
 import sys
 import tempfile
@@ -150,7 +151,7 @@ def variants(
             torchfuse.export(model, x, path, precision=precision, calibration=data)
             yield f"torchfuse {suffix}", torchfuse.load(path, threads=1)
         try:
-            with quiet(), contextlib.redirect_stdout(None):
+            with quiet(), contextlib.redirect_stdout(io.StringIO()):
                 made = PLAIN[suffix](model, x, data)
         except Exception as error:  # noqa: BLE001  # a peer that cannot is part of the result
             print(f"  plain {suffix}: {str(error).splitlines()[0]:.90}", file=sys.stderr)
