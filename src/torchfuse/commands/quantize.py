@@ -34,7 +34,7 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 @model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-    help="The file to write: .pte, or .pt and .ptl with --backend.",
+    help="The file to write: .pte, .onnx or .xml; .pt or .ptl with --backend.",
 )  # fmt: skip
 @click.option(
     "--backend", type=click.Choice(_BACKENDS), default="xnnpack", show_default=True,
