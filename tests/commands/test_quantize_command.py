@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import torchfuse
-from torchfuse.artifacts import check
 from torchfuse.cli import cli
 from torchfuse.errors import CalibrationError, InputError
+from torchfuse.targets.opening import check
 
 NET = """
 import torch

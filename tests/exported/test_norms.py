@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.inputs import Case
-from torchfuse.targets.executorch import capture
+from torchfuse.targets.capturing import capture
 
 
 def settled(norm: nn.Module) -> nn.Module:

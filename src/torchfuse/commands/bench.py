@@ -77,7 +77,7 @@ def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..
 )  # fmt: skip
 @click.option(
     "--profile", is_flag=True,
-    help="Show the ten most expensive operators side by side: of .pt and .ptl here; of .pte by an "
+    help="Show the ten most expensive operators side by side: here, and on a device by an "
     "executor_runner with ExecuTorch's event tracer.",
 )  # fmt: skip
 @click.option(
@@ -229,15 +229,26 @@ def _require_profiles(artifacts: Sequence[str], devices: Sequence[str], settings
     """
     if not settings.profile or settings.runner is not None:
         return
-    programs = [name for name in artifacts if name.endswith(".pte")]
-    if programs or {*devices} - {"local"}:
-        what = f"'{programs[0]}'" if programs else "a model on a device"
-        raise UnsupportedError(
-            f"Expected .pt or .ptl files on this machine for --profile, got {what}: ExecuTorch's "
-            "installed runtime keeps no profile. Build executor_runner with "
-            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, and give it with "
-            "--runner, or give the ETDump that it writes with --etdump."
+    from torchfuse.targets import TARGETS, target_for
+
+    obstacles = {name: target_for(name).profile_obstacle() for name in artifacts}
+    if {*devices} - {"local"}:
+        what, why = (
+            "a model on a device",
+            (
+                "a runtime there keeps one only if it was built to. Build executor_runner with "
+                "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, and give it "
+                "with --runner, or give the ETDump that it writes with --etdump"
+            ),
         )
+    elif without := [name for name, obstacle in obstacles.items() if obstacle is not None]:
+        what, why = f"'{without[0]}'", str(obstacles[without[0]])
+    else:
+        return
+    profiled = [t.suffix for t in TARGETS if t.profile_obstacle() is None]
+    raise UnsupportedError(
+        f"Expected {' or '.join(profiled)} files on this machine for --profile, got {what}: {why}."
+    )
 
 
 def _show_etdumps(paths: Sequence[Path]) -> None:

@@ -15,6 +15,7 @@ from torchfuse.artifacts import check_destinations, write_atomically
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.model_options import model_options
 from torchfuse.errors import InputError, QuantizationWarning
+from torchfuse.targets import TARGETS, target_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,7 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 @model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-    help="The file to write: .pte, or .pt and .ptl with --backend.",
+    help="The file to write: .pte, .onnx or .xml; .pt or .ptl with --backend.",
 )  # fmt: skip
 @click.option(
     "--backend", type=click.Choice(_BACKENDS), default="xnnpack", show_default=True,
@@ -188,9 +189,11 @@ def _write_report(path: Path, report: QuantizationReport, artifact: Artifact | N
 
 
 def _check_suffix(output: Path, backend: str) -> None:
-    expected = (".pte",) if backend == "xnnpack" else (".pt", ".ptl")
-    if output.suffix not in expected:
-        advice = " or give --backend" if output.suffix in (".pt", ".ptl") else ""
+    wanted = "pt2e" if backend == "xnnpack" else "torch.ao"
+    target = target_for(output)
+    if target.quantized_by != wanted:
+        expected = [each.suffix for each in TARGETS if each.quantized_by == wanted]
+        advice = " or give --backend" if target.quantized_by == "torch.ao" else ""
         raise InputError(
             f"Expected an output that ends in {' or '.join(expected)} for {backend}, got "
             f"'{output}'; choose another name{advice}."

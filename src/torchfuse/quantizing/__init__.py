@@ -127,6 +127,8 @@ def quantize(
         UnsupportedError: torch.export cannot capture the model, or nothing in it can be quantized.
     """
     _check_options(scheme, backend, recovery, max_drop, evaluate)
+    if backend == "xnnpack":
+        static.require_quantizer()
     require_eval_mode(model)
     require_converted(model)
     require_float32(model)
