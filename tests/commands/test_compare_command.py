@@ -78,7 +78,7 @@ def test_a_model_is_compared_in_every_form(folder: Path) -> None:
         *((".ptl", "fp32"),) * 2,
         *((".pte", "fp32"), (".pte", "fp16"), (".pte", "int8")),
     ]
-    assert {row.accuracy for row in comparison.rows} == {0.5}
+    assert {row.accuracy.value for row in comparison.rows} == {0.5}
     assert comparison.notes[0].startswith("int8 is calibrated on 16 random inputs: its time and")
     assert (folder / "table.md").read_text() == comparison.to_markdown()
     names = {path.name for path in (folder / "files").iterdir()}

@@ -13,6 +13,7 @@ from torchfuse.artifacts import check_destinations, check_folder, write_atomical
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import model_options
+from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,23 @@ _STDOUT = "-"
 @click.command("compare", short_help="Your model in every form: how fast, how large, how exact.")
 @model_options
 @data_options
+@click.option(
+    "--validation", metavar="PATH",
+    help="Data that answers are compared on, and accuracy, where it has labels: as --data. "
+    "Default: a fourth of --data, which is held out.",
+)  # fmt: skip
+@click.option(
+    "--variants", metavar="LIST",
+    help="Of not-fused, fused, fp16, int8, with commas. Default: all.",
+)  # fmt: skip
+@click.option(
+    "--targets", metavar="LIST",
+    help="Of eager, channels_last, pt, ptl, pte, with commas. Default: all.",
+)  # fmt: skip
+@click.option(
+    "--device", "devices", multiple=True, metavar="NAME",
+    help="local, adb, adb:SERIAL or ssh:HOST; repeatable. Default: local.",
+)  # fmt: skip
 @click.option(
     "--evaluate", metavar="FILE.py:FUNCTION",
     help="A function that takes what runs the model, inputs to outputs, and returns an accuracy "
@@ -55,6 +73,10 @@ def command(
     inputs: tuple[str, ...],
     weights: Path | None,
     given: DataOptions,
+    validation: str | None,
+    variants: str | None,
+    targets: str | None,
+    devices: tuple[str, ...],
     evaluate: str | None,
     folder: Path | None,
     threads: int,
@@ -62,12 +84,20 @@ def command(
     json_file: str | None,
     markdown_file: str | None,
 ) -> None:
-    """Make, check and time every form of MODEL on this machine, and say what each step buys.
+    """Make, check and time every form of MODEL, and say what each step buys.
 
-    MODEL is path/to/file.py:callable or package.module:callable. The forms: eager as it is, in
-    channels_last and fused; TorchScript; ExecuTorch in fp32, fp16 and, with --data, int8. All are
-    timed in the same rounds, in random order.
-    """
+    \b
+      torchfuse compare net.py:build --data photos/ --mean … --std …
+      torchfuse compare "net.py:build(width=0.5)" --data samples.npz --html report.html
+      torchfuse compare timm:resnet18 --variants fused,int8 --targets pte --device adb
+
+    MODEL is path/to/file.py:callable, package.module:callable, either with arguments in brackets,
+    or timm:NAME. The forms: eager as it is, in channels_last and fused; TorchScript; ExecuTorch in
+    fp32, fp16 and, with --data, int8. All are timed in the same rounds, in random order.
+
+    --data is an .npy or .npz file, which may have an array "labels"; pictures in a folder for each
+    class, or with a labels.csv in it; or a .csv or .txt with a picture and its label in each line.
+    """  # noqa: D301  # \b keeps click from re-filling the next paragraph
     files = {"--json": json_file, "--markdown": markdown_file}
     if json_file == markdown_file == _STDOUT:
         raise InputError("Expected one of --json and --markdown as '-', got both; name a file.")
@@ -75,6 +105,16 @@ def command(
     if folder is not None:
         check_folder(folder)
     given.check()
+    if validation is not None:
+        given.check_data("--validation", validation)
+    chosen = _listed("--variants", variants)
+    if chosen is not None:
+        chosen = [name.replace("-", " ") for name in chosen]
+    wanted = _listed("--targets", targets)
+    devices = devices or (LOCAL,)
+    from torchfuse.comparing import check_choices
+
+    check_choices(chosen, wanted, devices)
     loaded = model_source.load(model, inputs, weights)
     if loaded.exported:
         raise InputError(
@@ -92,7 +132,11 @@ def command(
         comparison = torchfuse.compare(
             network,
             example,
-            calibration=given.data,
+            variants=chosen,
+            targets=wanted,
+            devices=devices,
+            data=given.data,
+            validation=validation,
             preprocessing=preprocessing,
             evaluate=function,
             folder=folder,
@@ -108,6 +152,16 @@ def command(
             write_atomically(at, texts[name].encode())
     if _STDOUT not in files.values():
         _show(comparison, folder)
+
+
+def _listed(option: str, text: str | None) -> list[str] | None:
+    """Return a list of names with commas between them; None: it was not given."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"{option} names nothing; leave it out for all.")
+    return names
 
 
 def _show(comparison: Comparison, folder: Path | None) -> None:

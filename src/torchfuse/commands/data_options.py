@@ -21,6 +21,7 @@ __all__ = ["DataOptions", "data_options"]
 _CHANNELS = 3
 _PICTURE_DIMENSIONS = 4
 _RANDOM = "random"
+_LISTS = (".csv", ".txt")  # of pictures and their labels
 
 
 def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,15 +90,24 @@ class DataOptions:
             raise InputError("--preprocess-inside needs --mean and --std.")
         if self.data is None or self.data == _RANDOM:
             return
-        path = Path(self.data)
+        self.check_data("--data", self.data)
+
+    def check_data(self, option: str, given: str) -> None:
+        """Find out whether an option's data is there, and whether it is said what pictures mean.
+
+        Raises:
+            CalibrationError: it is not.
+        """
+        path = Path(given)
         if not path.exists():
             raise CalibrationError(
-                "Expected --data as an .npy or .npz file, a folder of pictures, or "
+                f"Expected {option} as an .npy or .npz file, a folder of pictures, or "
                 f"'{_RANDOM}', got '{path}', which is no such file."
             )
-        if path.is_dir() and not is_normalised:
+        if (path.is_dir() or path.suffix in _LISTS) and (self.mean is None or self.std is None):
+            what = "is a folder of" if path.is_dir() else "lists"
             raise CalibrationError(
-                f"'{path}' is a folder of pictures, so it must be said how a picture becomes the "
+                f"'{path}' {what} pictures, so it must be said how a picture becomes the "
                 "model's input: give --mean and --std, and --size unless it is the example's."
             )
 

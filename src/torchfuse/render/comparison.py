@@ -8,7 +8,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row, gain
+from torchfuse.comparison import (
+    FOLDED,
+    LOCAL,
+    NOT_FUSED,
+    ChangedAnswer,
+    Comparison,
+    Row,
+    gain,
+)
 from torchfuse.render.tables import as_text, markdown_row, without_lines
 from torchfuse.render.units import duration, size
 from torchfuse.stats import Ratio
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
     from torchfuse.noise import Caution
 
 __all__ = [
+    "answer_lines",
     "caution_lines",
     "closing_sentence",
     "delegation_lines",
@@ -46,6 +55,7 @@ def renderable(comparisons: Sequence[Comparison]) -> RenderableType:
         parts += [Text(), Text(closing_sentence(comparison))]
     parts.append(Text())
     for comparison in comparisons:
+        parts += [Text(line) for line in answer_lines(comparison)]
         parts += [Text(line) for line in delegation_lines(comparison)]
         parts += [Text(f"Note, {comparison.model}, {note}") for note in comparison.notes]
     return Group(*parts)
@@ -77,7 +87,12 @@ def markdown(comparison: Comparison) -> str:
             for row in comparison.rows
         ),
     ]
-    more = [*delegation_lines(comparison), *comparison.notes, *caution_lines([comparison])]
+    more = [
+        *answer_lines(comparison),
+        *delegation_lines(comparison),
+        *comparison.notes,
+        *caution_lines([comparison]),
+    ]
     closing = [_LEGEND, "", closing_sentence(comparison)]
     return "\n".join([*lines, "", *closing, "", *(f"- {line}" for line in more)]).rstrip() + "\n"
 
@@ -100,13 +115,13 @@ def table(comparisons: Sequence[Comparison]) -> Table:
 def _cells(row: Row, is_baseline: bool) -> list[str]:
     return [
         f" {row.variant}",
-        f"{row.target} {row.precision}",
+        f"{row.target} {row.precision}" + ("" if row.device == LOCAL else f" on {row.device}"),
         duration(row.latency.median_s),
         duration(row.latency.iqr_s),
         "baseline" if is_baseline else _times(row.speedup),
         "" if row.size_bytes is None else size(row.size_bytes),
         "" if is_baseline else _difference(row),
-        "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %",
+        "" if row.accuracy is None else str(row.accuracy),
     ]
 
 
@@ -157,7 +172,8 @@ def _gain(place: str, before: Row, after: Row) -> str:
     if before.size_bytes and after.size_bytes and before.precision != after.precision:
         more.append(f"{100 * after.size_bytes / before.size_bytes:.0f} % of the size")
     if before.accuracy is not None and after.accuracy is not None:
-        more.append(f"{100 * (after.accuracy - before.accuracy):+.2f} points of accuracy")
+        points = 100 * (after.accuracy.value - before.accuracy.value)
+        more.append(f"{points:+.2f} points of accuracy")
     speed = gain(before, after)
     if not speed.measurable:
         text = "made no measurable difference"
@@ -168,11 +184,49 @@ def _gain(place: str, before: Row, after: Row) -> str:
     return f"{text} in {place}" + (f" ({', '.join(more)})" if more else "")
 
 
+def answer_lines(comparison: Comparison) -> list[str]:
+    """Return what the answers are on, and for each row whose answers changed, which."""
+    if comparison.validation is None:
+        return []
+    what = f" Accuracy is {comparison.accuracy_of}." if comparison.accuracy_of else ""
+    lines = [f"{comparison.model}, answers on {comparison.validation}.{what}"]
+    same = []
+    for row in comparison.rows:
+        answers = row.answers
+        if answers is None or row is comparison.baseline or row.device != LOCAL:
+            continue
+        name = f"{row.variant}, {row.precision} {row.target}"
+        if answers.agreement is None:
+            if answers.sqnr_db is not None and math.isfinite(answers.sqnr_db):
+                lines.append(f"{name}: outputs at {answers.sqnr_db:.1f} dB.")
+        elif not answers.changed:
+            same.append(name)
+        else:
+            shown = "; ".join(_changed(change) for change in answers.changed[:_MOST_CHANGES])
+            more = len(answers.changed) - _MOST_CHANGES
+            lines.append(
+                f"{name}: the same answer for {answers.agreement}; changed: {shown}"
+                + (f"; and {more} more." if more > 0 else ".")
+            )
+    if same:
+        rows = "every other row" if len(lines) > 1 else "every row"
+        lines.append(f"{rows[0].upper()}{rows[1:]}: no answer changed.")
+    return lines
+
+
+def _changed(change: ChangedAnswer) -> str:
+    label = "" if change.label is None else f", which is {change.label}"
+    return f"{change.sample} ({change.before} → {change.after}{label})"
+
+
+_MOST_CHANGES = 3
+
+
 def delegation_lines(comparison: Comparison) -> list[str]:
     """Return, for each row with a delegate, how much of the model it runs."""
     lines = []
     for row in comparison.rows:
-        if row.delegation is not None:
+        if row.delegation is not None and row.device == LOCAL:
             share = row.delegation.macs_share
             macs = "" if share is None else f"{100 * share:.1f} % of the multiply-accumulates and "
             calls = row.delegation.calls_delegated + row.delegation.calls_left
