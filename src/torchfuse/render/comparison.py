@@ -19,7 +19,7 @@ from torchfuse.comparison import (
 )
 from torchfuse.render.tables import as_text, markdown_row, without_lines
 from torchfuse.render.units import duration, size
-from torchfuse.stats import Ratio
+from torchfuse.stats import Ratio, Share
 
 if TYPE_CHECKING:
     from torchfuse.noise import Caution
@@ -121,7 +121,7 @@ def _cells(row: Row, is_baseline: bool) -> list[str]:
         "baseline" if is_baseline else _times(row.speedup),
         "" if row.size_bytes is None else size(row.size_bytes),
         "" if is_baseline else _difference(row),
-        "" if row.accuracy is None else str(row.accuracy),
+        "" if row.accuracy is None else _share(row.accuracy),
     ]
 
 
@@ -129,6 +129,12 @@ def _times(ratio: Ratio) -> str:
     if not ratio.measurable:
         return "not measurable"
     return f"{ratio.value:.2f}× ({ratio.low:.2f}…{ratio.high:.2f})"
+
+
+def _share(share: Share) -> str:
+    if share.low is None or share.high is None:
+        return f"{100 * share.value:.2f} %"
+    return f"{100 * share.value:.1f} % ({100 * share.low:.0f}…{100 * share.high:.0f})"
 
 
 def _difference(row: Row) -> str:
