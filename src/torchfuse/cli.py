@@ -8,7 +8,9 @@ import click
 from torchfuse.errors import TorchfuseError
 
 # In the order of the work, which is the order of --help.
-_COMMANDS = ("recipe", "plan", "fuse", "quantize", "export", "compare", "bench", "devices")
+_COMMANDS = (
+    "recipe", "plan", "fuse", "quantize", "export", "compare", "report", "bench", "devices",
+)  # fmt: skip
 
 
 class _Lazy(click.Group):

@@ -141,6 +141,21 @@ class Comparison:
 
         return markdown(self)
 
+    def to_html(self) -> str:
+        """The report: one HTML file that needs no network.
+
+        Raises:
+            UnsupportedError: what draws its charts is not installed: torchfuse[report].
+        """
+        from torchfuse.render.html import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from torchfuse.render.html import fragment
+
+        return fragment(self)
+
     def to_json(self) -> str:
         """The comparison as JSON text, with every sample; `from_json` gives back an equal one."""
         from torchfuse.render.json import to_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import model_options
 from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError
+from torchfuse.render.libraries import require_libraries
 
 if TYPE_CHECKING:
     from torchfuse.comparison import Comparison
@@ -65,6 +67,10 @@ _STDOUT = "-"
     help="Save every sample, ratio and difference there; '-' prints them instead of the table.",
 )  # fmt: skip
 @click.option(
+    "--html", "html_file", metavar="FILE",
+    help="Save the report there: one file with charts and the graph, which needs no network.",
+)  # fmt: skip
+@click.option(
     "--markdown", "markdown_file", metavar="FILE",
     help="Save the table there as Markdown; '-' prints it instead.",
 )  # fmt: skip
@@ -82,6 +88,7 @@ def command(
     threads: int,
     runs: int,
     json_file: str | None,
+    html_file: str | None,
     markdown_file: str | None,
 ) -> None:
     """Make, check and time every form of MODEL, and say what each step buys.
@@ -98,9 +105,12 @@ def command(
     --data is an .npy or .npz file, which may have an array "labels"; pictures in a folder for each
     class, or with a labels.csv in it; or a .csv or .txt with a picture and its label in each line.
     """  # noqa: D301  # \b keeps click from re-filling the next paragraph
-    files = {"--json": json_file, "--markdown": markdown_file}
-    if json_file == markdown_file == _STDOUT:
-        raise InputError("Expected one of --json and --markdown as '-', got both; name a file.")
+    files = {"--json": json_file, "--markdown": markdown_file, "--html": html_file}
+    if list(files.values()).count(_STDOUT) > 1:
+        printed = " and ".join(name for name, at in files.items() if at == _STDOUT)
+        raise InputError(f"Expected one of {printed} as '-', got both; name a file.")
+    if html_file is not None:
+        require_libraries()
     check_destinations({name: None if at == _STDOUT else at for name, at in files.items()})
     if folder is not None:
         check_folder(folder)
@@ -142,16 +152,26 @@ def command(
             folder=folder,
             threads=threads,
             runs=runs,
+            command=_again(),
             progress=step,
         )
-    texts = {"--json": comparison.to_json() + "\n", "--markdown": comparison.to_markdown()}
+    texts = {
+        "--json": lambda: comparison.to_json() + "\n",
+        "--markdown": comparison.to_markdown,
+        "--html": comparison.to_html,
+    }
     for name, at in files.items():
         if at == _STDOUT:
-            click.echo(texts[name], nl=False)
+            click.echo(texts[name](), nl=False)
         elif at is not None:
-            write_atomically(at, texts[name].encode())
+            write_atomically(at, texts[name]().encode())
     if _STDOUT not in files.values():
         _show(comparison, folder)
+
+
+def _again() -> str:
+    """Return the command that was typed, for a shell."""
+    return shlex.join(["torchfuse", *sys.argv[1:]])
 
 
 def _listed(option: str, text: str | None) -> list[str] | None:

@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 __all__ = [
     "answer_lines",
     "caution_lines",
+    "cells",
     "closing_sentence",
     "delegation_lines",
+    "headings",
+    "lead",
     "markdown",
     "renderable",
     "table",
     "text",
 ]
+
+Pairs = list[tuple[str, Row | None, Row | None]]  # where, before, after
 
 _HEADINGS = ("median", "IQR", "speed-up", "size", "differs by", "accuracy")
 _LEGEND = (
@@ -80,10 +85,10 @@ def caution_lines(comparisons: Sequence[Comparison]) -> list[str]:
 def markdown(comparison: Comparison) -> str:
     """Return all there is to say as Markdown."""
     lines = [
-        markdown_row(["variant", "target", *_HEADINGS]),
+        markdown_row(headings()),
         f"|---|---|{'---:|' * len(_HEADINGS)}",
         *(
-            markdown_row([cell.strip() for cell in _cells(row, row is comparison.baseline)])
+            markdown_row([cell.strip() for cell in cells(row, row is comparison.baseline)])
             for row in comparison.rows
         ),
     ]
@@ -97,6 +102,11 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join([*lines, "", *closing, "", *(f"- {line}" for line in more)]).rstrip() + "\n"
 
 
+def headings() -> list[str]:
+    """Return the headings of the table."""
+    return ["variant", "target", *_HEADINGS]
+
+
 def table(comparisons: Sequence[Comparison]) -> Table:
     """Return one table with a section per model; the first row of a section is its baseline."""
     shown = without_lines()
@@ -107,12 +117,13 @@ def table(comparisons: Sequence[Comparison]) -> Table:
     for comparison in comparisons:
         shown.add_row(Text(comparison.model, style="bold"))
         for row in comparison.rows:
-            shown.add_row(*_cells(row, row is comparison.baseline))
+            shown.add_row(*cells(row, row is comparison.baseline))
         shown.add_section()
     return shown
 
 
-def _cells(row: Row, is_baseline: bool) -> list[str]:
+def cells(row: Row, is_baseline: bool) -> list[str]:
+    """Return what the table says of a row, a cell under each of `headings`."""
     return [
         f" {row.variant}",
         f"{row.target} {row.precision}" + ("" if row.device == LOCAL else f" on {row.device}"),
@@ -148,6 +159,49 @@ def _difference(row: Row) -> str:
 
 def closing_sentence(comparison: Comparison) -> str:
     """Return what fusing and what quantizing bought, each as a ratio between two rows."""
+    # What holds for one kind of processor need not for another: phones have their own kernels.
+    where = "" if comparison.architecture is None else f", on {comparison.architecture}"
+    fused, quantized = _pairs(comparison)
+    return f"{comparison.model}{where}: fusing {_bought(fused)}; quantizing {_bought(quantized)}."
+
+
+def lead(comparison: Comparison) -> str:
+    """Return the same in fewer words, without intervals, to open a report with."""
+    fused, quantized = _pairs(comparison)
+    where = "" if comparison.architecture is None else f", on {comparison.architecture}"
+    text = f"Fusing {_said(fused)}; quantizing {_said(quantized)}{where}."
+    changes = [
+        100 * (after.accuracy.value - before.accuracy.value)
+        for _, before, after in (*fused, *quantized)
+        if before and after and before.accuracy is not None and after.accuracy is not None
+    ]
+    if not changes:
+        return text
+    worst = min(changes)
+    if all(abs(change) < _SHOWN_POINTS for change in changes):
+        return f"{text} Accuracy stayed as it was."
+    return f"{text} Accuracy changed by {worst:+.2f} points at worst."
+
+
+_SHOWN_POINTS = 0.005
+
+
+def _said(pairs: Pairs) -> str:
+    said = []
+    for place, before, after in pairs:
+        if not before or not after:
+            continue
+        speed = gain(before, after)
+        text = f"{speed.value:.2f}× as fast" if speed.measurable else "no faster or slower"
+        size = ""
+        if before.size_bytes and after.size_bytes and before.precision != after.precision:
+            size = f" at {100 * after.size_bytes / before.size_bytes:.0f} % of the size"
+        said.append(f"{text} in {place}{size}")
+    return f"made it {' and '.join(said)}" if said else "was not compared"
+
+
+def _pairs(comparison: Comparison) -> tuple[Pairs, Pairs]:
+    """Return the rows before and after fusing, and before and after quantizing, by place."""
     fused = [
         (
             place,
@@ -163,12 +217,10 @@ def closing_sentence(comparison: Comparison) -> str:
             ("TorchScript", "fused", ".pt"),
         )
     ]
-    # What holds for one kind of processor need not for another: phones have their own kernels.
-    where = "" if comparison.architecture is None else f", on {comparison.architecture}"
-    return f"{comparison.model}{where}: fusing {_bought(fused)}; quantizing {_bought(quantized)}."
+    return fused, quantized
 
 
-def _bought(pairs: list[tuple[str, Row | None, Row | None]]) -> str:
+def _bought(pairs: Pairs) -> str:
     gains = [_gain(place, before, after) for place, before, after in pairs if before and after]
     return " and ".join(gains) or "was not compared"
 
