@@ -1,10 +1,12 @@
 """The command `torchfuse`: one subcommand per file in `commands`, errors as one line."""
 
+import os
 import sys
 from importlib import import_module
 
 import click
 
+from torchfuse.commands.status import ERROR, FINE, INTERRUPTED
 from torchfuse.errors import TorchfuseError
 
 # In the order of the work, which is the order of --help.
@@ -37,11 +39,20 @@ def _shown(text: object) -> str:
 
 
 def main() -> None:
-    """Run the command line; a TorchfuseError ends it with one line on stderr and status 1."""
+    """Run the command line; what goes wrong ends it with one line on stderr and its status."""
     try:
-        cli.main(standalone_mode=True)
+        cli.main(standalone_mode=False)
     except TorchfuseError as error:
         click.echo(f"torchfuse: error: {_shown(error)}", err=True)
         for note in getattr(error, "__notes__", ()):
             click.echo(f"  {_shown(note)}", err=True)
-        sys.exit(1)
+        sys.exit(ERROR)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ERROR)
+    except (click.Abort, KeyboardInterrupt):  # click makes the one of the other
+        click.echo("torchfuse: interrupted.", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read it has seen enough: `torchfuse plan … | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it at the end
+        sys.exit(FINE)

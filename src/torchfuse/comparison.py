@@ -111,6 +111,7 @@ class Comparison:
     in_int8: tuple[str, ...] = ()  # paths of the modules that compute in int8
     before: tuple[Operation, ...] = ()  # the graph of the model
     after: tuple[Operation, ...] = ()  # of the fused one
+    digest: str | None = None  # of the model, data, example, options and versions; None: unknown
     unfinished: str | None = None  # what was still to be done when it was interrupted
 
     @property

@@ -484,7 +484,7 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_the_earlier_report(
         capture_output=True,
         text=True,
     )
-    assert child.returncode == 1
+    assert child.returncode == 2
     assert child.stderr.splitlines()[-1].startswith(f"torchfuse: error: {message}")
     assert saved.read_text() == "earlier"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]

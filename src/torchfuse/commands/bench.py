@@ -13,6 +13,7 @@ from torchfuse.commands.bench_inputs import Inputs, described_inputs, inputs_ask
 from torchfuse.commands.bench_meanwhile import Progress, Report
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import input_option
+from torchfuse.commands.status import NOISE
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.speed_benchmark import FLAGS, Options
 
@@ -383,10 +384,7 @@ def _end(runs: "Sequence[DeviceRun]", fail_on_noise: bool) -> None:
             "(--fail-on-noise).",
             err=True,
         )
-        sys.exit(_NOISE_STATUS)
-
-
-_NOISE_STATUS = 3
+        sys.exit(NOISE)
 
 
 def _distinct(artifacts: Sequence[str]) -> dict[str, str]:

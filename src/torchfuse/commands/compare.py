@@ -12,6 +12,7 @@ import click
 from torchfuse import model_source
 from torchfuse.artifacts import check_destinations, check_folder, write_atomically
 from torchfuse.commands.data_options import DataOptions, data_options
+from torchfuse.commands.gates import Gates
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import model_options
 from torchfuse.comparison import LOCAL
@@ -19,6 +20,8 @@ from torchfuse.errors import InputError
 from torchfuse.render.libraries import require_libraries
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torchfuse.comparison import Comparison
 
 __all__ = ["command"]
@@ -63,6 +66,26 @@ _STDOUT = "-"
     "--runs", type=click.IntRange(min=2), default=50, show_default=True, help="Timed runs a row."
 )
 @click.option(
+    "--fail-if", "conditions", multiple=True, metavar="CONDITION",
+    help="End with status 1 if 'pte.int8 latency > 5 ms' or the like; repeatable. Of latency, "
+    "size, speedup, difference, sqnr, accuracy, drop, agreement, delegation.",
+)  # fmt: skip
+@click.option(
+    "--baseline", metavar="FILE.json", help="An earlier comparison, for --fail-if-slower."
+)
+@click.option(
+    "--fail-if-slower", "slower_by", metavar="SHARE",
+    help="End with status 1 if a row surely takes more time than in --baseline by this: 5%.",
+)  # fmt: skip
+@click.option(
+    "--fail-on-noise", is_flag=True,
+    help="End with status 3 where the times cannot be trusted.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run that --json holds.")
+@click.option(
+    "--no-cache", is_flag=True, help="Make every file anew, and keep none for the next time."
+)
+@click.option(
     "--json", "json_file", metavar="FILE",
     help="Save every sample, ratio and difference there; '-' prints them instead of the table.",
 )  # fmt: skip
@@ -87,6 +110,12 @@ def command(
     folder: Path | None,
     threads: int,
     runs: int,
+    conditions: tuple[str, ...],
+    baseline: str | None,
+    slower_by: str | None,
+    fail_on_noise: bool,
+    resume: bool,
+    no_cache: bool,
     json_file: str | None,
     html_file: str | None,
     markdown_file: str | None,
@@ -114,6 +143,8 @@ def command(
     check_destinations({name: None if at == _STDOUT else at for name, at in files.items()})
     if folder is not None:
         check_folder(folder)
+    gates = Gates.read(conditions, baseline, slower_by, fail_on_noise=fail_on_noise)
+    earlier = _earlier(json_file) if resume else None
     given.check()
     if validation is not None:
         given.check_data("--validation", validation)
@@ -123,6 +154,7 @@ def command(
     wanted = _listed("--targets", targets)
     devices = devices or (LOCAL,)
     from torchfuse.comparing import check_choices
+    from torchfuse.comparing.cache import default_folder
 
     check_choices(chosen, wanted, devices)
     loaded = model_source.load(model, inputs, weights)
@@ -138,7 +170,16 @@ def command(
     from torchfuse.runner.allocator import keep_freed_memory
 
     keep_freed_memory()  # some of the variants are measured in this process
-    with saving_what_there_is(lambda: None, None), progress() as step:
+    so_far: list[Callable[[], Comparison | None]] = []
+
+    def save() -> bool:
+        found = so_far[-1]() if so_far else None
+        if found is not None:
+            _write({name: at for name, at in files.items() if at != _STDOUT}, found)
+        return found is not None
+
+    saved = None if json_file in (None, _STDOUT) else Path(str(json_file))
+    with saving_what_there_is(save, saved), progress() as step:
         comparison = torchfuse.compare(
             network,
             example,
@@ -152,9 +193,19 @@ def command(
             folder=folder,
             threads=threads,
             runs=runs,
+            cache=None if no_cache else default_folder(),
+            earlier=earlier,
             command=_again(),
             progress=step,
+            partial=so_far.append,
         )
+    _write(files, comparison)
+    if _STDOUT not in files.values():
+        _show(comparison, folder)
+    gates.judge(comparison)
+
+
+def _write(files: Mapping[str, str | None], comparison: Comparison) -> None:
     texts = {
         "--json": lambda: comparison.to_json() + "\n",
         "--markdown": comparison.to_markdown,
@@ -165,8 +216,18 @@ def command(
             click.echo(texts[name](), nl=False)
         elif at is not None:
             write_atomically(at, texts[name]().encode())
-    if _STDOUT not in files.values():
-        _show(comparison, folder)
+
+
+def _earlier(json_file: str | None) -> Comparison:
+    """Return what --json holds of an interrupted run."""
+    from torchfuse.comparison import Comparison
+
+    if json_file is None or json_file == _STDOUT or not Path(json_file).is_file():
+        raise InputError(
+            "--resume goes on with what --json holds; give --json with the file that the "
+            "interrupted run saved."
+        )
+    return Comparison.from_json(Path(json_file).read_text(encoding="utf-8"))
 
 
 def _again() -> str:

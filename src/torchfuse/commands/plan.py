@@ -11,6 +11,7 @@ from rich.console import Console
 from torchfuse import model_source
 from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options, rule_option
+from torchfuse.commands.status import GATE
 from torchfuse.errors import InputError
 from torchfuse.render import plan as render
 from torchfuse.worth import TARGETS, worth
@@ -110,4 +111,4 @@ def _fail_on_skips(plan: FusionPlan, fail_on: tuple[str, ...]) -> None:
     if left:
         first = f"{' + '.join(left[0].modules)}: {left[0].reason}"
         click.echo(f"torchfuse: {len(left)} left alone, first {first}", err=True)
-        sys.exit(1)
+        sys.exit(GATE)

@@ -14,6 +14,7 @@ from torchfuse import model_source
 from torchfuse.artifacts import check_destinations, write_atomically
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.model_options import model_options
+from torchfuse.commands.status import GATE
 from torchfuse.errors import InputError, QuantizationWarning
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def command(
             f"float; {what} all the same.",
             err=True,
         )
-        sys.exit(1)
+        sys.exit(GATE)
 
 
 def _show(report: QuantizationReport) -> None:

@@ -1,7 +1,9 @@
 """`compare`: one model as fused and non-fused, float and int8, on every target and device."""
 
+import hashlib
 import platform
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +15,7 @@ from torch import nn
 from torch.ao.quantization import QuantStub
 
 from torchfuse.artifacts import Artifact, Precision, check_folder
+from torchfuse.comparing.cache import Cache, digest_of
 from torchfuse.comparing.jobs import (
     Build,
     Built,
@@ -33,7 +36,13 @@ from torchfuse.comparing.samples import Samples, calibration_cases, held_out, re
 from torchfuse.comparing.targets import FileTarget, chosen_targets
 from torchfuse.comparison import FOLDED, LOCAL, NOT_FUSED, Comparison, LayerNoise, Row
 from torchfuse.devices.opening import checked_device
-from torchfuse.errors import ArtifactError, CalibrationError, InputError, TorchfuseError
+from torchfuse.errors import (
+    ArtifactError,
+    CalibrationError,
+    InputError,
+    QuantizationWarning,
+    TorchfuseError,
+)
 from torchfuse.fusing import fuse
 from torchfuse.inputs import Case, cases
 from torchfuse.quantizing import quantize, require_eval_mode, require_forward
@@ -45,7 +54,7 @@ from torchfuse.quantizing.calibration import (
 )
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.quantizing.static import argument_names
-from torchfuse.timing import check_counts, ratio
+from torchfuse.timing import Measurement, check_counts, ratio
 
 __all__ = ["check_choices", "compare"]
 
@@ -74,6 +83,8 @@ def compare(
     threads: int = 1,
     runs: int = 50,
     explain: bool = True,
+    cache: str | Path | None = None,
+    earlier: Comparison | None = None,
     command: str | None = None,
     progress: Progress = lambda _: None,
     partial: Callable[[Callable[[], Comparison | None]], object] = lambda _: None,
@@ -107,6 +118,9 @@ def compare(
         threads: of torch and of ExecuTorch's runtime.
         runs: timed runs of each variant.
         explain: measure the noise of each layer in int8.
+        cache: a folder in which files are kept by their content: what was made before of the same
+            model, data and versions is not made again. None: nothing is kept.
+        earlier: an interrupted comparison of the same content, whose rounds are not repeated.
         command: what makes this comparison again in a shell, for the report.
         progress: called with a description before each long step.
         partial: called once, with a function that returns what there is so far: for whoever is
@@ -148,9 +162,18 @@ def compare(
     inside = isinstance(model, WithPreprocessing)  # then nobody who calls it has to do it
     kept = None if inside else preprocessing
     subject = Subject(model, fused, examples, cases_, samples, evaluate, kept)
+    progress("looking for what was made before")
+    digest = digest_of(subject)
+    settings = None if digest is None else _digest_with(digest, runs, threads, chosen, targets)
+    if earlier is not None and (settings is None or earlier.digest != settings):
+        raise InputError(
+            "The earlier comparison cannot be gone on with: its model, data, example, options or "
+            "versions are not these; leave it out to measure anew."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         work = _Work(
             subject,
+            None if cache is None or digest is None else Cache(Path(cache), digest),
             _make(Path(folder or temporary)),
             Comparison(
                 model=type(model).__name__,
@@ -163,8 +186,10 @@ def compare(
                 versions=_versions(),
                 command=command,
                 plan=plan,
+                digest=settings,
             ),
             progress,
+            {} if earlier is None else _latencies(earlier),
         )
         partial(work.so_far)
         work.build(chosen, in_process, files)
@@ -179,14 +204,22 @@ def compare(
     return found
 
 
+@dataclass(frozen=True)
+class _Noise:
+    layers: tuple[LayerNoise, ...]
+    in_int8: tuple[str, ...]
+
+
 @dataclass
 class _Work:
     """What has been done of a comparison so far."""
 
     subject: Subject
+    cache: Cache | None
     folder: Path
     base: Comparison  # what is known without rows
     progress: Progress
+    earlier: Mapping[str, Measurement]  # of this machine, by the row's name
     places: list[Place] = field(default_factory=list)
     artifacts: dict[Place, Artifact] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -208,7 +241,12 @@ class _Work:
         for job in self._builds(chosen, files):
             assert job.place.path is not None
             self.progress(f"saving {job.place.path.name}")
-            self._take(job.place, build(job, self.subject))
+            self._take(job.place, self._built(job))
+
+    def _built(self, job: Build) -> Built:
+        if self.cache is None:
+            return build(job, self.subject)
+        return self.cache.built(job, lambda job: build(job, self.subject))
 
     def _take(self, place: Place, built: Built) -> None:
         if built.left_out is not None:
@@ -264,24 +302,31 @@ class _Work:
 
     def explain(self) -> None:
         """Measure the noise of each layer in int8."""
-        assert self.subject.calibration is not None
         self.progress("measuring the noise of each layer")
-        step = -(-len(self.subject.calibration) // _EXPLAINED)
         try:
-            result = quantize(
-                self.subject.model,
-                self.subject.examples[0],
-                self.subject.calibration[::step],
-                explain=True,
-            )
+            noise = (
+                self._noise() if self.cache is None
+                else self.cache.result("noise", _Noise, self._noise)
+            )  # fmt: skip
         except TorchfuseError as error:  # the row is there all the same
             self.notes.append(f"the noise of each layer is not known: {error}")
             return
-        self.known["layers"] = tuple(
-            LayerNoise(e.module, e.operator, e.sqnr_db, e.own_sqnr_db, e.cause)
-            for e in result.report.layers
+        self.known["layers"], self.known["in_int8"] = noise.layers, noise.in_int8
+
+    def _noise(self) -> "_Noise":
+        assert self.subject.calibration is not None
+        step = -(-len(self.subject.calibration) // _EXPLAINED)
+        cases_ = self.subject.calibration[::step]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantizationWarning)  # the file's notes say it
+            made = quantize(self.subject.model, self.subject.examples[0], cases_, explain=True)
+        return _Noise(
+            tuple(
+                LayerNoise(e.module, e.operator, e.sqnr_db, e.own_sqnr_db, e.cause)
+                for e in made.report.layers
+            ),
+            tuple(layer.module for layer in made.layers if layer.int8),
         )
-        self.known["in_int8"] = tuple(layer.module for layer in result.layers if layer.int8)
 
     def measure(self, device: str, runs: int, threads: int) -> None:
         """Time everything that can run on a device."""
@@ -296,7 +341,7 @@ class _Work:
 
         job = Measure(device, tuple(places), runs, threads)
         self.unfinished = f"timing on {device}"
-        take(measure(job, self.subject, self.progress, take))
+        take(measure(job, self.subject, self.progress, take, self.earlier))
         self.unfinished = None
         if (error := self.measured[device].error) is not None:
             self.notes.append(f"left out: {device}: {error}")
@@ -362,6 +407,14 @@ def check_choices(
     chosen_targets(targets)
     for name in devices:
         checked_device(name)
+
+
+def _digest_with(digest: str, *settings: object) -> str:
+    return hashlib.sha256(repr((digest, settings)).encode()).hexdigest()[:40]
+
+
+def _latencies(earlier: Comparison) -> dict[str, Measurement]:
+    return {row.latency.name: row.latency for row in earlier.rows if row.device == LOCAL}
 
 
 def _is_chosen(name: str, chosen: Sequence[str]) -> bool:

@@ -191,8 +191,12 @@ def measure(
     subject: Subject,
     on_round: OnRound = lambda _: None,
     on_partial: Callable[[Measured], object] = lambda _: None,
+    earlier: Mapping[str, Measurement] | None = None,
 ) -> Measured:
-    """Return the times of all places of a job, taken in turns; `on_partial` gets those so far."""
+    """Return the times of all places of a job, taken in turns; `on_partial` gets those so far.
+
+    `earlier` is what an interrupted job measured of the same on this machine, by place.
+    """
     case = subject.examples[0]
     names = {str(place): place for place in job.places}
     if job.device == LOCAL:
@@ -207,6 +211,7 @@ def measure(
             warmup=_WARMUP_CALLS,
             runs=job.runs,
             threads=job.threads,
+            earlier=earlier,
             on_round=lambda done, runs: on_round(f"timing, round {done} of {runs}"),
             on_partial=lambda found: on_partial(measured(found)),
         )

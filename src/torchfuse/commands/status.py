@@ -1,0 +1,11 @@
+"""What a command ends with, the same for every one; docs/ci.md says it to users."""
+
+__all__ = ["ERROR", "FINE", "GATE", "INTERRUPTED", "NOISE"]
+
+FINE = 0
+GATE = (
+    1  # a gate that was asked for failed: --fail-if, --fail-if-slower, --fail-on-skip, --max-drop
+)
+ERROR = 2  # usage, or something that could not be done
+NOISE = 3  # figures that are not to be trusted, with --fail-on-noise
+INTERRUPTED = 130  # Ctrl-C, SIGTERM or SIGHUP
