@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from torchfuse import cli
 from torchfuse.commands import status
+from torchfuse.errors import InputError
 
 NET = """
 from torch import nn, ones
@@ -64,3 +66,25 @@ def test_ctrl_c_is_status_130_in_every_command(command: str, tmp_path: Path) -> 
     assert done.returncode == status.INTERRUPTED, done.stderr
     assert done.stderr.strip() == "torchfuse: interrupted."
     assert done.stdout == ""
+
+
+def test_a_warning_is_one_line_without_pythons_source(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"import warnings\nwarnings.warn('an old way')\n{NET}")
+    done = ended("plan", f"{tmp_path}/net.py:net")
+    assert done.stderr == "Warning: an old way\n"
+
+
+def test_an_error_speaks_of_options_and_not_of_pythons_arguments(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "give preprocessing=Preprocessing(size=…, mean=…, std=…), or precision='int8'."
+
+    def fails(**_: object) -> None:
+        raise InputError(text)
+
+    monkeypatch.setattr(cli.cli, "main", fails)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == (
+        "torchfuse: error: give --size, --mean and --std, or --precision int8.\n"
+    )

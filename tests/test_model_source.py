@@ -328,3 +328,11 @@ def test_a_model_of_timm_needs_no_input(timm):
 def test_a_model_that_timm_does_not_have_is_one_sentence_with_what_is_near(timm):
     with pytest.raises(InputError, match=r"timm 1.0 has no model 'tinynet' \(did you mean 'tiny_"):
         load("timm:tinynet")
+
+
+def test_a_checkpoint_of_distributed_training_fits(tmp_path):
+    (tmp_path / "net.py").write_text(MAKER)
+    state = {f"module.{key}": value for key, value in nn.Linear(2, 2).state_dict().items()}
+    torch.save(state, tmp_path / "ddp.pt")
+    loaded = load(f"{tmp_path}/net.py:make", ["1x2"], tmp_path / "ddp.pt")
+    assert torch.equal(loaded.model.weight, state["module.weight"])

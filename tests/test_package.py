@@ -61,3 +61,8 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_every_submodule_says_what_it_is():
     assert not [name for name in SUBMODULES if not importlib.import_module(name).__doc__]
+
+
+def test_dir_offers_what_is_public_and_nothing_else():
+    offered = {name for name in dir(torchfuse) if not name.startswith("__")}
+    assert offered == set(torchfuse.__all__)

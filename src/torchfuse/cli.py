@@ -1,7 +1,9 @@
 """The command `torchfuse`: one subcommand per file in `commands`, errors as one line."""
 
 import os
+import re
 import sys
+import warnings
 from importlib import import_module
 
 import click
@@ -35,13 +37,32 @@ def cli() -> None:
 
 def _shown(text: object) -> str:
     """Return the text without what a terminal obeys: a file or a device may have put it there."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+    plain = str(text)
+    for pattern, option in _AS_OPTIONS:
+        plain = pattern.sub(option, plain)
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in plain)
+
+
+# What the library says of its arguments, in the words of the command line.
+_AS_OPTIONS = (
+    (re.compile(r"preprocessing=Preprocessing\([^)]*\)"), "--size, --mean and --std"),
+    (re.compile(r"precision='(\w+)'"), r"--precision \1"),
+    (re.compile(r"backend='(\w+)'"), r"--backend \1"),
+    (re.compile(r"\bmax_drop=?"), "--max-drop "),
+)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Say a warning as the commands say their own: in one line, without Python's source line."""
+    click.echo(f"Warning: {_shown(str(message)).strip()}", err=True)
 
 
 def main() -> None:
     """Run the command line; what goes wrong ends it with one line on stderr and its status."""
+    warnings.showwarning = _show_warning
     try:
         cli.main(standalone_mode=False)
+        sys.exit(FINE)
     except TorchfuseError as error:
         click.echo(f"torchfuse: error: {_shown(error)}", err=True)
         for note in getattr(error, "__notes__", ()):

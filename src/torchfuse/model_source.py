@@ -40,6 +40,7 @@ DTYPES = (
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _CALL = re.compile(r"(?P<source>.+:[A-Za-z_][\w.]*)\((?P<arguments>.*)\)", re.DOTALL)
 _TIMM = "timm"  # a name after it is first looked for among its models
+_PARALLEL = "module."
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
@@ -157,12 +158,18 @@ def parse_inputs(texts: Sequence[str]) -> list[InputSpec]:
     return specs
 
 
-def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> LoadedModel:
+def load(
+    text: str,
+    inputs: Sequence[str] = (),
+    weights: Path | None = None,
+    otherwise: Sequence[str] = (),
+) -> LoadedModel:
     """Return the model that MODEL names, in evaluation mode, with example inputs.
 
     `inputs` are --input texts; with none, the callable must return `(model, example_inputs)`, or
     the exported program must have been saved with its own. Floating-point inputs are drawn from a
-    normal distribution, others are zeros and ones, always the same ones. `weights` is a state dict
+    normal distribution, others are zeros and ones, always the same ones. `otherwise` is what
+    `inputs` are where there are none, and no others either. `weights` is a state dict
     (.pt, .pth, .safetensors) and is loaded without unpickling objects.
 
     Raises:
@@ -182,6 +189,8 @@ def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> 
     model, given = _build(text, source)
     if weights is not None:
         _load_weights(model, weights)
+    if given is None and not specs:
+        specs = parse_inputs(otherwise)
     return LoadedModel(text, model.eval(), _example_inputs(text, specs, given))
 
 
@@ -431,6 +440,9 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]  # the usual wrapping of training frameworks
+    if isinstance(state, dict) and state and all(str(k).startswith(_PARALLEL) for k in state):
+        # DistributedDataParallel's and DataParallel's, whose only child is the model.
+        state = {str(key).removeprefix(_PARALLEL): value for key, value in state.items()}
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(
             f"'{path}' must hold a state dict, got {type(state).__name__}; save it as "

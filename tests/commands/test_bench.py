@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import torchfuse
-from torchfuse.cli import main
+from torchfuse.cli import cli, main
 from torchfuse.commands.bench_meanwhile import Progress
 from torchfuse.devices import several
 from torchfuse.inputs import Case
@@ -609,3 +610,17 @@ def test_what_each_device_is_at_is_shown_on_a_terminal_and_nowhere_else(
             progress.show("ssh:[::1]", "pushing")
         shown = capsys.readouterr().err
         assert ("local: round 1 of 3    ssh:[::1]: pushing" in shown) == (terminal is not None)
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "markdown"])
+def test_a_dash_prints_the_form_in_place_of_the_text(
+    model_files: Callable[[str], str], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["bench", model_files("third.pt"), DIMS, "--iter=2", "--warmup=0", f"--{form}", "-"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    assert "Time (median" not in result.stdout
+    start = {"json": "{", "csv": "device,", "markdown": "local: "}[form]
+    assert result.stdout.startswith(start)
+    assert list(tmp_path.iterdir()) == []

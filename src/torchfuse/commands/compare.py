@@ -15,6 +15,7 @@ from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.gates import Gates
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import model_options
+from torchfuse.commands.status import STDOUT
 from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError
 from torchfuse.render.libraries import require_libraries
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from torchfuse.comparison import Comparison
 
 __all__ = ["command"]
-
-_STDOUT = "-"
 
 
 @click.command("compare", short_help="Your model in every form: how fast, how large, how exact.")
@@ -135,12 +134,12 @@ def command(
     class, or with a labels.csv in it; or a .csv or .txt with a picture and its label in each line.
     """  # noqa: D301  # \b keeps click from re-filling the next paragraph
     files = {"--json": json_file, "--markdown": markdown_file, "--html": html_file}
-    if list(files.values()).count(_STDOUT) > 1:
-        printed = " and ".join(name for name, at in files.items() if at == _STDOUT)
+    if list(files.values()).count(STDOUT) > 1:
+        printed = " and ".join(name for name, at in files.items() if at == STDOUT)
         raise InputError(f"Expected one of {printed} as '-', got both; name a file.")
     if html_file is not None:
         require_libraries()
-    check_destinations({name: None if at == _STDOUT else at for name, at in files.items()})
+    check_destinations({name: None if at == STDOUT else at for name, at in files.items()})
     if folder is not None:
         check_folder(folder)
     gates = Gates.read(conditions, baseline, slower_by, fail_on_noise=fail_on_noise)
@@ -157,7 +156,7 @@ def command(
     from torchfuse.comparing.cache import default_folder
 
     check_choices(chosen, wanted, devices)
-    loaded = model_source.load(model, inputs, weights)
+    loaded = model_source.load(model, inputs, weights, given.inputs())
     if loaded.exported:
         raise InputError(
             "Expected a model, got an exported program, which has no other forms; give "
@@ -175,10 +174,10 @@ def command(
     def save() -> bool:
         found = so_far[-1]() if so_far else None
         if found is not None:
-            _write({name: at for name, at in files.items() if at != _STDOUT}, found)
+            _write({name: at for name, at in files.items() if at != STDOUT}, found)
         return found is not None
 
-    saved = None if json_file in (None, _STDOUT) else Path(str(json_file))
+    saved = None if json_file in (None, STDOUT) else Path(str(json_file))
     with saving_what_there_is(save, saved), progress() as step:
         comparison = torchfuse.compare(
             network,
@@ -200,7 +199,7 @@ def command(
             partial=so_far.append,
         )
     _write(files, comparison)
-    if _STDOUT not in files.values():
+    if STDOUT not in files.values():
         _show(comparison, folder)
     gates.judge(comparison)
 
@@ -212,7 +211,7 @@ def _write(files: Mapping[str, str | None], comparison: Comparison) -> None:
         "--html": comparison.to_html,
     }
     for name, at in files.items():
-        if at == _STDOUT:
+        if at == STDOUT:
             click.echo(texts[name](), nl=False)
         elif at is not None:
             write_atomically(at, texts[name]().encode())
@@ -222,7 +221,7 @@ def _earlier(json_file: str | None) -> Comparison:
     """Return what --json holds of an interrupted run."""
     from torchfuse.comparison import Comparison
 
-    if json_file is None or json_file == _STDOUT or not Path(json_file).is_file():
+    if json_file is None or json_file == STDOUT or not Path(json_file).is_file():
         raise InputError(
             "--resume goes on with what --json holds; give --json with the file that the "
             "interrupted run saved."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +13,7 @@ from torchfuse.artifacts import artifact_format, check_destination, check_option
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.dynamic_sizes import dynamic_shapes, parse_sizes
 from torchfuse.commands.model_options import model_options
-from torchfuse.errors import InputError
+from torchfuse.errors import ExportWarning, InputError
 
 if TYPE_CHECKING:
     from torchfuse.artifacts import Precision
@@ -78,18 +79,35 @@ def command(
             f"Expected a model, got the exported program '{model}': a file is made of and compared "
             "with the model itself; give path/to/file.py:callable."
         )
-    loaded = model_source.load(model, inputs, weights)
+    loaded = model_source.load(model, inputs, weights, given.inputs())
     import torchfuse
 
     network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
-    artifact = torchfuse.export(
-        network,
-        example,
-        output,
-        precision=precision,
-        calibration=given.data,
-        dynamic_shapes=dynamic_shapes(parsed, network, example),
-        optimize=not no_optimize,
-        preprocessing=preprocessing,
-    )
+    calibration: Any = given.data
+    kept: Any = preprocessing
+    if given.preprocess_inside:  # what the file says is not what pictures are read by
+        kept = given.kept(preprocessing)
+        if given.data not in (None, "random"):
+            calibration = _cases(given.data, network, example, preprocessing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)  # the artifact's notes say it
+        artifact = torchfuse.export(
+            network,
+            example,
+            output,
+            precision=precision,
+            calibration=calibration,
+            dynamic_shapes=dynamic_shapes(parsed, network, example),
+            optimize=not no_optimize,
+            preprocessing=kept,
+        )
     click.echo(f"{artifact}\n\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
+
+
+def _cases(data: Any, network: Any, example: Any, preprocessing: Any) -> Any:
+    from torchfuse.inputs import cases
+    from torchfuse.quantizing import read_calibration
+    from torchfuse.quantizing.static import argument_names
+
+    case, names = cases(example)[0], argument_names(network)
+    return read_calibration(data, case, preprocessing, as_pixels=True, names=names).cases

@@ -6,12 +6,11 @@ from pathlib import Path
 import click
 
 from torchfuse.artifacts import check_destination, write_atomically
+from torchfuse.commands.status import STDOUT
 from torchfuse.errors import InputError
 from torchfuse.render.libraries import require_libraries
 
 __all__ = ["command"]
-
-_STDOUT = "-"
 
 
 @click.command("report", short_help="The HTML file of a comparison.")
@@ -25,7 +24,7 @@ def command(comparison: str, output: str) -> None:
     FILE.json may be '-': then the JSON is read from the standard input.
     """
     require_libraries()
-    if output != _STDOUT:
+    if output != STDOUT:
         check_destination(output)
     from torchfuse.comparison import Comparison
 
@@ -33,7 +32,7 @@ def command(comparison: str, output: str) -> None:
     if not found.rows:
         raise InputError(f"Expected a comparison with rows, got none in '{comparison}'.")
     page = found.to_html()
-    if output == _STDOUT:
+    if output == STDOUT:
         click.echo(page, nl=False)
         return
     write_atomically(output, page.encode())
@@ -41,7 +40,7 @@ def command(comparison: str, output: str) -> None:
 
 
 def _read(path: str) -> str:
-    if path == _STDOUT:
+    if path == STDOUT:
         return sys.stdin.read()
     try:
         return Path(path).read_text(encoding="utf-8")
