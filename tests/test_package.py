@@ -32,7 +32,10 @@ HELP = "from torchfuse.cli import cli; cli.main({!r}, standalone_mode=False)"
         "import torchfuse",
         "import torchfuse; dir(torchfuse)",
         HELP.format(["--help"]),
-        *(HELP.format([command, "--help"]) for command in ("recipe", "plan", "bench")),
+        *(
+            HELP.format([command, "--help"])
+            for command in ("recipe", "plan", "bench", "compare", "report", "info")
+        ),
         "import torchfuse.comparison, torchfuse.planning, torchfuse.equivalence, torchfuse.timing",
     ],
 )

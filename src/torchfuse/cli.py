@@ -8,12 +8,14 @@ from importlib import import_module
 
 import click
 
+from torchfuse.commands.settings import settings
 from torchfuse.commands.status import ERROR, FINE, INTERRUPTED
 from torchfuse.errors import TorchfuseError
 
 # In the order of the work, which is the order of --help.
 _COMMANDS = (
-    "recipe", "plan", "fuse", "quantize", "export", "compare", "report", "bench", "devices",
+    "recipe", "info", "plan", "fuse", "quantize", "export", "compare", "report", "bench",
+    "devices",
 )  # fmt: skip
 
 
@@ -31,8 +33,18 @@ class _Lazy(click.Group):
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="torchfuse")
-def cli() -> None:
-    """Find, prove and measure fusions in PyTorch models."""
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Find, prove and measure fusions in PyTorch models.
+
+    Options of any command can be kept in torchfuse.toml, or in pyproject.toml under
+    [tool.torchfuse.COMMAND].
+    """
+    group = ctx.command
+    assert isinstance(group, click.Group)
+    ctx.default_map = settings(
+        _COMMANDS, lambda name: group.get_command(ctx, name), ctx.invoked_subcommand
+    )
 
 
 def _shown(text: object) -> str:

@@ -19,6 +19,7 @@ from torchfuse.commands.status import STDOUT
 from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError
 from torchfuse.render.libraries import require_libraries
+from torchfuse.render.progress import progress, quiet_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -80,6 +81,7 @@ __all__ = ["command"]
     "--fail-on-noise", is_flag=True,
     help="End with status 3 where the times cannot be trusted.",
 )  # fmt: skip
+@quiet_option
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run that --json holds.")
 @click.option(
     "--no-cache", is_flag=True, help="Make every file anew, and keep none for the next time."
@@ -165,7 +167,6 @@ def command(
     function = None if evaluate is None else model_source.load_function(evaluate)
     network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
     import torchfuse
-    from torchfuse.render.progress import progress
     from torchfuse.runner.allocator import keep_freed_memory
 
     keep_freed_memory()  # some of the variants are measured in this process

@@ -14,6 +14,7 @@ from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.dynamic_sizes import dynamic_shapes, parse_sizes
 from torchfuse.commands.model_options import model_options
 from torchfuse.errors import ExportWarning, InputError
+from torchfuse.render.progress import progress, quiet_option
 
 if TYPE_CHECKING:
     from torchfuse.artifacts import Precision
@@ -41,6 +42,7 @@ __all__ = ["command"]
     "x, a:1,b:1=1..77 two that are always the same; repeatable.",
 )  # fmt: skip
 @data_options
+@quiet_option
 def command(
     model: str,
     inputs: tuple[str, ...],
@@ -89,7 +91,8 @@ def command(
         kept = given.kept(preprocessing)
         if given.data not in (None, "random"):
             calibration = _cases(given.data, network, example, preprocessing)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), progress() as step:
+        step(f"writing {output.name}")
         warnings.simplefilter("ignore", ExportWarning)  # the artifact's notes say it
         artifact = torchfuse.export(
             network,

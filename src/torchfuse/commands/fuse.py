@@ -13,6 +13,7 @@ from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options, rule_option
 from torchfuse.commands.plan import print_plan
 from torchfuse.errors import FusionError, InputError, UnsupportedError
+from torchfuse.render.progress import progress, quiet_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +33,7 @@ _SUFFIXES = (".pt", ".safetensors", ".pt2")
     help="Where to write: a state dict (.pt, .safetensors) or an exported program (.pt2).",
 )  # fmt: skip
 @rule_option
+@quiet_option
 def command(
     model: str,
     output: Path,
@@ -55,12 +57,15 @@ def command(
 
     loaded = model_source.load(model, inputs, weights)
     chosen = rules or None
-    if loaded.exported:
-        result = torchfuse.fuse_exported(loaded.model, rules=chosen)
-    else:
-        result = torchfuse.fuse(
-            loaded.model, loaded.example_inputs, rules=chosen, inplace=True, keep_originals=False
-        )
+    with progress() as step:
+        step("fusing")
+        if loaded.exported:
+            result = torchfuse.fuse_exported(loaded.model, rules=chosen)
+        else:
+            given = loaded.example_inputs
+            result = torchfuse.fuse(
+                loaded.model, given, rules=chosen, inplace=True, keep_originals=False
+            )
     print_plan(result.plan)
     check = result.check
     assert check is not None

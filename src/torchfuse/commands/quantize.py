@@ -17,6 +17,7 @@ from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.model_options import model_options
 from torchfuse.commands.status import GATE, STDOUT
 from torchfuse.errors import ExportWarning, InputError, QuantizationWarning, first_line
+from torchfuse.render.progress import progress, quiet_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +72,7 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
     help="A function that takes a model and returns a number, of which more is better.",
 )  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show the layers furthest from float, and why.")
+@quiet_option
 @click.option(
     "--json", "json_file", metavar="FILE",
     help="Write the report as JSON; '-' prints it instead of the text.",
@@ -137,8 +139,9 @@ def command(
         return
     static = scheme in (None, "int8") and given.data is not None and backend == "xnnpack"
     steps = () if no_recovery or not static else (recover or _STEPS)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), progress() as step:
         warnings.simplefilter("ignore", QuantizationWarning)  # the report's notes say it
+        step("quantizing")
         result = torchfuse.quantize(
             network,
             example,
@@ -158,8 +161,9 @@ def command(
     is_met = reached is None or reached.met
     artifact = None
     if is_met or keep_anyway:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), progress() as step:
             warnings.simplefilter("ignore", ExportWarning)  # the artifact's notes say it
+            step(f"writing {output.name}")
             artifact = torchfuse.export(result.model, example, output, preprocessing=metadata)
     if json_file is not None:
         _write_report(json_file, result.report, artifact)
