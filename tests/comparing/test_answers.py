@@ -172,3 +172,24 @@ def test_a_choice_that_there_is_not_is_known_before_the_model_runs(
 
     with pytest.raises(InputError, match=message):
         torchfuse.compare(Never().eval(), X, **options)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x))
+
+
+def test_another_method_than_forward_can_be_compared() -> None:
+    case = Case((torch.rand(1, 3, 8, 8),), method="encode")
+    model = Encoder().eval()
+    found = torchfuse.compare(model, case, targets=["pt"], variants=["fused"], runs=2)
+    assert found.model == "Encoder.encode"
+    assert len(found.plan.fusions) == 1
+    assert [row.target for row in found.rows] == ["eager", "eager", ".pt"]
+    assert all(row.difference.passed for row in found.rows)
+    with pytest.raises(InputError, match="Expected examples of one method, got encode and forward"):
+        torchfuse.compare(model, [case, Case(case.args)])

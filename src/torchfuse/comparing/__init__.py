@@ -99,7 +99,8 @@ def compare(
 
     Args:
         model: in eval mode.
-        example_inputs: as for `fuse`; the first case is what is timed.
+        example_inputs: as for `fuse`; the first case is what is timed. `Case`s may name another
+            method than `forward`, all the same one: then that is what is compared.
         variants: those to compare out of "not fused", "fused", "fp16" and "int8"; None: all. The
             model as it is, in eager mode, is always the baseline.
         targets: those to compare on out of "eager", "channels_last" and the files' suffixes.
@@ -146,6 +147,10 @@ def compare(
                          "data and validation.")  # fmt: skip
     require_eval_mode(model)
     examples = cases(example_inputs)
+    name = type(model).__name__
+    if (method := _only_method(examples)) != "forward":
+        model, name = _Method(model, method), f"{name}.{method}"
+        examples = [Case(case.args, case.kwargs) for case in examples]
     require_forward(examples)
     notes: list[str] = []
     cases_, samples, told = _data(
@@ -157,7 +162,7 @@ def compare(
     progress("fusing")
     plan = None
     if fused is None:
-        result = fuse(model, example_inputs)
+        result = fuse(model, examples)
         fused, plan = {"fused": result.model}, result.plan
     inside = isinstance(model, WithPreprocessing)  # then nobody who calls it has to do it
     kept = None if inside else preprocessing
@@ -176,7 +181,7 @@ def compare(
             None if cache is None or digest is None else Cache(Path(cache), digest),
             _make(Path(folder or temporary)),
             Comparison(
-                model=type(model).__name__,
+                model=name,
                 rows=(),
                 notes=tuple(notes),
                 architecture=platform.machine(),
@@ -202,6 +207,28 @@ def compare(
         found = work.so_far()
     assert found is not None
     return found
+
+
+class _Method(nn.Module):
+    """A method of a model as the forward of a module."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, self.method)(*args, **kwargs)
+
+
+def _only_method(examples: Sequence[Case]) -> str:
+    methods = {case.method for case in examples}
+    if len(methods) > 1:
+        raise InputError(
+            f"Expected examples of one method, got {' and '.join(sorted(methods))}; compare each "
+            "on its own."
+        )
+    return methods.pop()
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,25 @@ def test_the_graph_is_searched_and_walked_with_the_keyboard(browser: Browser, re
     )
 
 
+def test_where_the_time_goes_is_shown_without_the_colours_of_what_was_fused(
+    browser: Browser, report: Path
+) -> None:
+    browser.open(report)
+    browser.run("document.getElementById('picture').scrollIntoView()")
+    browser.wait_for("document.getElementById('picture').dataset.state")
+    browser.run("document.querySelector('[data-which=before]').click()")
+    colours = (
+        "[...new Set(document.getElementById('picture')._cyreg.cy.nodes()"
+        ".map(node => node.style('border-color')))].length"
+    )
+    assert browser.run(colours) == 3  # merged, skipped, neither
+    browser.run(
+        "(s => { s.value = 'time'; s.dispatchEvent(new Event('change')); })"
+        "(document.getElementById('colour'))"
+    )
+    assert browser.run(colours) == 1  # every call of this graph has a time
+
+
 def test_everything_that_is_clicked_can_be_reached_with_tab(browser: Browser, report: Path) -> None:
     browser.open(report)
     wanted = browser.run("document.querySelectorAll('a, button, select, input, summary').length")

@@ -311,7 +311,7 @@ def _measure(rows: Sequence[Row]) -> tuple[str, Callable[[Row], float | None]] |
     ]
     # Where all are equally right by one measure there is nothing to weigh; a finer one may tell.
     telling = [(title, of) for title, of in known if len({of(row) for row in rows} - {None}) > 1]
-    return next(iter(telling or known), None)
+    return next(iter(telling), None)
 
 
 _EXACT_DB = 120.0  # above, two computations in float32 differ by their rounding only

@@ -105,13 +105,8 @@ if (graphs) {
     const mode = select.value;
     view.batch(() => view.nodes().forEach((element) => {
       const node = graphs[which][Number(element.id())];
-      if (mode === "time") {
-        element.removeData("state");
-        if (node.share === null) element.removeData("share"); else element.data("share", node.share);
-      } else {
-        element.removeData("share");
-        if (node.states[mode]) element.data("state", node.states[mode]); else element.removeData("state");
-      }
+      // Values and not removeData, after which a node keeps its colour.
+      element.data({ share: mode === "time" && node.share !== null ? node.share : -1, state: node.states[mode] || "" });
     }));
     const entry = legends.find(([name]) => name === mode);
     const legend = document.querySelector(".legend");
