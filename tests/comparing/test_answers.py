@@ -13,7 +13,7 @@ from torchfuse.comparing.samples import read_samples
 from torchfuse.comparison import FOLDED, NOT_FUSED, ChangedAnswer
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
-from torchfuse.errors import InputError
+from torchfuse.errors import InputError, TorchfuseError
 from torchfuse.inputs import Case
 from torchfuse.timing import Measurement
 
@@ -161,6 +161,7 @@ def test_int8_is_calibrated_on_what_answers_are_not_compared_on() -> None:
         ({"devices": []}, "Expected a device to measure on, got none"),
         ({"variants": "int8"}, "Expected a list of variants, got the text 'int8'"),
         ({"data": X, "calibration": X}, "Expected data or calibration, got both"),
+        ({"validation": X[:3]}, "Expected at least 4 validation samples, as many as the example"),
     ],
 )
 def test_a_choice_that_there_is_not_is_known_before_the_model_runs(
@@ -170,7 +171,7 @@ def test_a_choice_that_there_is_not_is_known_before_the_model_runs(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise AssertionError("it was run")
 
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(TorchfuseError, match=message):
         torchfuse.compare(Never().eval(), X, **options)
 
 

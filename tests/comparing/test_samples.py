@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from torchfuse.comparing.samples import Samples, held_out, read_samples
+from torchfuse.comparing.samples import Samples, calibration_cases, held_out, read_samples
 from torchfuse.errors import CalibrationError
 from torchfuse.inputs import Case
 from torchfuse.quantizing.preprocessing import Preprocessing
@@ -142,3 +142,15 @@ def test_samples_come_in_batches_as_large_as_the_examples() -> None:
     samples = read_samples(torch.rand(5, 3, 4, 4), EXAMPLE)
     batches = list(samples.batches(Case((torch.zeros(2, 3, 4, 4),))))
     assert [batch.args[0].shape for batch in batches] == [(2, 3, 4, 4)] * 2
+
+
+def test_calibration_comes_in_the_examples_batches_spread_over_all() -> None:
+    samples = read_samples(torch.rand(11, 3, 4, 4), EXAMPLE)
+    example = Case((torch.zeros(2, 3, 4, 4),))
+    assert [case.args[0].shape[0] for case in calibration_cases(samples, example, 256)] == [2] * 5
+    few = calibration_cases(samples, example, 4)
+    assert len(few) == 2
+    assert torch.equal(few[0].args[0][:1], samples.read[0]().args[0])
+    assert len(calibration_cases(samples, EXAMPLE, 4)) == 4
+    with pytest.raises(CalibrationError, match="Expected at least 16 samples to calibrate on"):
+        calibration_cases(samples, Case((torch.zeros(16, 3, 4, 4),)), 256)

@@ -32,7 +32,13 @@ from torchfuse.comparing.jobs import (
 )
 from torchfuse.comparing.jobs import evaluate as evaluated
 from torchfuse.comparing.operations import operations
-from torchfuse.comparing.samples import Samples, calibration_cases, held_out, read_samples
+from torchfuse.comparing.samples import (
+    Samples,
+    batch_size,
+    calibration_cases,
+    held_out,
+    read_samples,
+)
 from torchfuse.comparing.targets import FileTarget, chosen_targets
 from torchfuse.comparison import FOLDED, LOCAL, NOT_FUSED, Comparison, LayerNoise, Row
 from torchfuse.devices.opening import checked_device
@@ -467,23 +473,26 @@ def _data(
         return read_samples(given, case, preprocessing, as_pixels=as_pixels, names=names)
 
     validating = None if validation is None else read(validation)
+    cases_: list[Case] | None = None
     if calibration is not None or (isinstance(data, str) and data == "random"):
         given = calibration if calibration is not None else data
         found = read_calibration(given, case, preprocessing, as_pixels=as_pixels, names=names)
         notes.append(_calibrated(found, examples))
-        return found.cases, validating, None if validating is None else validating.source
-    calibrating = None
-    if data is not None:
+        cases_ = found.cases
+    elif data is not None:
         calibrating = read(data)
         if validating is None:
             calibrating, validating = held_out(calibrating)
-    if calibrating is None:
-        return None, validating, None if validating is None else validating.source
-    chosen = calibration_cases(calibrating, case, _MOST_CALIBRATION)
-    notes.append(_calibrated(CalibrationData(chosen, calibrating.source), examples))
-    if validating is not None and not len(validating):
-        raise CalibrationError("The validation data is empty; give at least one sample.")
-    return chosen, validating, None if validating is None else validating.source
+        cases_ = calibration_cases(calibrating, case, _MOST_CALIBRATION)
+        notes.append(_calibrated(CalibrationData(cases_, calibrating.source), examples))
+    if validating is None:
+        return cases_, None, None
+    if len(validating) < (size := batch_size(case)):
+        raise CalibrationError(
+            f"Expected at least {size} validation samples, as many as the example's batch, got "
+            f"{len(validating)}, {validating.source}; give more data, or a smaller example."
+        )
+    return cases_, validating, validating.source
 
 
 def _calibrated(data: CalibrationData, examples: list[Case]) -> str:

@@ -286,10 +286,21 @@ def _without_labels(
 
 
 def calibration_cases(samples: Samples, example: Case, most: int) -> list[Case]:
-    """Return at most so many samples, spread over them all, checked.
+    """Return at most so many samples, spread over them all, in batches as large as the example's.
 
     Raises:
         CalibrationError: they are unfit.
     """
-    step = -(-len(samples) // most)
-    return checked_calibration([read() for read in samples.read[::step]], example)
+    size = batch_size(example)
+    step = -(-len(samples) // max(1, most // size) // size)
+    every = samples.part(
+        [i for start in range(0, len(samples) - size + 1, step * size)
+         for i in range(start, start + size)],
+        samples.source,
+    )  # fmt: skip
+    if not len(every):
+        raise CalibrationError(
+            f"Expected at least {size} samples to calibrate on, as many as the example's batch, "
+            f"got {len(samples)} of {samples.source}."
+        )
+    return checked_calibration(list(every.batches(example)), example)

@@ -246,7 +246,10 @@ def answer_lines(comparison: Comparison) -> list[str]:
     """Return what the answers are on, and for each row whose answers changed, which."""
     if comparison.validation is None:
         return []
-    what = f" Accuracy is {comparison.accuracy_of}." if comparison.accuracy_of else ""
+    what = ""
+    if comparison.accuracy_of is not None:
+        is_known = any(row.accuracy is not None for row in comparison.rows)
+        what = f" Accuracy is {comparison.accuracy_of}." if is_known else _NO_SCORES
     lines = [f"{comparison.model}, answers on {comparison.validation}.{what}"]
     same = []
     for row in comparison.rows:
@@ -278,6 +281,10 @@ def _changed(change: ChangedAnswer) -> str:
 
 
 _MOST_CHANGES = 3
+_NO_SCORES = (
+    " There are labels, but accuracy is not known: the outputs are not one tensor of scores, "
+    "[samples, classes]; give --evaluate."
+)
 
 
 def delegation_lines(comparison: Comparison) -> list[str]:
