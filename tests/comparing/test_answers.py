@@ -1,6 +1,7 @@
 """What the variants of a model answer on validation data, beside the model itself."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,9 +75,20 @@ def test_what_the_user_evaluates_goes_before_the_labels() -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_labels_beyond_the_models_classes_are_an_error(label: int) -> None:
+def test_labels_beyond_the_models_classes_are_known_before_anything_is_made(label: int) -> None:
+    steps = []
+    data = list(zip(X.split(1), [0, 1, 2, label], strict=True))
     with pytest.raises(InputError, match="Expected labels of 0 to 3, since the model tells 4"):
-        evaluate(OTHER, subject([0, 1, 2, label]))
+        torchfuse.compare(Scores().eval(), X[:1], validation=data, progress=steps.append)
+    assert steps == []
+
+
+def test_classes_by_name_must_be_as_many_as_the_models(tmp_path) -> None:
+    samples = replace(subject([0, 1, 1, 0]).validation, classes=2)
+    with pytest.raises(
+        InputError, match="of the 4 classes that the model tells apart, got the names of 2"
+    ):
+        jobs.check_labels(Scores().eval(), samples, Case((X[:1],)))
 
 
 def test_outputs_that_are_no_scores_are_compared_by_their_noise() -> None:

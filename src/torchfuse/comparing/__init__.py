@@ -28,6 +28,7 @@ from torchfuse.comparing.jobs import (
     Subject,
     accuracy_from,
     build,
+    check_labels,
     measure,
 )
 from torchfuse.comparing.jobs import evaluate as evaluated
@@ -162,6 +163,8 @@ def compare(
     cases_, samples, told = _data(
         model, examples, data, validation, calibration, preprocessing, notes
     )
+    if samples is not None:
+        check_labels(model, samples, examples[0])
     if evaluate is not None:
         progress("evaluating the model")
         accuracy_from(evaluate, model)  # what is wrong with it is known before the long work

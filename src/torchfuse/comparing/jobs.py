@@ -6,6 +6,7 @@ a measurement runs alone on its device.
 """
 
 import copy
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ __all__ = [
     "Subject",
     "accuracy_from",
     "build",
+    "check_labels",
     "evaluate",
     "measure",
 ]
@@ -287,7 +289,6 @@ def _answers(call: Callable[..., Any], subject: Subject, on_step: OnRound) -> An
         if _are_scores(expected, size):
             before += expected[0].argmax(1).tolist()
             after += got[0].argmax(1).tolist()
-            _check_labels(samples, expected[0].shape[1])
     if not comparable or not before or len(before) < count * size:
         return Answers(count * size, noise.sqnr_db if comparable else None, None, None, ())
     labels = None if samples.labels is None else samples.labels[: len(before)]
@@ -321,12 +322,23 @@ def _are_scores(outputs: Sequence[torch.Tensor], size: int) -> bool:
     )
 
 
-def _check_labels(samples: Samples, classes: int) -> None:
+def check_labels(model: nn.Module, samples: Samples, example: Case) -> None:
+    """Find out, before the long work, whether labels are classes of what the model returns.
+
+    Raises:
+        InputError: they are not.
+    """
+    if samples.labels is None:
+        return
+    (first,) = _outputs(model, itertools.islice(samples.batches(example), 1))
+    if not _are_scores(first, batch_size(example)):
+        return
+    classes = first[0].shape[1]
     if samples.classes not in (None, classes):
         raise InputError(
-            f"{samples.source} have {samples.classes} classes by name, but the model tells "
-            f"{classes} classes apart, so it is not known which is which; name folders, or give "
-            "labels in a .csv, by the number of the class."
+            f"Expected labels of the {classes} classes that the model tells apart, got the names of "
+            f"{samples.classes} ({samples.source}), so it is not known which is which; name the "
+            "folders, or give labels in a .csv, by the numbers of the classes."
         )
     if samples.labels and not 0 <= min(samples.labels) <= max(samples.labels) < classes:
         raise InputError(
