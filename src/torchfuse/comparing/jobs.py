@@ -336,8 +336,8 @@ def check_labels(model: nn.Module, samples: Samples, example: Case) -> None:
     classes = first[0].shape[1]
     if samples.classes not in (None, classes):
         raise InputError(
-            f"Expected labels of the {classes} classes that the model tells apart, got the names of "
-            f"{samples.classes} ({samples.source}), so it is not known which is which; name the "
+            f"Expected labels of the {classes} classes that the model tells apart, got the names "
+            f"of {samples.classes} ({samples.source}), so it is not known which is which; name the "
             "folders, or give labels in a .csv, by the numbers of the classes."
         )
     if samples.labels and not 0 <= min(samples.labels) <= max(samples.labels) < classes:
