@@ -16,13 +16,16 @@ MODELS := timm==1.0.31 torchvision==0.28.0
 # What the tests of devices drive: the real tools, of Debian's packages.
 DEVICE_TOOLS := adb openssh-client openssh-server
 
+# What the tests of the report open it in.
+BROWSER := chromium
+
 .PHONY: demo test test-devices bench verdicts docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
 
 test: $(VENV)/installed-test
-	tests/devices/apt-install.sh $(DEVICE_TOOLS)
+	tests/devices/apt-install.sh $(DEVICE_TOOLS) $(BROWSER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -198,6 +198,7 @@ def measure_interleaved(
     threads: int = 1,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    earlier: Mapping[str, Measurement] | None = None,
     on_round: Callable[[int, int], object] | None = None,
     on_partial: Callable[[dict[str, Measurement]], object] | None = None,
 ) -> dict[str, Measurement]:
@@ -207,6 +208,7 @@ def measure_interleaved(
     each round every variant has a turn, in random order, so that what slows the machine down for a
     while slows all of them. A turn is a few calls that are not timed, since the variant before has
     pushed this one's weights out of the caches, and a few that are. `clock` is for callables.
+    `earlier` is as for `measure_prepared`.
 
     After every round, `on_round(done, all)` is told, and `on_partial` is given the measurements so
     far, so that a caller can show or save them.
@@ -243,6 +245,7 @@ def measure_interleaved(
                 threads=threads,
                 seed=seed,
                 clock=clock,
+                earlier=earlier,
                 on_round=on_round,
                 on_partial=on_partial,
             )

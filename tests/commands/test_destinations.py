@@ -115,7 +115,7 @@ def test_a_suffix_that_is_unknown_is_known_before_any_work(
 def test_one_file_for_the_model_and_the_report_is_known_before_any_work(folder: Path) -> None:
     words = ["quantize", "net.py:net", "-o", "out.pte", "--json", "./out.pte"]
     assert complaint(CliRunner().invoke(cli, words)) == (
-        "Expected a file for each of -o out.pte, --json out.pte, got one twice."
+        "Expected a file for each of -o out.pte, --json ./out.pte, got one twice."
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +15,8 @@ from torchfuse.commands.bench_meanwhile import Progress
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.dynamic_sizes import dynamic_shapes, parse_sizes
 from torchfuse.commands.model_options import model_options
-from torchfuse.errors import InputError
+from torchfuse.errors import ExportWarning, InputError
+from torchfuse.render.progress import progress, quiet_option
 from torchfuse.targets import TARGETS, target_for
 from torchfuse.targets.options import check_options
 
@@ -57,6 +59,7 @@ __all__ = ["command"]
     "x, a:1,b:1=1..77 two that are always the same; repeatable.",
 )  # fmt: skip
 @data_options
+@quiet_option
 def command(
     model: str,
     inputs: tuple[str, ...],
@@ -105,37 +108,55 @@ def command(
             f"Expected a model, got the exported program '{model}': a file is made of and compared "
             "with the model itself; give path/to/file.py:callable."
         )
-    loaded = model_source.load(model, inputs, weights)
+    loaded = model_source.load(model, inputs, weights, given.inputs())
     import torchfuse
 
     network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
+    calibration: Any = given.data
+    kept: Any = preprocessing
+    if given.preprocess_inside:  # what the file says is not what pictures are read by
+        kept = given.kept(preprocessing)
+        if given.data not in (None, "random"):
+            calibration = _cases(given.data, network, example, preprocessing)
     if fastest:
-        with Progress() as progress:
+        with Progress() as shown:
             found = torchfuse.export_fastest(
                 network,
                 example,
                 output,
                 precision=precision,
-                calibration=given.data,
+                calibration=calibration,
                 dynamic_shapes=dynamic_shapes(parsed, network, example),
                 max_drop=max_drop,
-                preprocessing=preprocessing,
+                preprocessing=kept,
                 threads=threads,
-                progress=functools.partial(progress.show, "local"),
+                progress=functools.partial(shown.show, "local"),
             )
         click.echo(f"{found}\n\nWrote {found.artifact.path} ({found.artifact.size_bytes:,} bytes).")
         return
-    artifact = torchfuse.export(
-        network,
-        example,
-        output,
-        precision=precision,
-        calibration=given.data,
-        dynamic_shapes=dynamic_shapes(parsed, network, example),
-        optimize=not no_optimize,
-        preprocessing=preprocessing,
-    )
+    with warnings.catch_warnings(), progress() as step:
+        step(f"writing {output.name}")
+        warnings.simplefilter("ignore", ExportWarning)  # the artifact's notes say it
+        artifact = torchfuse.export(
+            network,
+            example,
+            output,
+            precision=precision,
+            calibration=calibration,
+            dynamic_shapes=dynamic_shapes(parsed, network, example),
+            optimize=not no_optimize,
+            preprocessing=kept,
+        )
     click.echo(f"{artifact}\n\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
+
+
+def _cases(data: Any, network: Any, example: Any, preprocessing: Any) -> Any:
+    from torchfuse.inputs import cases
+    from torchfuse.quantizing import read_calibration
+    from torchfuse.quantizing.static import argument_names
+
+    case, names = cases(example)[0], argument_names(network)
+    return read_calibration(data, case, preprocessing, as_pixels=True, names=names).cases
 
 
 def _check_fastest(

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from torchfuse.copying import copied
 from torchfuse.errors import InputError, UnsupportedError, first_line
+from torchfuse.exported import rewriting
 from torchfuse.exported.fusing import fuse_all
 from torchfuse.exported.norms import write_batch_norms_plainly
-from torchfuse.exported.rewriting import rewrite
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
 from torchfuse.targets.executorch.rewrites import rewrite
@@ -82,8 +82,11 @@ def capture(
     case = _traceable(case, dynamic_shapes)
     program = _export(model, case, dynamic_shapes)
     _require_pure(program)
+    # What is made of it is compared as a whole.
     if fold_batch_norms and _has_batch_norms(program):
-        program = fold(program, prove=False).program  # what is made of it is compared as a whole
+        program = fuse_all(program, prove=False).program
+    elif fold_batch_norms:  # (without a copy, if there is nothing to do)
+        program = rewriting.rewrite(program, prove=False).program
     if for_xnnpack and _has_batch_norms(program):
         with quiet():
             graph_module = program.module(check_guards=False)
