@@ -31,65 +31,8 @@ from torchfuse.planning import FusionPlan
 from zoo import FAMILIES, HAND_WRITTEN, Entry
 from zoo.more_families import MORE_FAMILIES
 
-TIMM = {  # each family's smallest model with batch norms: the side of its pictures
-    "test_efficientnet": 160,
-    "test_byobnet": 160,
-    "test_resnet": 160,
-    "starnet_s050": 224,
-    "test_coatnet": 160,
-    "dla46x_c": 224,
-    "mobilevit_xxs": 256,
-    "mobilenetv3_small_050": 224,
-    "ese_vovnet19b_slim_dw": 224,
-    "repghostnet_050": 224,
-    "efficientvit_m0": 224,
-    "ghostnet_050": 224,
-    "regnetx_002": 224,
-    "cspnext_tiny": 224,
-    "iformer_t": 224,
-    "xcit_nano_12_p8_224": 224,
-    "cs3darknet_focus_s": 256,
-    "efficientvit_b0": 224,
-    "swiftformer_xs": 224,
-    "efficientformerv2_s0": 224,
-    "fasternet_t0": 224,
-    "fastvit_t8": 256,
-    "lcnetv2_small": 224,
-    "inception_next_atto": 224,
-    "rexnet_100": 224,
-    "hardcorenas_b": 224,
-    "repvit_m1": 224,
-    "hgnetv2_b0": 224,
-    "shvit_s1": 224,
-    "cpubone_nano": 224,
-    "efficientvim_m1": 224,
-    "levit_128s": 224,
-    "densenet121": 224,
-    "halonet_h1": 256,
-    "dpn48b": 224,
-    "visformer_tiny": 224,
-    "resnest14d": 224,
-    "resnetv2_18": 224,
-    "legacy_seresnet18": 224,
-    "skresnet18": 224,
-    "tiny_vit_5m_224": 224,
-    "efficientformer_l1": 224,
-    "hrnet_w18_small": 224,
-    "lowformer_b0": 224,
-    "convmixer_768_32": 224,
-    "legacy_xception": 299,
-    "inception_v3": 299,
-    "res2next50": 224,
-    "volo_d1_224": 224,
-    "xception41p": 299,
-    "selecsls42": 224,
-    "tresnet_m": 224,
-    "nextvit_small": 224,
-    "inception_v4": 299,
-    "inception_resnet_v2": 299,
-    "pnasnet5large": 331,
-    "nasnetalarge": 331,
-}
+# The smallest model with batch norms of each of timm's families, and the side of its images
+_TIMM = Path(__file__).with_name("verdict_table") / "timm_families.tsv"
 
 
 @dataclass(frozen=True)
@@ -145,7 +88,8 @@ def _of_timm() -> list[Entry]:
     def made(name: str) -> Callable[[], nn.Module]:
         return lambda: timm.create_model(name)
 
-    return [Entry(name, made(name), (3, size, size)) for name, size in TIMM.items()]
+    listed = [line.split("\t") for line in _TIMM.read_text().splitlines() if line[:1] != "#"]
+    return [Entry(name, made(name), (3, int(side), int(side))) for name, side in listed]
 
 
 def _row(entry: Entry, *, verify: bool) -> Row:
