@@ -429,7 +429,7 @@ def test_a_missing_file_an_unknown_suffix_and_a_damaged_file_are_errors(
     bench: Bench, model_files: Files, tmp_path: Path
 ) -> None:
     assert "none.pte' does not exist" in failure(bench(str(tmp_path / "none.pte"), DIMS))
-    assert "with suffix '.onnx'" in failure(bench("model.onnx", DIMS))
+    assert "with suffix '.tflite'" in failure(bench("model.tflite", DIMS))
     for name in ("third.pt", "third.ptl", "third.pte"):
         data = bytearray(Path(model_files(name)).read_bytes())
         data[len(data) // 2] ^= 0xFF

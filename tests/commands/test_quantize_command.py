@@ -212,7 +212,7 @@ def test_torchscript_files_are_made_for_an_engine(folder: Path) -> None:
     assert "Quantized: int8 for x86" in wanted.stdout
     assert check(folder / "out.pt").metadata["precision"] == "int8"
     forgotten = CliRunner().invoke(cli, [*given, "-o", str(folder / "out.pt")])
-    assert "ends in .pte for xnnpack, got" in str(forgotten.exception)
+    assert "ends in .pte or .onnx or .xml for xnnpack, got" in str(forgotten.exception)
     assert "or give --backend" in str(forgotten.exception)
 
 

@@ -27,6 +27,7 @@ from torchfuse.delegation import Delegation  # noqa: TC001  # msgspec reads anno
 from torchfuse.equivalence import Equivalence  # noqa: TC001  # likewise
 from torchfuse.errors import ArtifactError, InputError, TorchfuseError
 from torchfuse.render.json import from_json, to_json
+from torchfuse.targets import TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +40,7 @@ __all__ = ["Cache", "default_folder", "digest_of"]
 _T = TypeVar("_T")
 _FORM = "torchfuse-cache-1"
 _MOST_BYTES = 4_000_000_000  # beyond which the oldest entries go
-_MAKERS = ("torchfuse", "torch", "executorch", "torchao", "onnx", "onnxruntime", "openvino")
+_MAKERS = ("torchfuse", "torchao", *sorted({target.distribution for target in TARGETS}))
 _PLAIN = (bool, int, float, str, type(None))
 
 

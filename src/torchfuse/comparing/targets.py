@@ -20,30 +20,29 @@ class FileTarget:
     precisions: tuple[Precision, ...]
     folds: bool  # batch norms whether the model was fused or not, so there is one variant
     int8_by_stubs: bool = False  # only of a model with QuantStub and DeQuantStub
-    most_compact_only: bool = False  # for phones: of the precisions that there are, the last
+    most_compact_only: bool = False  # of the precisions that there are, the last
+    unasked: bool = True  # compared if no targets are named
 
 
-# For phones; what other runtimes there are is compared when it is asked for by name.
-_DEFAULT = (".pt", ".ptl", ".pte")
-# A plain file beside each precision of a model that was quantized with stubs of its own.
+# Who quantizes a model with stubs of its own in its source
 _BY_STUBS = "torch.ao"
 
 
 def file_targets() -> tuple[FileTarget, ...]:
-    """Return the file formats there are: the ones that are compared unasked, in their order, first.
+    """Return the file formats there are, in the order of the rows.
 
     Of each, the precisions that a comparison has rows for.
     """
-    order = {suffix: position for position, suffix in enumerate(_DEFAULT)}
     return tuple(
         FileTarget(
             target.suffix,
-            tuple(p for p in _PRECISIONS if p in target.precisions),
+            tuple(precision for precision in _PRECISIONS if precision in target.precisions),
             folds=target.quantized_by != _BY_STUBS,
             int8_by_stubs=target.quantized_by == _BY_STUBS,
-            most_compact_only=target.suffix == ".ptl",
+            most_compact_only=target.most_compact_only,
+            unasked=target.for_phones,
         )
-        for target in sorted(TARGETS, key=lambda t: order.get(t.suffix, len(order)))
+        for target in sorted(TARGETS, key=lambda target: target.quantized_by != _BY_STUBS)
     )
 
 
@@ -60,7 +59,7 @@ def chosen_targets(names: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[
     """
     files = file_targets()
     if names is None:
-        return IN_PROCESS, tuple(target for target in files if target.suffix in _DEFAULT)
+        return IN_PROCESS, tuple(target for target in files if target.unasked)
     known = [*IN_PROCESS, *(target.suffix for target in files)]
     wanted = {name if name in IN_PROCESS else f".{name.removeprefix('.')}" for name in names}
     if unknown := sorted(wanted - set(known)):

@@ -88,6 +88,8 @@ class Target(ABC):
     takes_dynamic_shapes: bool = True
     native_runner: str | None = None  # the binary that runs it on devices, by its makers' name
     quantized_by: str | None = None  # whose quantized models it takes: "pt2e" or "torch.ao"
+    for_phones: bool = False  # compared with others unasked
+    most_compact_only: bool = False  # compared only in the last precision that there is
     always_fused: str | None = None  # why no file of it is not fused; None: there are such files
 
     @property

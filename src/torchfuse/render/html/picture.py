@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.comparison import FOLDED, LOCAL
 from torchfuse.render.units import duration
 
 if TYPE_CHECKING:
@@ -55,9 +54,9 @@ def legend(comparison: Comparison) -> list[tuple[str, str, list[tuple[str, str]]
 
 def _delegation(comparison: Comparison) -> Delegation | None:
     for precision in ("int8", "fp32"):
-        row = comparison.find(FOLDED, ".pte", precision, LOCAL)
-        if row is not None and row.delegation is not None:
-            return row.delegation
+        for row in comparison.rows:
+            if row.precision == precision and row.delegation is not None:
+                return row.delegation
     return None
 
 

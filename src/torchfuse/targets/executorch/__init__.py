@@ -35,6 +35,7 @@ class ExecuTorch(Target):
     folds = ("conv + bn", "linear + bn", "conv + relu", "linear + relu")
     native_runner = "executor_runner"
     quantized_by = "pt2e"
+    for_phones = True
     always_fused = (
         "ExecuTorch folds batch norms whenever it lowers a model, so there is no non-fused "
         "'.pte'; compare with eager mode, or with a non-fused '.pt'."

@@ -24,10 +24,12 @@ class TorchScript(Target):
     native_runner = "speed_benchmark_torch"
     quantized_by = "torch.ao"
     takes_any_size = True
+    for_phones = True
     takes_dynamic_shapes = False
 
     def __init__(self, suffix: str) -> None:
         self.suffix = suffix
+        self.most_compact_only = suffix == _LITE
         self.name = "the lite interpreter" if suffix == _LITE else "TorchScript"
 
     def make(self, request: Request) -> Made:
