@@ -16,13 +16,16 @@ MODELS := timm==1.0.31 torchvision==0.28.0
 # What the tests of devices drive: the real tools, of Debian's packages.
 DEVICE_TOOLS := adb openssh-client openssh-server
 
+# What the tests of the report open it in.
+BROWSER := chromium
+
 .PHONY: demo test test-devices bench verdicts docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
 
 test: $(VENV)/installed-test
-	tests/devices/apt-install.sh $(DEVICE_TOOLS)
+	tests/devices/apt-install.sh $(DEVICE_TOOLS) $(BROWSER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -33,10 +36,13 @@ test-devices: $(VENV)/installed-test
 	$(BIN)/pytest -m devices
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
+		echo "torchfuse needs Python 3.10 to 3.13, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; \
+		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[executorch]'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python

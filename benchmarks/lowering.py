@@ -37,8 +37,8 @@ def sample(variant: str) -> dict[str, Any]:
     from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
     from torchfuse.quantizing import quantize
     from torchfuse.quieting import quiet
-    from torchfuse.targets.executorch import capture
-    from torchfuse.targets.fast_lowering import without_waste
+    from torchfuse.targets.capturing import capture
+    from torchfuse.targets.executorch.fast_lowering import without_waste
 
     model = settle_batch_norms(MobileNetV2(), torch.randn(4, 3, 96, 96))
     example = torch.randn(INPUT_SHAPE)

@@ -30,7 +30,7 @@ from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
 from torchfuse.render.units import duration
 from torchfuse.runner.allocator import keep_freed_memory
-from torchfuse.targets import mobile_optimizer, torchscript
+from torchfuse.targets.torchscript import mobile_optimizer, scripting
 from torchfuse.timing import Measurement, measure_interleaved, ratio
 
 BASELINE = "eager fp32"
@@ -82,7 +82,7 @@ def made() -> Iterator[tuple[str, Callable[[], Any]]]:
     for name, eager in (("eager fp32", model), ("eager fp32 fused", fused)):
         moved = copy.deepcopy(eager).to(**channels_last)
         yield f"{name}, channels_last", bound(moved, x.to(**channels_last))
-    scripted = torchscript.script(model, Case((x,))).module
+    scripted = scripting.script(model, Case((x,))).module
     yield "TorchScript fp32", bound(mobile_optimizer.frozen(scripted), x)
     yield "TorchScript fp32 fused", bound(torchfuse.optimize_for_mobile(scripted), x)
     with tempfile.TemporaryDirectory() as folder:

@@ -78,7 +78,8 @@ def ours(model: Any, data: list[Any], **options: Any) -> int:
     """Quantize with torchfuse and lower, as `torchfuse quantize` does."""
     from torchfuse.inputs import Case
     from torchfuse.quantizing import quantize
-    from torchfuse.targets.executorch import capture, lower
+    from torchfuse.targets.capturing import capture
+    from torchfuse.targets.executorch.lowering import lower
 
     result = quantize(model, data[0], data, **options)
     return len(lower(capture(result.model, Case((data[0],)))).program)

@@ -1,7 +1,10 @@
 """Fuse random networks; count those that are wrong afterwards, or that crash it.
 
     python benchmarks/random_networks.py --cases 10000 --json random_networks.json
+    python benchmarks/random_networks.py --unmerged        # exported programs, judged bit for bit
 
+With --unmerged the networks are layers that were split into branches, chains and affines: their
+programs must be merged to as few layers again, and give exactly the same numbers.
 Prints the source of each network that fails. Ends with status 1 if any did.
 """
 
@@ -24,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torchfuse
 from judge import problems
 from networks import network
+from unmerged_networks import Unmerged, judged, unmerged
 
 
 def main() -> None:
@@ -31,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--unmerged", action="store_true", help="networks that were un-merged")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -41,10 +46,13 @@ def main() -> None:
     failing = []
     began = time.perf_counter()
     for seed in range(options.first, options.first + options.cases):
-        drawn = network(Random(seed), seed)
+        drawn = (unmerged if options.unmerged else network)(Random(seed), seed)
         try:
-            plan = torchfuse.plan(drawn.model, drawn.inputs(0))
-            found = problems(drawn)
+            if isinstance(drawn, Unmerged):
+                plan, found = judged(drawn)
+            else:
+                plan = torchfuse.plan(drawn.model, drawn.inputs(0))
+                found = problems(drawn)
             kind = "wrong" if found else "right"
         except Exception:  # noqa: BLE001  # a crash is what is counted here
             found, kind = [traceback.format_exc()], "crashed"

@@ -1,15 +1,24 @@
-"""The fusion rules, as a table."""
+"""The fusion rules, as a table: those of modules, or with `programs` what is merged beyond."""
 
+import sys
+
+from torchfuse.exported.rewrites import REWRITES
 from torchfuse.rules import RULES
 
 
-def main() -> None:
-    """Print a line per rule: its name, whether it runs unasked, and what it does."""
+def main(which: str) -> None:
+    """Print a line per rule: its name, when it runs, and what it does; an example in programs."""
+    if which == "programs":
+        width = max(len(rule.name) for rule in REWRITES)
+        for rewrite in REWRITES:
+            print(f"{rewrite.name:{width}}  {rewrite.summary}")
+            print(f"{'':{width}}    {rewrite.example}")
+        return
     width = max(len(rule.name) for rule in RULES)
     for rule in RULES:
-        when = "only by name" if rule.on_request else "always      "
-        print(f"{rule.name:{width}}  {when}  {rule.summary}")
+        when = "only by name" if rule.on_request else "always"
+        print(f"{rule.name:{width}}  {when:12}  {rule.summary}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1] if len(sys.argv) > 1 else "")

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from torchfuse.artifacts import seal_pte, seal_zip, write_atomically
+from torchfuse.artifacts import write_atomically
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
-from torchfuse.targets import executorch, torchscript
+from torchfuse.targets.capturing import capture
+from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.sealing import seal_pte, seal_zip
+from torchfuse.targets.torchscript import scripting
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and so would have all that
 # they start and interrupt.
@@ -85,10 +88,10 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
             # Sealed, since the first load of any other file starts a process.
             if form == "pte":
                 case = Case((torch.ones(1, 3, 4, 4),))
-                lowered = executorch.lower(executorch.capture(models[path.stem], case))
+                lowered = lower(capture(models[path.stem], case))
                 data = seal_pte(lowered.program, {"signature": dict(lowered.signature)})
             else:
-                data = seal_zip(torchscript.serialize(scripted[path.stem], form), {})
+                data = seal_zip(scripting.serialize(scripted[path.stem], form), {})
             write_atomically(path, data)
         return str(path)
 

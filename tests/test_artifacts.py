@@ -14,10 +14,15 @@ import pytest
 import torch
 from torch.jit.mobile import _load_for_lite_interpreter
 
-from torchfuse.artifacts import artifact_format, check, seal_pte, seal_zip, write_atomically
+from torchfuse.artifacts import write_atomically
 from torchfuse.errors import ArtifactError
 from torchfuse.quieting import quiet
-from torchfuse.targets import executorch, torchscript
+from torchfuse.targets import target_for
+from torchfuse.targets.capturing import capture
+from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.opening import check
+from torchfuse.targets.sealing import seal_pte, seal_zip
+from torchfuse.targets.torchscript import scripting
 
 METADATA = {"precision": "fp32", "torchfuse": "0.1.0"}
 FORMATS = ("pte", "pt", "ptl")
@@ -51,11 +56,11 @@ def payloads(example: torch.Tensor) -> dict[str, bytes]:
     torch.manual_seed(0)
     model = ConvNet().eval()
     case = Case((example,))
-    scripted = torchscript.script(model, case).module
+    scripted = scripting.script(model, case).module
     return {
-        "pte": executorch.lower(executorch.capture(model, case)).program,
-        "pt": torchscript.serialize(scripted, "pt"),
-        "ptl": torchscript.serialize(scripted, "ptl"),
+        "pte": lower(capture(model, case)).program,
+        "pt": scripting.serialize(scripted, "pt"),
+        "ptl": scripting.serialize(scripted, "ptl"),
     }
 
 
@@ -71,7 +76,7 @@ def run_stock(form: str, path: Path, x: torch.Tensor) -> torch.Tensor:
 
             program = Runtime.get().load_program(path)
             return program.load_method("forward").execute([x])[0]
-        with torchscript.quiet():
+        with scripting.quiet():
             load = torch.jit.load if form == "pt" else _load_for_lite_interpreter
             return load(str(path))(x)
 
@@ -124,7 +129,9 @@ def test_every_single_changed_byte_of_a_sealed_file_is_found(
 ) -> None:
     # Whatever passes as "not sealed" would go to a child process; here that counts as found only
     # if it never gets there.
-    monkeypatch.setattr("torchfuse.artifacts._first_load", lambda *_: pytest.fail("not found"))
+    monkeypatch.setattr(
+        "torchfuse.targets.opening._first_load", lambda *_: pytest.fail("not found")
+    )
     path = tmp_path / f"model.{form}"
     sealed = seal(form, payloads[form])
     positions = [*range(0, len(sealed), 97), *range(len(sealed) - 300, len(sealed))]
@@ -221,7 +228,7 @@ def test_a_file_that_kills_the_runtime_is_an_error_and_this_process_lives(
 ) -> None:
     # ExecuTorch 1.4 aborts on a wrong identifier. The header check, which would catch this one, is
     # off, so that the runtime gets to see it.
-    monkeypatch.setattr("torchfuse.artifacts._check_pte", lambda *_: None)
+    monkeypatch.setattr("torchfuse.targets.executorch.check_header", lambda *_: None)
     path = tmp_path / "model.pte"
     path.write_bytes(payloads["pte"][:4] + b"\xff\xfe\xfd\xfc" + payloads["pte"][8:])
     with pytest.raises(ArtifactError, match=r"the runtime dies loading it \(signal 6\)"):
@@ -256,11 +263,14 @@ def test_a_folder_is_not_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "got"), [("model.onnx", "suffix '.onnx'"), ("model", "no suffix"), (".pte", "no suff")]
+    ("name", "got"),
+    [("model.tflite", "suffix '.tflite'"), ("model", "no suffix"), (".pte", "no suff")],
 )
 def test_an_unknown_suffix_is_an_error_that_lists_the_known(name: str, got: str) -> None:
-    with pytest.raises(ArtifactError, match=rf"'\.pte', '\.pt', '\.ptl', got '{name}' with {got}"):
-        artifact_format(name)
+    with pytest.raises(
+        ArtifactError, match=rf"'\.pte', .*'\.pt', '\.ptl', got '{name}' with {got}"
+    ):
+        target_for(name)
 
 
 def test_writing_replaces_a_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -399,7 +409,9 @@ def test_a_name_that_no_file_can_have_is_an_error(name: str, reason: str, tmp_pa
 def test_a_seal_cut_off_anywhere_is_found_without_a_child(
     form: str, payloads: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchfuse.artifacts._first_load", lambda *_: pytest.fail("not found"))
+    monkeypatch.setattr(
+        "torchfuse.targets.opening._first_load", lambda *_: pytest.fail("not found")
+    )
     path = tmp_path / f"model.{form}"
     sealed = seal_zip(payloads[form], METADATA)
     for length in range(len(payloads[form]), len(sealed)):

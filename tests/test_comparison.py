@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row
+from torchfuse.comparison import FOLDED, NOT_FUSED, Answers, ChangedAnswer, Comparison, Row
 from torchfuse.delegation import Conversion, Delegation, OperatorDelegation
 from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError
 from torchfuse.noise import Caution
-from torchfuse.stats import Ratio
+from torchfuse.stats import Ratio, Share, share_of
 from torchfuse.timing import FileFacts, Measurement
 
 SPREAD = Caution("spread", "too wide; give more runs", fails=True, name="a")
@@ -33,8 +33,9 @@ EAGER = Row(
     Ratio(1.0, None, None),
     None,
     EQUAL,
-    0.25,
+    Share(0.25),
     None,
+    Answers(4, math.inf, share_of(3, 4), None, (ChangedAnswer("sample 1", 0, 2, None),)),
 )
 FILE = Row(
     FOLDED,
@@ -66,7 +67,7 @@ def test_its_json_is_strict():
         raise AssertionError(constant)
 
     saved = json.loads(COMPARISON.to_json(), parse_constant=refused)
-    assert saved["format"] == "torchfuse-comparison-1"
+    assert saved["format"] == "torchfuse-comparison-2"
     assert saved["rows"][0]["latency"]["samples_s"] == [0.1, 0.25, 0.3]
     assert "Infinity" not in COMPARISON.to_json()
 
@@ -78,7 +79,7 @@ def test_its_json_is_strict():
         "no json",
         "[]",
         '{"format": "torchfuse-plan-1"}',
-        '{"format": "torchfuse-comparison-1", "model": "Net", "rows": [{}], "notes": []}',
+        '{"format": "torchfuse-comparison-2", "model": "Net", "rows": [{}], "notes": []}',
         COMPARISON.to_json()[:-20],
         COMPARISON.to_json().replace('"spread"', '"mood"'),
     ],

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchfuse.delegation import Conversion, Delegation, OperatorDelegation
 from torchfuse.inputs import Case
 from torchfuse.quantizing import quantize
-from torchfuse.targets.executorch import capture, lower
+from torchfuse.targets.capturing import capture
+from torchfuse.targets.executorch.lowering import lower
 
 
 def operator(

@@ -32,7 +32,7 @@ def commands() -> list[str]:
 
 def test_there_are_commands_of_every_kind_to_check() -> None:
     shown = {shlex.split(command)[1] for command in commands()}
-    assert shown >= {"plan", "fuse", "quantize", "compare", "bench", "devices"}
+    assert shown >= {"plan", "fuse", "quantize", "compare", "report", "info", "bench", "devices"}
 
 
 @pytest.mark.parametrize("command", commands())

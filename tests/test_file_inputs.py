@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import torchfuse
-from torchfuse.artifacts import check
 from torchfuse.errors import InputError
 from torchfuse.exporting import loaded
 from torchfuse.file_inputs import described, inputs_of, ones_like
 from torchfuse.inputs import Case
-from torchfuse.targets.executorch import ExecutorchModel
+from torchfuse.targets.executorch.program import ExecutorchModel
+from torchfuse.targets.opening import check
 
 NESTED = Case(
     (torch.rand(1, 2), [torch.zeros(3, dtype=torch.int64), (True, None)]),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -269,3 +270,69 @@ def test_weights_of_an_unknown_suffix_or_missing_are_an_error(nets: Path, tmp_pa
         load(f"{nets}:with_inputs", weights=tmp_path / "w.onnx")
     with pytest.raises(InputError, match=r"w\.pt' does not exist"):
         load(f"{nets}:with_inputs", weights=tmp_path / "w.pt")
+
+
+MAKER = """
+from torch import nn
+
+
+def make(size=2, *, bias=True):
+    return nn.Linear(size, size, bias=bias)
+"""
+
+
+def test_a_callable_is_called_with_the_arguments_in_its_brackets(tmp_path):
+    (tmp_path / "net.py").write_text(MAKER)
+    loaded = load(f"{tmp_path}/net.py:make(3, bias=False)", ["1x3"])
+    assert loaded.model.weight.shape == (3, 3)
+    assert loaded.model.bias is None
+
+
+@pytest.mark.parametrize("arguments", ["size=open('x')", "**{}", "1 +", "x", "f(1), (2", "1)(2"])
+def test_an_argument_that_is_no_literal_is_not_run(tmp_path, arguments):
+    (tmp_path / "net.py").write_text(MAKER)
+    with pytest.raises(InputError, match="has arguments that cannot be read: expected numbers"):
+        load(f"{tmp_path}/net.py:make({arguments})", ["1x3"])
+
+
+def test_arguments_that_the_callable_does_not_take_are_one_sentence(tmp_path):
+    (tmp_path / "net.py").write_text(MAKER)
+    with pytest.raises(InputError, match="when called with these arguments, but it raised TypeErr"):
+        load(f"{tmp_path}/net.py:make(width=1)", ["1x3"])
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """What stands for timm, beside which transformers cannot be imported."""
+    module = types.ModuleType("timm")
+    module.__version__ = "1.0"
+    module.is_model = lambda name: name == "tiny_net"
+    module.list_models = lambda: ["tiny_net"]
+
+    def create_model(name, **kwargs):
+        net = torch.nn.Conv2d(3, kwargs.get("width", 2), 1)
+        net.default_cfg = {"input_size": (3, 6, 6)}
+        return net
+
+    module.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", module)
+
+
+def test_a_model_of_timm_needs_no_input(timm):
+    loaded = load("timm:tiny_net.in1k(width=5)")
+    assert loaded.example_inputs.shape == (1, 3, 6, 6)
+    assert loaded.model.out_channels == 5
+    assert not loaded.model.training
+
+
+def test_a_model_that_timm_does_not_have_is_one_sentence_with_what_is_near(timm):
+    with pytest.raises(InputError, match=r"timm 1.0 has no model 'tinynet' \(did you mean 'tiny_"):
+        load("timm:tinynet")
+
+
+def test_a_checkpoint_of_distributed_training_fits(tmp_path):
+    (tmp_path / "net.py").write_text(MAKER)
+    state = {f"module.{key}": value for key, value in nn.Linear(2, 2).state_dict().items()}
+    torch.save(state, tmp_path / "ddp.pt")
+    loaded = load(f"{tmp_path}/net.py:make", ["1x2"], tmp_path / "ddp.pt")
+    assert torch.equal(loaded.model.weight, state["module.weight"])

@@ -32,7 +32,10 @@ HELP = "from torchfuse.cli import cli; cli.main({!r}, standalone_mode=False)"
         "import torchfuse",
         "import torchfuse; dir(torchfuse)",
         HELP.format(["--help"]),
-        *(HELP.format([command, "--help"]) for command in ("recipe", "plan", "bench")),
+        *(
+            HELP.format([command, "--help"])
+            for command in ("recipe", "plan", "bench", "compare", "report", "info")
+        ),
         "import torchfuse.comparison, torchfuse.planning, torchfuse.equivalence, torchfuse.timing",
     ],
 )
@@ -61,3 +64,8 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_every_submodule_says_what_it_is():
     assert not [name for name in SUBMODULES if not importlib.import_module(name).__doc__]
+
+
+def test_dir_offers_what_is_public_and_nothing_else():
+    offered = {name for name in dir(torchfuse) if not name.startswith("__")}
+    assert offered == set(torchfuse.__all__)

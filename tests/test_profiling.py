@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchfuse
-from etdumps import Logged, Writer, write_etdump
+from etdumps import Logged, write_etdump
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.profiling import THE_REST, OperatorTime, Profile, profile, profile_of_etdump
 from torchfuse.quieting import quiet
@@ -93,25 +93,22 @@ def test_the_profilers_own_lines_are_not_shown(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_pte_needs_an_etdump(model_files: Callable[[str], str]) -> None:
-    with pytest.raises(UnsupportedError, match=r"keeps no profile; build executor_runner with .*"):
-        profile(model_files("third.pte"), X)
-
-
-def test_the_installed_executorch_keeps_no_profile(
-    model_files: Callable[[str], str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")  # a cumsum is outside of it
+def test_a_program_is_profiled_by_its_own_runtime_with_the_delegates_kernels(
+    tmp_path: Path,
 ) -> None:
-    # What `profile` says of a .pte, and tests/etdumps.py of itself. If this fails, both may go.
-    with quiet():
-        from executorch.extension.pybindings import portable_lib
-    program = Path(model_files("third.pte")).read_bytes()  # the module points into it
-    module = portable_lib._load_for_executorch_from_buffer(
-        program, enable_etdump=True, debug_buffer_size=0
-    )
-    module.forward([torch.ones(1, 3, 4, 4)])
-    module.write_etdump_result_to_file(str(tmp_path / "run.etdump"))
-    assert not (tmp_path / "run.etdump").exists()
-    assert "EXECUTORCH_ENABLE_EVENT_TRACER" in "".join(capfd.readouterr())
+    path = torchfuse.export(net().eval(), X, tmp_path / "net.pte").path
+    found = profile(path, X, warmup=2, runs=3, threads=1)
+    assert (found.name, found.runs, found.source) == ("net.pte", 3, "ETDump")
+    convolutions = [row for row in found.operators if row.operator.startswith("Convolution")]
+    assert sum(row.calls for row in convolutions) == 1  # the two are one in the program
+    assert all(row.in_delegate for row in convolutions)
+
+
+def test_a_file_of_a_runtime_that_is_not_asked_is_refused(tmp_path: Path) -> None:
+    path = torchfuse.export(net().eval(), X, tmp_path / "net.onnx").path
+    with pytest.raises(UnsupportedError, match=r"'.*net\.onnx': ONNX Runtime is not asked"):
+        profile(path, X)
 
 
 @pytest.mark.parametrize(
@@ -167,28 +164,6 @@ def test_an_etdump_tells_of_kernels_and_of_what_a_delegate_ran_inside(tmp_path: 
 
 def approx(value: float) -> float:
     return pytest.approx(value)  # type: ignore[no-any-return]
-
-
-def test_a_file_by_executorchs_own_writer_is_read(tmp_path: Path) -> None:
-    writer = Writer()
-    writer.block("Default")
-    with writer.event("Program::load_method"):
-        pass
-    for _ in range(3):
-        writer.block("Execute")
-        with writer.event("Method::execute"):
-            writer.instruction(0)
-            with writer.event("DELEGATE_CALL"):
-                writer.inside("Convolution (NHWC, F32) IGEMM #1", 10_000, 13_000)
-                writer.inside("Convolution (NHWC, F32) IGEMM #2", 13_000, 15_000)
-            writer.instruction(1)
-            with writer.event("OPERATOR_CALL"), writer.event("native_call_cumsum.out"):
-                pass
-    found = profile_of_etdump(writer.write(tmp_path / "run.etdump"))
-    assert found.runs == 3
-    assert calls(found) == {"Convolution (NHWC, F32) IGEMM": 2, "cumsum.out": 1, THE_REST: 1}
-    (convolution,) = (row for row in found.operators if row.in_delegate)
-    assert convolution.self_s == pytest.approx(5000e-9)
 
 
 def test_runs_that_took_another_way_count_too(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torchfuse
 from test_recipe import AS_IN_RECIPE, BEFORE
 from torchfuse import speed_benchmark
 from torchfuse.quieting import quiet
-from torchfuse.targets.torchscript import op_counts
+from torchfuse.targets.torchscript.scripting import op_counts
 
 SCRIPT = (Path(__file__).parent.parent / "examples/recipe.py").read_text()
 VERBATIM = re.sub(r".*# missing, \d.*\n", "", SCRIPT)

@@ -144,3 +144,32 @@ def test_what_was_done_is_remembered_until_it_is_forgotten():
     assert not any("torchfuse" in key for key in model.state_dict())
     forget_fusions(model)
     assert not was_fused(model)
+
+
+@pytest.mark.parametrize(
+    ("has_bias", "has_shift", "frozen", "trains"),
+    [
+        # what does not train; what trains of the folded weight and bias
+        (True, True, (), (True, True)),
+        (True, True, ("conv.bias",), (True, False)),
+        (True, True, ("conv.weight",), (False, True)),
+        (True, True, ("bn.weight", "bn.bias"), (True, True)),
+        (True, True, ("conv.weight", "conv.bias"), (False, False)),
+        (False, True, ("bn.bias",), (True, False)),
+        (False, True, ("conv.weight",), (False, True)),
+        (False, True, ("conv.weight", "bn.bias"), (False, False)),
+        (False, False, (), (True, True)),
+        (False, False, ("conv.weight",), (False, False)),
+    ],
+)
+def test_the_folded_weight_and_bias_train_if_what_they_came_from_does(
+    has_bias, has_shift, frozen, trains
+):
+    model = ConvBn(nn.Conv2d(4, 4, 3, bias=has_bias), nn.BatchNorm2d(4, affine=has_shift)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    folded = fold_in(model, RULE["conv_bn"], *PAIR, keep=True)
+    assert (model.conv.weight.requires_grad, model.conv.bias.requires_grad) == trains
+    take_back(model, folded)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags

@@ -14,7 +14,7 @@ from torch import nn
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.exporting import load
 from torchfuse.runner import workers
-from torchfuse.targets import executorch
+from torchfuse.targets.executorch import program
 from torchfuse.timing import Measurement, measure, measure_interleaved, ratio
 
 X = torch.ones(1, 4)
@@ -349,11 +349,11 @@ def test_executorch_runs_on_the_threads_asked_for_and_on_its_own_afterwards(
     model_files: Callable[[str], str],
 ) -> None:
     model = load(model_files("third.pte"))
-    before = executorch.threads()
+    before = program.threads()
     seen: list[int] = []
 
     def watched(x: torch.Tensor) -> torch.Tensor:
-        seen.append(executorch.threads())
+        seen.append(program.threads())
         result: torch.Tensor = model(x)
         return result
 
@@ -363,4 +363,4 @@ def test_executorch_runs_on_the_threads_asked_for_and_on_its_own_afterwards(
     # A program that was loaded for another pool must follow, or it would wait for it for ever.
     assert torch.equal(model(x), x * 0.333333)
     assert seen == [before + 1, 1]
-    assert executorch.threads() == before
+    assert program.threads() == before

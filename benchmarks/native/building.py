@@ -29,6 +29,10 @@ class NotBuiltError(Exception):
     """A native loop cannot be built here; the text says what to do."""
 
 
+# Of ExecuTorch's libraries; kernels and backends register themselves when they are loaded.
+_PARTS = ("", "_backend_xnnpack", "_kernels_optimized", "_kernels_quantized", "_threadpool")
+
+
 @dataclass(frozen=True)
 class Native:
     """A native loop that was built, and how."""
@@ -42,24 +46,13 @@ def build_pte_loop(folder: Path) -> Native:
     executorch = _package("executorch")
     include = executorch / "include"
     c10 = include / "executorch/runtime/core/portable_type/c10"
-    bindings = executorch / "extension/pybindings"
-    runtime = bindings / f"_portable_lib{sysconfig.get_config_var('EXT_SUFFIX')}"
-    # On x86-64 Linux the registry of backends and the platform layer are in this one, which the
-    # bindings load too; elsewhere there is none, and they are in the bindings.
-    core = executorch / "backends/qualcomm/libqnn_executorch_backend.so"
-    libpython = Path(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))
-    if libpython.suffix == ".a":
-        raise NotBuiltError(
-            f"{sys.executable} is built without a shared library, which ExecuTorch's bindings need "
-            "outside of it; take a Python with one (Debian's python3, or pyenv's --enable-shared)"
-        )
-    libraries = [runtime, *([core] if core.exists() else []), libpython]
-    folders = [*{library.parent: None for library in libraries}, _package("torch") / "lib"]
+    libraries = [executorch / "lib" / f"libexecutorch{part}.so" for part in _PARTS]
+    folders = [executorch / "lib"]
     return _compiled(
         _HERE / "pte_loop.cc",
         folder / "pte_loop",
         ["-DC10_USING_CUSTOM_GENERATED_MACROS", "-isystem", include, "-isystem", c10],
-        [*libraries, *(f"-Wl,-rpath,{f},-rpath-link,{f}" for f in folders)],
+        ["-Wl,--no-as-needed", *libraries, *(f"-Wl,-rpath,{f},-rpath-link,{f}" for f in folders)],
     )
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torchfuse.artifacts import Artifact
     from torchfuse.checking import verify
     from torchfuse.checkpoints import load_unfused_state_dict
+    from torchfuse.choosing import Fastest, export_fastest
     from torchfuse.comparing import compare
     from torchfuse.comparison import Comparison
     from torchfuse.delegation import Delegation, DelegationWarning
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
     from torchfuse.quantizing.report import QuantizationReport
     from torchfuse.quantizing.training import convert_qat, prepare_qat
-    from torchfuse.targets.mobile_optimizer import optimize_for_mobile
+    from torchfuse.targets.torchscript.mobile_optimizer import optimize_for_mobile
     from torchfuse.timing import Measurement, measure
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "DeviceError",
     "Equivalence",
     "ExportWarning",
+    "Fastest",
     "Fusion",
     "FusionError",
     "FusionPlan",
@@ -76,6 +78,7 @@ __all__ = [
     "compare",
     "convert_qat",
     "export",
+    "export_fastest",
     "fuse",
     "fuse_exported",
     "fuse_modules",
@@ -105,6 +108,7 @@ _HOME = {
     "DeviceError": "errors",
     "Equivalence": "equivalence",
     "ExportWarning": "errors",
+    "Fastest": "choosing",
     "Fusion": "planning",
     "FusionError": "errors",
     "FusionPlan": "planning",
@@ -123,6 +127,7 @@ _HOME = {
     "UnsupportedError": "errors",
     "compare": "comparing",
     "export": "exporting",
+    "export_fastest": "choosing",
     "fuse": "fusing",
     "fuse_exported": "exported.fusing",
     "fuse_modules": "eager",
@@ -130,7 +135,7 @@ _HOME = {
     "load": "exporting",
     "load_unfused_state_dict": "checkpoints",
     "measure": "timing",
-    "optimize_for_mobile": "targets.mobile_optimizer",
+    "optimize_for_mobile": "targets.torchscript.mobile_optimizer",
     "plan": "fusing",
     "convert_qat": "quantizing.training",
     "prepare_qat": "quantizing.training",
@@ -153,4 +158,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

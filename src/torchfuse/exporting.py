@@ -8,8 +8,8 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,36 +18,19 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from torchfuse.artifacts import (
-    Artifact,
-    CheckedFile,
-    Format,
-    Precision,
-    artifact_format,
-    check,
-    check_destination,
-    check_options,
-    seal_pte,
-    seal_zip,
-    write_atomically,
-)
+from torchfuse.artifacts import Artifact, Precision, check_destination, write_all_atomically
 from torchfuse.checking import Equivalence, run, verify
-from torchfuse.copying import copied
-from torchfuse.delegation import Delegation, DelegationWarning
+from torchfuse.delegation import DelegationWarning
 from torchfuse.errors import (
     ArtifactError,
     ExportWarning,
     InputError,
-    TorchfuseError,
     UnsupportedError,
     first_line,
 )
 from torchfuse.file_inputs import described
-from torchfuse.fusing import fuse
 from torchfuse.inputs import Case, cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import (
-    is_quantized_graph,
-    quantize,
     read_calibration,
     require_converted,
     require_eval_mode,
@@ -55,15 +38,16 @@ from torchfuse.quantizing import (
 )
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
-from torchfuse.quantizing.static import argument_names, layers_of
-from torchfuse.quantizing.unquantized import mostly_float
+from torchfuse.quantizing.static import argument_names
 from torchfuse.restoring import random_state_kept
-from torchfuse.targets import executorch, mobile_optimizer, torchscript
+from torchfuse.targets import Target, target_for
+from torchfuse.targets.opening import check
+from torchfuse.targets.options import check_options
+from torchfuse.targets.target import CheckedFile, Made, Request
 
-__all__ = ["export", "load", "loaded"]
+__all__ = ["export", "in_the_shape_of", "load", "loaded"]
 
-_FP16_MIN_SQNR_DB = 30.0
-_FP16_MIN_SHARE = 0.98  # of the multiply-accumulates, below which it would be slower than fp32
+_MIN_SQNR_DB = {"fp16": 30.0, "bf16": 30.0}  # against the model
 # Kernels round int8 otherwise than torchao's simulation does, and dozens of layers multiply it:
 # the program may be as far from the quantized model as that is from the model.
 _INT8_MIN_SQNR_DB = 10.0  # against the quantized model
@@ -73,9 +57,6 @@ _MOST_CASES = 8  # of the calibration data, on which it is judged beside the exa
 _INT8_SUSPECT_DB = 12.0  # against the model, below which something is wrong, and likely the ranges
 
 
-_TRACED = (  # as every note: what comes after "the file was"
-    "traced, since scripting fails: {}; control flow that depends on data is frozen as it ran"
-)
 _SUSPECT = (
     "quantized to {:.1f} dB only (signal to noise against the model), most likely since it was "
     "calibrated on other data than it is meant for; give calibration inputs like the example's"
@@ -85,25 +66,6 @@ _RANDOM = (
     "calibrated on random inputs, so it is for measuring speed, not for use; calibrate it on real "
     "inputs"
 )
-
-_PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A model in a file's form, before it is written."""
-
-    payload: bytes
-    precision: Precision
-    metadata: Mapping[str, Any]  # what loading it needs
-    run: Callable[..., Any]
-    reference: nn.Module  # the model given, or the quantized one made of it
-    delegation: Delegation | None = None
-    other_cases: tuple[Case, ...] = ()  # at other sizes
-    notes: tuple[str, ...] = ()
-    known: tuple[str, ...] = ()  # notes that the user was warned of when the model was quantized
-    batch_norms: int | None = None  # in the model's graph; None: not counted
-    batch_norms_left: int | None = None  # in the file's
 
 
 def export(
@@ -148,15 +110,20 @@ def export(
         UnsupportedError: the target cannot do it, or its output differs from the model's.
     """
     path = Path(path)
-    form = artifact_format(path)
-    check_destination(path)
+    target = target_for(path)
+    paths = {
+        suffix: _with_suffix(path, target, suffix) for suffix in (target.suffix, *target.beside)
+    }
+    for written in paths.values():
+        check_destination(written)
     check_options(
-        form,
+        target,
         precision,
         calibrated=calibration is not None,
         dynamic=dynamic_shapes is not None,
         optimize=optimize,
     )
+    target.require()
     require_eval_mode(model)
     require_converted(model)
     if precision is not None or not _is_half(model):
@@ -177,20 +144,19 @@ def export(
         )
         calibration, random = read.cases, read.random
     with random_state_kept():
-        if form == "pte":
-            made = _executorch(model, examples[0], precision, calibration, dynamic_shapes)
-        else:
-            made = _torchscript(model, examples, form, precision, calibration, optimize)
+        made = target.make(
+            Request(model, examples, target.form, precision, calibration, dynamic_shapes, optimize)
+        )
     examples = [*examples, *made.other_cases]
-    judging = _like(examples[0], calibration or (), _MOST_CASES)
-    equivalence, suspicions = _compared(model, made, form, examples, judging)
+    judging = in_the_shape_of(examples[0], calibration or (), _MOST_CASES)
+    equivalence, suspicions = _compared(model, made, target.form, examples, judging)
     if made.delegation is not None and made.delegation.warning is not None:
         warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
     notes = [*made.notes, *suspicions, *([_RANDOM] if random else [])]
     for note in notes:
         warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=2)
     metadata = {
-        "format": form,
+        "format": target.form,
         "precision": made.precision,
         "torch": torch.__version__,
         "torchfuse": _own_version(),
@@ -198,20 +164,27 @@ def export(
         **_kept("inputs", described(examples[0])),
         **_kept("preprocessing", _as_plain_data(preprocessing)),
     }
-    data = (seal_pte if form == "pte" else seal_zip)(made.payload, metadata)
-    write_atomically(path, data)
+    files = target.seal(made.files, metadata)
+    # The first file last: it holds the checksums of the others.
+    write_all_atomically({paths[suffix]: files[suffix] for suffix in reversed(paths)})
     return Artifact(
         path=path,
-        format=form,
+        format=target.form,
         precision=made.precision,
-        size_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=sum(map(len, files.values())),
+        sha256=hashlib.sha256(files[target.suffix]).hexdigest(),
         delegation=made.delegation,
         equivalence=equivalence,
         notes=(*made.known, *notes),
         batch_norms=made.batch_norms,
         batch_norms_left=made.batch_norms_left,
+        computes_in=made.computes_in,
+        beside=tuple(paths[suffix] for suffix in target.beside),
     )
+
+
+def _with_suffix(path: Path, target: Target, suffix: str) -> Path:
+    return path.with_name(path.name.removesuffix(target.suffix) + suffix)
 
 
 def _kept(name: str, value: Any) -> dict[str, Any]:
@@ -225,30 +198,36 @@ def _as_plain_data(preprocessing: Preprocessing | Mapping[str, Any] | None) -> A
     return None if preprocessing is None else dict(preprocessing)
 
 
-def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Callable[..., Any]:
     """Return the model in the file, ready to be called: tensors in, tensors out.
 
-    Of a `.pte`, `.preprocessing` says how its input is made, if that was kept in the file.
+    `threads` is how many the runtime takes: of ExecuTorch's and torch's, which have one pool of
+    threads a process, it is what the whole process has from then on. None leaves it at what the
+    runtime takes unasked: most take one for each core, whatever torch was told. But for
+    TorchScript, `.threads` of what is returned says how many there are, and `.preprocessing` how
+    the input is made, if that was kept in the file.
 
     Raises:
         ArtifactError: the file is missing, damaged, or of a kind that its runtime cannot load.
+        InputError: fewer threads than one.
+        UnsupportedError: the runtime is not installed.
     """
-    return loaded(check(path))
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be 1 or more, got {threads}.")
+    return loaded(check(path), threads=threads)
 
 
-def loaded(file: CheckedFile) -> Callable[..., Any]:
+def loaded(file: CheckedFile, *, threads: int | None = None) -> Callable[..., Any]:
     """Return the model in a file that was checked.
 
     Raises:
         ArtifactError: its runtime cannot load it.
+        UnsupportedError: the runtime is not installed.
     """
-    metadata = file.metadata or {}
+    target = target_for(file.path)
+    target.require_runtime()
     try:
-        if file.format == "pte":
-            return executorch.ExecutorchModel(
-                file.data, metadata.get("signature"), metadata.get("preprocessing")
-            )
-        return torchscript.deserialize(file.data, file.format)
+        return target.load(file, threads=threads)
     except ArtifactError as error:
         raise ArtifactError(f"'{file.path}' cannot be loaded: {error}") from error
 
@@ -258,141 +237,6 @@ def _own_version() -> str | None:
         return version("torchfuse")
     except PackageNotFoundError:  # run from its sources, not installed
         return None
-
-
-def _executorch(
-    model: nn.Module,
-    case: Case,
-    precision: Precision | None,
-    calibration: list[Case] | None,
-    dynamic_shapes: Any,
-) -> _Made:
-    if torchscript.is_quantized(model):
-        raise UnsupportedError(
-            "A model that torch.ao converted is for '.pt' and '.ptl'; for '.pte' give the model "
-            "before prepare, with precision='int8' and calibration data."
-        )
-    reference = model
-    if precision == "int8":
-        result = quantize(model, case, calibration, dynamic_shapes=dynamic_shapes)
-        reference = candidate = result.model
-    else:
-        candidate = _half_inside(model) if precision == "fp16" else model
-    program = executorch.capture(candidate, case, dynamic_shapes)
-    made = _precision(program)
-    if precision not in (None, made):
-        raise InputError(
-            f"Expected a model that can be exported in {precision}, got one in {made}; leave "
-            "precision out to export it as it is."
-        )
-    lowered = executorch.lower(program)
-    if made == "fp16":
-        _require_delegated(lowered.delegation)
-    try:
-        loaded = executorch.ExecutorchModel(lowered.program, lowered.signature)
-    except ArtifactError as error:
-        raise UnsupportedError(f"The {made} program does not run here: {error}") from error
-    return _Made(
-        payload=lowered.program,
-        precision=made,
-        metadata={
-            "signature": dict(lowered.signature),
-            "executorch": version("executorch"),
-            "operators": lowered.operators,
-            "backends": lowered.backends,
-        },
-        run=_nested_as(loaded, program.call_spec.out_spec),
-        reference=reference,
-        delegation=lowered.delegation,
-        other_cases=tuple(_other_sizes(program, case)),
-        known=_in_float(reference) if made == "int8" else (),
-    )
-
-
-def _in_float(model: nn.Module) -> tuple[str, ...]:
-    left = mostly_float(tuple(layers_of(model))) if isinstance(model, fx.GraphModule) else None
-    return () if left is None else (f"quantized in part: {left}",)
-
-
-def _nested_as(loaded: Callable[..., Any], spec: pytree.TreeSpec) -> Callable[..., Any]:
-    """Let a loaded program return what the model does, in the model's own types, to compare."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_unflatten(pytree.tree_leaves(loaded(*args, **kwargs)), spec)
-
-    return run
-
-
-def _torchscript(
-    model: nn.Module,
-    examples: list[Case],
-    form: Format,
-    precision: Precision | None,
-    calibration: list[Case] | None,
-    optimize: bool,
-) -> _Made:
-    if isinstance(model, fx.GraphModule) and is_quantized_graph(model.graph):
-        raise UnsupportedError(
-            f"A model that torchfuse.quantize made is for '.pte'; for '.{form}' give the model "
-            "itself, with QuantStub and DeQuantStub, and precision='int8' with calibration data."
-        )
-    if form == "ptl" and (named := [name for case in examples for name in case.kwargs]):
-        raise UnsupportedError(
-            f"The lite interpreter takes inputs by position only, got {named[0]} by name; give "
-            "them in the order of forward's arguments, or use '.pt'."
-        )
-    # Batch norms are folded by the optimizer for mobile. In int8 they must be fused before, by
-    # their owner's choice of modules, since QuantStubs are placed around them by hand too.
-    reference = model if calibration is None else torchscript.quantize(model, calibration)
-    made: Precision = (
-        "int8"
-        if torchscript.is_quantized(reference)
-        else _weights_precision(reference.parameters(), "the mobile interpreters have few kernels")
-    )
-    if precision not in (None, made):
-        raise InputError(f"Expected a model that can be saved in {precision}, got one in {made}.")
-    scripted = torchscript.script(reference, examples[0])
-    batch_norms = torchscript.batch_norms(scripted.module)
-    prepared = (mobile_optimizer.folded if optimize else mobile_optimizer.frozen)(scripted.module)
-    if optimize and made != "int8" and torchscript.batch_norms(prepared):
-        scripted, prepared = _fused_before(model, examples, scripted, prepared)
-    payload = torchscript.serialize(prepared, form)
-    traced = scripted.traced_because
-    without_data = mobile_optimizer.without_data(prepared)
-    return _Made(
-        payload=payload,
-        precision=made,
-        metadata={},
-        run=torchscript.deserialize(payload, form),
-        reference=reference,
-        notes=(
-            *(() if traced is None else (_TRACED.format(traced),)),
-            *(() if without_data is None else (without_data,)),
-        ),
-        batch_norms=batch_norms,
-        batch_norms_left=torchscript.batch_norms(prepared),
-    )
-
-
-def _fused_before(
-    model: nn.Module,
-    examples: list[Case],
-    scripted: torchscript.Scripted,
-    optimized: torch.jit.ScriptModule,
-) -> tuple[torchscript.Scripted, torch.jit.ScriptModule]:
-    """Return the model scripted and optimized, fused before that if this leaves fewer batch norms.
-
-    The optimizer does not fold them into transposed convs, nor a second one in a row.
-    """
-    try:
-        again = torchscript.script(fuse(model, examples, keep_originals=False).model, examples[0])
-    except TorchfuseError:  # it cannot be recorded, copied or proved: then nothing is to be gained
-        return scripted, optimized
-    fused = mobile_optimizer.folded(again.module)
-    is_scripted = again.traced_because is None or scripted.traced_because is not None
-    if is_scripted and torchscript.batch_norms(fused) < torchscript.batch_norms(optimized):
-        return again, fused
-    return scripted, optimized
 
 
 def _require_finite(model: nn.Module, case: Case) -> None:
@@ -414,7 +258,7 @@ def _require_finite(model: nn.Module, case: Case) -> None:
 
 
 def _compared(
-    model: nn.Module, made: _Made, form: Format, examples: list[Case], data: list[Case]
+    model: nn.Module, made: Made, form: str, examples: list[Case], data: list[Case]
 ) -> tuple[Equivalence, list[str]]:
     """Return how far what was made is from `model`, and what is suspicious about it.
 
@@ -431,7 +275,7 @@ def _compared(
             problems, notes, asked = _judged(model, made, [*examples, *data])
             found = replace(found, min_sqnr_db=asked)
     else:
-        sqnr = {"fp16": _FP16_MIN_SQNR_DB}.get(made.precision)
+        sqnr = _MIN_SQNR_DB.get(made.precision)
         found = verify(model, made.run, examples, min_sqnr_db=sqnr)
         problems = list(found.problems)
     if problems:
@@ -442,7 +286,7 @@ def _compared(
     return found, notes
 
 
-def _judged(model: nn.Module, made: _Made, data: list[Case]) -> tuple[list[str], list[str], float]:
+def _judged(model: nn.Module, made: Made, data: list[Case]) -> tuple[list[str], list[str], float]:
     """What is wrong with a quantized program over all of `data`, and what is suspicious about it.
 
     And the SQNR, in dB, that was asked for against `model`: of several outputs, the least.
@@ -501,7 +345,7 @@ def _output_steps(quantized: nn.Module) -> list[float]:
     return steps
 
 
-def _like(example: Case, data: Iterable[Case], most: int) -> list[Case]:
+def in_the_shape_of(example: Case, data: Iterable[Case], most: int) -> list[Case]:
     """At most so many cases of `data`, spread over it, in the shapes of `example`."""
     leaves, spec = pytree.tree_flatten((example.args, dict(example.kwargs)))
     found = []
@@ -530,74 +374,3 @@ def _parts(value: Any, like: Any) -> Iterable[Any]:
 def _is_half(model: nn.Module) -> bool:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return dtypes <= {torch.float16, torch.float32}
-
-
-def _half_inside(model: nn.Module) -> nn.Module:
-    """Return a copy that computes in half precision, with arguments and results in float32."""
-    half = copied(model).half()
-
-    def to(source: torch.dtype, target: torch.dtype) -> Callable[[Any], Any]:
-        def convert(value: Any) -> Any:
-            is_source = isinstance(value, torch.Tensor) and value.dtype is source
-            return value.to(target) if is_source else value
-
-        return convert
-
-    narrow, widen = to(torch.float32, torch.float16), to(torch.float16, torch.float32)
-    # Hooks and not a wrapper, so that the names of the arguments stay those of forward.
-    half.register_forward_pre_hook(
-        lambda _, args, kwargs: pytree.tree_map(narrow, (args, kwargs)), with_kwargs=True
-    )
-    half.register_forward_hook(lambda _, __, output: pytree.tree_map(widen, output))
-    return half
-
-
-def _require_delegated(delegation: Delegation) -> None:
-    # Converting the arguments and results is never delegated; what counts is where the work is.
-    share = delegation.macs_share
-    if not delegation.calls_delegated or (share is not None and share < _FP16_MIN_SHARE):
-        raise UnsupportedError(f"XNNPACK does not run this model in fp16: {delegation.warning}")
-
-
-def _precision(program: torch.export.ExportedProgram) -> Precision:
-    if is_quantized_graph(program.graph):
-        grouped = any("torchao." in str(node.target) for node in program.graph.nodes)
-        return "int4" if grouped else "int8"
-    return _weights_precision(program.state_dict.values(), "XNNPACK has no kernels")
-
-
-def _weights_precision(tensors: Iterable[torch.Tensor], lacking: str) -> Precision:
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    for dtype in dtypes - set(_PRECISIONS):
-        raise UnsupportedError(
-            f"Expected weights in float32 or float16, got {dtype}, for which {lacking}; call "
-            "model.float() first."
-        )
-    return "fp16" if dtypes == {torch.float16} else "fp32"
-
-
-def _other_sizes(program: torch.export.ExportedProgram, case: Case) -> Iterator[Case]:
-    """Yield the case at the smallest, a middle and the largest of the declared sizes."""
-    ranges = {
-        symbol: (max(int(allowed.lower), 1), int(allowed.upper))
-        for symbol, allowed in program.range_constraints.items()
-        if symbol.is_Symbol  # and not a size made of one, such as `4*s`
-    }
-    if not ranges:
-        return
-    shapes = executorch.input_shapes(program)
-    leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs)))
-    for share in (0.0, 0.4, 1.0):
-        sizes = {s: low + round(share * (high - low)) for s, (low, high) in ranges.items()}
-        resized = [_resized(leaf, shape, sizes) for leaf, shape in zip(leaves, shapes, strict=True)]
-        args, kwargs = pytree.tree_unflatten(resized, spec)
-        yield Case(args, kwargs)
-
-
-def _resized(leaf: Any, shape: Any, sizes: Mapping[Any, int]) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    target = [size if isinstance(size, int) else int(size.node.expr.subs(sizes)) for size in shape]
-    # The example's own values, repeated: in the range that the model expects, whatever that is.
-    repeats = [-(-wanted // had) for wanted, had in zip(target, leaf.shape, strict=True)]
-    return leaf.repeat(repeats)[tuple(slice(wanted) for wanted in target)].contiguous()

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from torchfuse.artifacts import CheckedFile
 from torchfuse.errors import InputError
 from torchfuse.inputs import Case
-from torchfuse.targets.executorch import ExecutorchModel
+from torchfuse.targets.calling import Model
+from torchfuse.targets.target import CheckedFile
 
 __all__ = ["described", "inputs_of", "ones_like"]
 
@@ -83,7 +83,7 @@ def inputs_of(file: CheckedFile, model: Callable[..., Any]) -> Case:
     kept = (file.metadata or {}).get("inputs")
     if kept is not None:
         return ones_like(kept)
-    case = model.largest_ones() if isinstance(model, ExecutorchModel) else None
+    case = model.largest_ones() if isinstance(model, Model) else None
     if case is None:
         raise InputError(
             f"'{file.path}' does not say what inputs it takes, as files of 'torchfuse export' do; "

@@ -7,14 +7,17 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from torchfuse.applying import apply, undo
 from torchfuse.checking import run
 from torchfuse.checkpoints import key_map
 from torchfuse.copying import calls_of, copied
-from torchfuse.errors import FusionError, InputError, UnsupportedError
+from torchfuse.errors import FusionError, InputError, UnsupportedError, first_line
 from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
 from torchfuse.proving.modules import PairProof, fuse_what_agrees
+from torchfuse.quieting import quiet
 from torchfuse.retracing import traced_once
 from torchfuse.rules import RULES, Rule
 from torchfuse.surgery import (
@@ -44,7 +47,7 @@ __all__ = [
 class FusionResult(NamedTuple):
     """What `fuse` gives back."""
 
-    model: Any  # the fused model (for `fuse_exported` an ExportedProgram)
+    model: Any  # the fused model; for `fuse_exported` an ExportedProgram, or a GraphModule
     plan: FusionPlan
     check: Equivalence | None  # None: not verified
     key_map: dict[str, str | None]  # old state_dict key → new one; None: gone
@@ -77,6 +80,7 @@ def fuse(
     *,
     rules: Sequence[str] | None = None,
     strict: bool = False,
+    graph: bool = False,
     inplace: bool = False,
     verify: bool = True,
     keep_originals: bool = True,
@@ -87,8 +91,14 @@ def fuse(
     the example inputs and on others like them; what differs is undone and reported as a skip.
     `rules` and `strict` as in `plan`.
     With `keep_originals` the result can be unfused; the plan says how many bytes that takes.
+
+    With `graph`, the model is exported and fused as a program, where more can be merged (see
+    `fuse_exported`), and the result is that program as a plain `torch.fx.GraphModule`: of inputs of
+    the example's sizes, without the model's class and methods, and not to be unfused.
     """
     check_model(model)
+    if graph:
+        return _fused_graph(model, example_inputs, rules, inplace=inplace, verify=verify)
     if verify and _has_no_values(model):
         raise InputError(
             "The model is on the meta device, where there are no values to compare: load its "
@@ -129,6 +139,37 @@ def fuse(
         originals_bytes=sum(f.originals_bytes for f in done.folded),
     )
     return FusionResult(target, plan_, check, key_map(old_keys, done))
+
+
+def _fused_graph(
+    model: nn.Module,
+    example_inputs: Any,
+    rules: Sequence[str] | None,
+    *,
+    inplace: bool,
+    verify: bool,
+) -> FusionResult:
+    # Imported here: it is built on this module, which needs it for nothing else.
+    from torchfuse.exported.fusing import fuse_exported
+
+    given = cases(example_inputs)
+    if inplace:
+        raise InputError("A graph is a new module: pass graph=True or inplace=True, not both.")
+    if len(given) != 1 or given[0].method != "forward":
+        raise InputError(
+            f"Expected one example input of forward for graph=True, got {len(given)} cases, the "
+            f"first of {given[0].method}: a graph is of one call. Give one, or leave graph out."
+        )
+    with quiet():
+        try:
+            program = torch.export.export(model, given[0].args, dict(given[0].kwargs), strict=False)
+        except Exception as error:
+            raise UnsupportedError(
+                f"torch.export cannot take this model ({type(error).__name__}: "
+                f"{first_line(error)}); leave graph=True out."
+            ) from error
+        fused = fuse_exported(program, rules=rules, verify=verify)
+        return fused._replace(model=fused.model.module())
 
 
 def _has_no_values(model: nn.Module) -> bool:

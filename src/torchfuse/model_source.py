@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ DTYPES = (
     "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
 )  # fmt: skip
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_CALL = re.compile(r"(?P<source>.+:[A-Za-z_][\w.]*)\((?P<arguments>.*)\)", re.DOTALL)
+_TIMM = "timm"  # a name after it is first looked for among its models
+_PARALLEL = "module."
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
@@ -47,6 +51,8 @@ class ModelSource:
     path: Path | None  # of the .py or .pt2 file; None for a module
     module: str | None  # dotted name; None for a file
     attribute: str | None  # "resnet50", or "Nets.small"; None for a .pt2
+    args: tuple[Any, ...] = ()  # that it is called with
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,15 @@ def parse_source(text: str) -> ModelSource:
 
     >>> parse_source("nets.vision:resnet50").attribute
     'resnet50'
+    >>> parse_source("nets.py:make(10, width=0.5)").kwargs
+    {'width': 0.5}
 
     Raises:
-        InputError: `text` has none of the three forms.
+        InputError: `text` has none of the three forms, or an argument that is no literal.
     """
+    if call := _CALL.fullmatch(text):
+        args, kwargs = _arguments(text, call["arguments"])
+        return replace(parse_source(call["source"]), args=args, kwargs=kwargs)
     place, colon, attribute = text.rpartition(":")
     if not colon and text.endswith(".pt2"):
         return ModelSource(Path(text), None, None)
@@ -85,10 +96,31 @@ def parse_source(text: str) -> ModelSource:
     dotted = place.replace(".", "_").isidentifier() and attribute.replace(".", "_").isidentifier()
     if colon and dotted and os.sep not in place:
         return ModelSource(None, place, attribute)
-    forms = "path/to/file.py:callable, package.module:callable, or an exported program file.pt2"
+    forms = (
+        "path/to/file.py:callable, package.module:callable, timm:NAME, or an exported program "
+        "file.pt2"
+    )
     if text.endswith(".py"):
         raise InputError(f"'{text}' names a file but no callable in it; write '{text}:callable'.")
     raise InputError(f"'{text}' is not a MODEL: expected {forms}.")
+
+
+def _arguments(text: str, given: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments in the brackets of a callable; only literals are."""
+    try:
+        call = ast.parse(f"f({given})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert isinstance(call.func, ast.Name)  # and not f(…)(…)
+        if any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("** is no literal")
+        args = tuple(ast.literal_eval(argument) for argument in call.args)
+        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"'{text}' has arguments that cannot be read: expected numbers, strings, True, False, "
+            f"None, and lists, tuples and dicts of them, such as (10, width=0.5), got ({given})."
+        ) from error
+    return args, kwargs
 
 
 def parse_input(text: str) -> InputSpec:
@@ -126,12 +158,18 @@ def parse_inputs(texts: Sequence[str]) -> list[InputSpec]:
     return specs
 
 
-def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> LoadedModel:
+def load(
+    text: str,
+    inputs: Sequence[str] = (),
+    weights: Path | None = None,
+    otherwise: Sequence[str] = (),
+) -> LoadedModel:
     """Return the model that MODEL names, in evaluation mode, with example inputs.
 
     `inputs` are --input texts; with none, the callable must return `(model, example_inputs)`, or
     the exported program must have been saved with its own. Floating-point inputs are drawn from a
-    normal distribution, others are zeros and ones, always the same ones. `weights` is a state dict
+    normal distribution, others are zeros and ones, always the same ones. `otherwise` is what
+    `inputs` are where there are none, and no others either. `weights` is a state dict
     (.pt, .pth, .safetensors) and is loaded without unpickling objects.
 
     Raises:
@@ -151,6 +189,8 @@ def load(text: str, inputs: Sequence[str] = (), weights: Path | None = None) -> 
     model, given = _build(text, source)
     if weights is not None:
         _load_weights(model, weights)
+    if given is None and not specs:
+        specs = parse_inputs(otherwise)
     return LoadedModel(text, model.eval(), _example_inputs(text, specs, given))
 
 
@@ -173,10 +213,14 @@ def _build(text: str, source: ModelSource) -> tuple[nn.Module, Any]:
     """Return the model, and the example inputs that the callable gave with it, or None."""
     from torch import nn
 
+    given = None
+    if (made := _of_timm(text, source)) is not None:
+        return made
     value = _attribute(text, source)
     if not isinstance(value, nn.Module):
-        value = _call(text, value)
-    given = None
+        value = _call(text, value, source)
+    elif source.args or source.kwargs:
+        raise InputError(f"'{text}' is a module already, which takes no arguments here.")
     if isinstance(value, tuple) and len(value) == 2:
         value, given = value
     if not isinstance(value, nn.Module):
@@ -193,7 +237,7 @@ def _attribute(text: str, source: ModelSource) -> Any:
     for part in source.attribute.split("."):
         if not hasattr(value, part):
             public = [name for name in dir(value) if callable(getattr(value, name, None))]
-            where = f"'{text.rpartition(':')[0]}' has no '{source.attribute}'"
+            where = f"'{source.path or source.module}' has no '{source.attribute}'"
             raise InputError(f"{where}{_near(part, public)}; name a callable that it defines.")
         value = getattr(value, part)
     return value
@@ -215,16 +259,41 @@ def load_function(text: str) -> Callable[..., Any]:
     return value  # type: ignore[no-any-return]
 
 
-def _call(text: str, function: Any) -> Any:
+def _of_timm(text: str, source: ModelSource) -> tuple[nn.Module, Any] | None:
+    """Return the timm model of that name, and an input of its size; None: it is none."""
+    if source.module != _TIMM or source.attribute is None:
+        return None
+    import torch
+
+    timm = _import_module(text, _TIMM)
+    name = source.attribute
+    if not timm.is_model(name.partition(".")[0]):
+        if hasattr(timm, name):
+            return None
+        near = _near(name, timm.list_models())
+        raise InputError(f"timm {timm.__version__} has no model '{name}'{near}.")
+    try:
+        model = timm.create_model(name, *source.args, **source.kwargs)
+    except Exception as error:
+        raise InputError(
+            f"timm cannot make '{text}': {type(error).__name__}: {first_line(error)}."
+        ) from error
+    sizes = model.default_cfg["input_size"]
+    generator = torch.Generator().manual_seed(0)
+    return model, torch.randn((1, *sizes), generator=generator)
+
+
+def _call(text: str, function: Any, source: ModelSource) -> Any:
     if not callable(function):
         raise InputError(
             f"'{text}' is {type(function).__name__}, not a callable that returns a model."
         )
     try:
-        return function()
+        return function(*source.args, **source.kwargs)
     except Exception as error:
+        how = "with these arguments" if source.args or source.kwargs else "without arguments"
         raise InputError(
-            f"'{text}' must return a model when called without arguments, but it raised "
+            f"'{text}' must return a model when called {how}, but it raised "
             f"{type(error).__name__}: {first_line(error)}."
         ) from error
 
@@ -371,6 +440,9 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]  # the usual wrapping of training frameworks
+    if isinstance(state, dict) and state and all(str(k).startswith(_PARALLEL) for k in state):
+        # DistributedDataParallel's and DataParallel's, whose only child is the model.
+        state = {str(key).removeprefix(_PARALLEL): value for key, value in state.items()}
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(
             f"'{path}' must hold a state dict, got {type(state).__name__}; save it as "

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Fusion", "FusionPlan", "Skip"]
+__all__ = ["Fusion", "FusionPlan", "Refusal", "Skip"]
 
 _FORMAT = "torchfuse-plan-1"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a match is left alone, and what the user could change (empty if nothing)."""
+
+    reason: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Where the time of a run goes, operator by operator, as far as the runtime says.
 
-torch's profiler says it of models in this process and of `.pt` and `.ptl` files. Of a `.pte` only
-a runtime built with its event tracer does, and ExecuTorch's wheel is not: whoever builds a runner
-with it gets an ETDump file of each run on the device, which is read here.
+torch's profiler says it of models in this process and of TorchScript files. ExecuTorch's event
+tracer says it of its programs, kernels inside of delegates included: here, and in the ETDump files
+that a runner built with it writes on a device.
 """
 
 import os
@@ -52,20 +52,20 @@ def profile(
     runs: int = 20,
     threads: int = 1,
 ) -> Profile:
-    """Return where the time goes in a model, or in the `.pt` or `.ptl` at a path.
+    """Return where the time goes in a model, or in the model file at a path.
 
     `inputs` is one case: a tensor, a tuple of tensors, or a dict of keyword tensors.
 
     Raises:
         InputError: no runs, no threads, or several cases.
         ArtifactError: the file is missing, damaged or of an unknown kind.
-        UnsupportedError: a `.pte`, whose runtime keeps no profile.
+        UnsupportedError: a file whose runtime is not asked for a profile.
     """
     import torch
 
     from torchfuse.inputs import cases
     from torchfuse.quieting import quiet_runtime
-    from torchfuse.timing import pinned_threads
+    from torchfuse.timing import check_counts, pinned_threads
 
     if runs < 1 or warmup < 0:
         raise InputError(
@@ -78,6 +78,12 @@ def profile(
             f"A profile belongs to one input, got {len(all_cases)} cases; profile each on its own."
         )
     case = all_cases[0]
+    name = name or _name(runnable_or_path)
+    if isinstance(runnable_or_path, (str, os.PathLike)):
+        check_counts(runs, threads, warmup, {name: runnable_or_path})
+        by_runtime = _by_runtime(runnable_or_path, case, name, warmup, runs, threads)
+        if by_runtime is not None:
+            return by_runtime
     model = _loaded(runnable_or_path)
     with pinned_threads(threads), torch.inference_mode():
         for _ in range(warmup):
@@ -88,7 +94,7 @@ def profile(
                 model(*case.args, **case.kwargs)
     events = profiler.key_averages()
     return _profile(
-        name or _name(runnable_or_path),
+        name,
         {(event.key, False, None): event.self_cpu_time_total * 1e-6 for event in events},
         {(event.key, False, None): event.count for event in events},
         runs,
@@ -99,17 +105,25 @@ def profile(
 def _loaded(runnable_or_path: Callable[..., Any] | str | os.PathLike[str]) -> Callable[..., Any]:
     if not isinstance(runnable_or_path, (str, os.PathLike)):
         return runnable_or_path
-    from torchfuse.artifacts import artifact_format
     from torchfuse.exporting import load
 
-    if artifact_format(runnable_or_path) == "pte":
-        raise UnsupportedError(
-            f"Expected a model, a '.pt' or a '.ptl', got '{runnable_or_path}', and the ExecuTorch "
-            "runtime that is installed keeps no profile; build executor_runner with "
-            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, run the file with "
-            "its --etdump_path, and give the ETDump that it writes to profile_of_etdump."
-        )
     return load(runnable_or_path)
+
+
+def _by_runtime(
+    path: str | os.PathLike[str], case: Any, name: str, warmup: int, runs: int, threads: int
+) -> Profile | None:
+    """Return the profile by the file's own runtime; None: it is torch that runs it."""
+    from torchfuse.targets import target_for
+    from torchfuse.targets.opening import check
+
+    target = target_for(path)
+    if (obstacle := target.profile_obstacle()) is not None:
+        raise UnsupportedError(
+            f"Expected a model, or a file of a runtime that can be asked for a profile, got "
+            f"'{os.fspath(path)}': {obstacle}."
+        )
+    return target.profile(check(path), case, name=name, warmup=warmup, runs=runs, threads=threads)
 
 
 def _name(runnable_or_path: Any) -> str:
@@ -158,13 +172,15 @@ def profile_of_etdump(
     etrecord: str | os.PathLike[str] | None = None,
     name: str | None = None,
     ticks_per_s: float = 1e9,
+    skip: int = 0,
 ) -> Profile:
     """Return where the time goes in the runs that an ETDump file tells of.
 
     A runner built with ExecuTorch's event tracer writes it (`executor_runner --etdump_path`). An
     `etrecord`, which ExecuTorch writes when it exports with `generate_etrecord=True`, adds the
     delegates' names and the operators of what has no name of its own. `ticks_per_s` is the speed
-    of the device's clock, 1e9 on Linux and Android.
+    of the device's clock, 1e9 on Linux and Android. The first `skip` runs, which warm up, are left
+    out.
 
     Raises:
         ArtifactError: a file is missing, damaged, or tells of no run.
@@ -175,15 +191,15 @@ def profile_of_etdump(
     runs, all_ticks = 0, 0.0
     for block in blocks:
         timed = [event for event in block.events if event.perf_data is not None]
-        whole = [event.perf_data.raw for event in timed if event.name == _RUN]
+        whole = [event.perf_data.raw[skip:] for event in timed if event.name == _RUN]
         if not whole:  # loading, not running
             continue
         runs += len(whole[0])
         all_ticks += sum(map(sum, whole))
         for event in _innermost(timed):
             key = _key(event)
-            ticks[key] += sum(event.perf_data.raw)
-            calls[key] += len(event.perf_data.raw)
+            ticks[key] += sum(event.perf_data.raw[skip:])
+            calls[key] += len(event.perf_data.raw[skip:])
     if not runs:
         raise ArtifactError(
             f"Expected the events of at least one run in '{etdump}', got none; the runner must be "

@@ -58,16 +58,19 @@ class CopyOnWrite(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
             self.note_fresh((), result)
             return result
-        self.back_up(func, args)
+        self.back_up(func, args, kwargs)
         result = func(*args, **(kwargs or {}))
         self.note_fresh(args, result)
         return result
 
-    def back_up(self, func: Any, args: tuple[Any, ...]) -> None:
+    def back_up(self, func: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Copies what `func` is about to write, unless it was made under this mode."""
         written = self.written(func, args) if hasattr(func, "_schema") else _flat(args)
         for tensor in written:
             self._copy(tensor)
+        if kwargs and hasattr(func, "_schema"):
+            for tensor in _flat(kwargs.get(name) for name in _written_keywords(func)):
+                self._copy(tensor)
 
     def written(self, func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
         """The tensors among `args` that `func` writes to (none, for a higher-order operator)."""
@@ -332,10 +335,12 @@ _ATOMS = (
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[str]:
     """Gives a dictionary its entries back; the names of those that were others."""
-    if len(mapping) == len(entries) and all(map(is_, mapping, entries)):
-        now = mapping.values() if type(mapping) is dict else [mapping[key] for key in mapping]
-        if all(map(is_, now, entries.values())):
-            return []
+    if (
+        len(mapping) == len(entries)
+        and all(map(is_, mapping, entries))
+        and all(map(is_, mapping.values(), entries.values()))
+    ):
+        return []
     names = [key for key in {**mapping, **entries} if isinstance(key, str)]
     changed = [key for key in names if mapping.get(key) is not entries.get(key)]
     mapping.clear()
@@ -370,16 +375,23 @@ def _is_functional(func: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def _written_arguments(func: Any) -> tuple[int, ...]:
-    """Positions of the arguments that an ATen operator writes to.
-
-    `out=` arguments are keyword-only; torch's own functions pass new tensors there.
-    """
+    """Positions of the arguments that an ATen operator writes to."""
     if func._schema.name in _BATCH_NORMS:
         return (3, 4)
     return tuple(
         index
         for index, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@lru_cache(maxsize=4096)
+def _written_keywords(func: Any) -> tuple[str, ...]:
+    """The names of those that it is given by keyword alone: `out`, and others of that kind."""
+    return tuple(
+        argument.name
+        for argument in func._schema.arguments
+        if argument.kwarg_only and argument.alias_info is not None and argument.alias_info.is_write
     )
 
 

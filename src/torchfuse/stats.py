@@ -1,5 +1,6 @@
-"""The statistics of timing samples: spread, percentiles, and the ratio of two medians."""
+"""The statistics of what is measured: spread, percentiles, ratios of medians, shares of samples."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from torchfuse.errors import InputError
 
-__all__ = ["Ratio", "percentile", "ratio_of_medians"]
+__all__ = ["Ratio", "Share", "percentile", "ratio_of_medians", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,41 @@ class Ratio:
 
 
 _NO_DIFFERENCE = "no measurable difference"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of samples, 0 to 1, and the interval that holds the true one at this confidence."""
+
+    value: float
+    low: float | None = None  # None: it is not known of how many samples
+    high: float | None = None
+    samples: int | None = None
+    confidence: float = 0.95
+
+    def __str__(self) -> str:
+        """The share in percent: `98.50 % (96.2 … 99.4)`."""
+        if self.low is None or self.high is None:
+            return f"{100 * self.value:.2f} %"
+        return f"{100 * self.value:.2f} % ({100 * self.low:.1f} … {100 * self.high:.1f})"
+
+
+_Z = 1.959964  # of the normal distribution, at 95 %
+
+
+def share_of(hits: int, samples: int) -> Share:
+    """Return the share of `samples` that are hits, with its 95 % interval.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927: it
+    holds near 0 and 1 and for few samples too.
+
+    >>> print(share_of(50, 50))
+    100.00 % (92.9 … 100.0)
+    """
+    p, z2 = hits / samples, _Z * _Z
+    centre = (p + z2 / (2 * samples)) / (1 + z2 / samples)
+    spread = _Z * math.sqrt(p * (1 - p) / samples + z2 / (4 * samples**2)) / (1 + z2 / samples)
+    return Share(p, max(0.0, centre - spread), min(1.0, centre + spread), samples)
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:

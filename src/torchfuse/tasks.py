@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from torchfuse.artifacts import CheckedFile, check
 from torchfuse.errors import ArtifactError, InputError
 from torchfuse.exporting import loaded
 from torchfuse.file_inputs import inputs_of
 from torchfuse.inputs import Case
-from torchfuse.targets.executorch import ExecutorchModel
+from torchfuse.targets.calling import Model
+from torchfuse.targets.opening import check
+from torchfuse.targets.target import CheckedFile
 
 __all__ = ["Task", "task_of"]
 
@@ -62,7 +63,7 @@ def task_of(path: str | os.PathLike[str], case: Case | None, folder: Path) -> Ta
     with torch.inference_mode():
         outputs = model(*case.args, **case.kwargs)
     args, kwargs = list(case.args), dict(case.kwargs)
-    if isinstance(model, ExecutorchModel):  # programs take all inputs by position, flat
+    if isinstance(model, Model):  # programs take all inputs by position, flat
         args, kwargs = model.flat(case.args, case.kwargs), {}
     files: dict[str, None] = {}
     return Task(
@@ -76,7 +77,7 @@ def task_of(path: str | os.PathLike[str], case: Case | None, folder: Path) -> Ta
         expected=tuple(
             leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)
         ),
-        size_bytes=len(file.data),
+        size_bytes=file.size_bytes,
         sha256=_sha256(file),
         metadata=file.metadata or {},
     )

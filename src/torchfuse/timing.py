@@ -8,7 +8,7 @@ import secrets
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,7 @@ def measure_interleaved(
     threads: int = 1,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    earlier: Mapping[str, Measurement] | None = None,
     on_round: Callable[[int, int], object] | None = None,
     on_partial: Callable[[dict[str, Measurement]], object] | None = None,
 ) -> dict[str, Measurement]:
@@ -207,6 +208,7 @@ def measure_interleaved(
     each round every variant has a turn, in random order, so that what slows the machine down for a
     while slows all of them. A turn is a few calls that are not timed, since the variant before has
     pushed this one's weights out of the caches, and a few that are. `clock` is for callables.
+    `earlier` is as for `measure_prepared`.
 
     After every round, `on_round(done, all)` is told, and `on_partial` is given the measurements so
     far, so that a caller can show or save them.
@@ -221,13 +223,14 @@ def measure_interleaved(
     from torchfuse.tasks import Task, task_of
 
     check_counts(runs, threads, warmup, variants)
+    loaded = {name: v for name, v in variants.items() if hasattr(v, "set_threads")}
     all_cases = cases(inputs)
     if len(all_cases) != 1:
         raise InputError(
             f"A time belongs to one input, got {len(all_cases)} cases; measure each on its own."
         )
     case = all_cases[0]
-    with temporary_folder() as folder:
+    with temporary_folder() as folder, _threads_of(loaded.values(), threads):
         prepared: dict[str, Callable[[], Any] | Task] = {
             name: task_of(variant, case, Path(folder))
             if isinstance(variant, str | os.PathLike)
@@ -242,6 +245,7 @@ def measure_interleaved(
                 threads=threads,
                 seed=seed,
                 clock=clock,
+                earlier=earlier,
                 on_round=on_round,
                 on_partial=on_partial,
             )
@@ -427,20 +431,35 @@ def pinned_threads(count: int) -> Iterator[None]:
             _pin_executorch(executorch_before)
 
 
+@contextlib.contextmanager
+def _threads_of(models: Iterable[Any], count: int) -> Iterator[None]:
+    """Let loaded files run on `count` threads; on as many as before afterwards."""
+    before = [(model, model.threads) for model in models]
+    try:
+        for model, threads in before:
+            if threads != count:
+                model.set_threads(count)
+        yield
+    finally:
+        for model, threads in before:
+            if model.threads != threads:
+                model.set_threads(threads)
+
+
 def _executorch_threads() -> int | None:
     # Importing the runtime takes seconds, and a process that has not done so has no pool to pin.
-    if "executorch.extension.pybindings._portable_lib" not in sys.modules:
+    if "torchfuse.targets.executorch.program" not in sys.modules:
         return None
-    from torchfuse.targets import executorch
+    from torchfuse.targets.executorch import program
 
-    return executorch.threads()
+    return program.threads()
 
 
 def _pin_executorch(count: int) -> None:
     if _executorch_threads() is not None:
-        from torchfuse.targets import executorch
+        from torchfuse.targets.executorch import program
 
-        executorch.set_threads(count)
+        program.set_threads(count)
 
 
 def _check_positive(**values: int) -> None:

@@ -1,6 +1,11 @@
 """`torchfuse compare MODEL`: the table on stdout, or JSON or Markdown; mistakes before any work."""
 
 import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +26,7 @@ from torch import nn
 
 
 def net():
+    torch.manual_seed(0)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
     return nn.Sequential(*layers), torch.zeros(1, 3, 8, 8)
 
@@ -49,6 +55,7 @@ ROW = Row(
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "net.py").write_text(NET)
     return tmp_path
 
@@ -78,7 +85,7 @@ def test_a_model_is_compared_in_every_form(folder: Path) -> None:
         *((".ptl", "fp32"),) * 2,
         *((".pte", "fp32"), (".pte", "fp16"), (".pte", "int8")),
     ]
-    assert {row.accuracy for row in comparison.rows} == {0.5}
+    assert {row.accuracy.value for row in comparison.rows} == {0.5}
     assert comparison.notes[0].startswith("int8 is calibrated on 16 random inputs: its time and")
     assert (folder / "table.md").read_text() == comparison.to_markdown()
     names = {path.name for path in (folder / "files").iterdir()}
@@ -100,6 +107,96 @@ def test_markdown_can_be_printed_instead(measured: Comparison) -> None:
     assert run("--markdown", "-").stdout == measured.to_markdown()
 
 
+def test_a_gate_that_fails_ends_it_with_status_1_after_the_table(measured: Comparison) -> None:
+    result = run("--fail-if", "eager latency > 0.5 ms", "--fail-if", "size > 1 MB")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("variant")
+    assert result.stderr.splitlines()[1:] == [
+        "torchfuse: failed: 'eager latency > 0.5 ms': not fused, eager fp32, has 1 ms.",
+        "torchfuse: failed: 'size > 1 MB' could not be judged: its size is not known.",
+    ]
+    assert run("--fail-if", "eager latency > 2 ms").exit_code == 0
+
+
+def test_times_that_are_not_to_be_trusted_end_it_with_status_3(measured: Comparison) -> None:
+    result = run("--fail-on-noise", "--fail-if", "eager latency > 0.5 ms")
+    assert result.exit_code == 3
+
+
+def test_an_earlier_comparison_is_a_gate(
+    measured: Comparison, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_times(seconds: float) -> Comparison:
+        latency = replace(ROW.latency, samples_s=(seconds,) * 20)
+        return replace(measured, rows=(replace(ROW, latency=latency),))
+
+    (folder / "old.json").write_text(with_times(1e-3).to_json())
+    monkeypatch.setattr(torchfuse, "compare", lambda *_, **__: with_times(1.04e-3))
+    assert run("--baseline", "old.json", "--fail-if-slower", "5%").exit_code == 0
+    result = run("--baseline", "old.json", "--fail-if-slower", "3%")
+    assert result.exit_code == 1
+    assert (
+        "failed: not fused, eager fp32, takes 1.04 times (1.04 … 1.04) as long as" in result.stderr
+    )
+
+
+def test_an_interrupted_run_leaves_what_there_is_and_is_gone_on_with(folder: Path) -> None:
+    words = ["--targets", "eager", "--variants", "fused", "--json", "c.json", "--html", "c.html"]
+    command = [sys.executable, "-m", "torchfuse", "compare", "net.py:net", *words]
+    process = subprocess.Popen(
+        [*command, "--runs", "100000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("timing"):
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (130, "")
+    assert errors.endswith(
+        "torchfuse: interrupted; the rounds until then are in 'c.json', and --resume goes on with "
+        "them.\n"
+    )
+    found = Comparison.from_json(Path("c.json").read_text())
+    assert found.unfinished == "timing on local"
+    assert "Not finished:" in Path("c.html").read_text()
+    assert 0 < found.rows[0].latency.runs < 100_000
+    result = run(*words, "--resume", "--runs", "3")
+    assert "its model, data, example, options or versions are not these" in str(result.exception)
+
+
+def test_a_run_is_gone_on_with_where_it_was(folder: Path) -> None:
+    words = ["--targets", "eager", "--variants", "fused", "--json", "c.json", "--runs", "12"]
+    assert run(*words).exit_code == 0
+    whole = Comparison.from_json(Path("c.json").read_text())
+
+    def cut(row: Row) -> Row:
+        first = row.latency.samples_s[: 2 * row.latency.turn_runs]
+        return replace(row, latency=replace(row.latency, samples_s=first))
+
+    Path("c.json").write_text(replace(whole, rows=tuple(map(cut, whole.rows))).to_json())
+    result = run(*words, "--resume")
+    assert result.exit_code == 0, result.output
+    again = Comparison.from_json(Path("c.json").read_text())
+    for before, after in zip(whole.rows, again.rows, strict=True):
+        count = 2 * before.latency.turn_runs
+        assert after.latency.samples_s[:count] == before.latency.samples_s[:count]
+        assert after.latency.samples_s[count:] != before.latency.samples_s[count:]
+        assert after.latency.runs == before.latency.runs
+
+
+def test_a_second_run_makes_no_file_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--targets", "pt", "--runs", "2", "--folder", "files", "--json", "-"]
+    first = Comparison.from_json(run(*words).stdout)
+    monkeypatch.setattr("torchfuse.comparing.jobs.export", None)
+    second = Comparison.from_json(run(*words).stdout)
+    assert [row.size_bytes for row in second.rows] == [row.size_bytes for row in first.rows]
+    assert second.rows[0].latency.samples_s != first.rows[0].latency.samples_s
+    (folder / "net.py").write_text(NET.replace("nn.ReLU()", "nn.ReLU6()"))
+    assert isinstance(run(*words).exception, TypeError)  # what is None there is called
+
+
 def test_ctrl_c_ends_it_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -119,6 +216,12 @@ def test_ctrl_c_ends_it_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPa
         ("--json a --markdown a", "a file for each of --json a, --markdown a, got one twice"),
         ("--json - --markdown -", "Expected one of --json and --markdown as '-', got both"),
         ("--data nowhere.npy", "got 'nowhere.npy', which is no such file"),
+        ("--fail-if latency", "'latency' is no condition: expected rows, a quantity, a comparison"),
+        ("--baseline c.json", "Expected --baseline and --fail-if-slower together, got one"),
+        ("--resume", "--resume goes on with what --json holds; give --json with the file"),
+        ("--variants int9", "Expected variants among not fused, fused, fp16, int8, got 'int9'"),
+        ("--targets pte,onnyx", "Expected targets among .*, got 'onnyx'"),
+        ("--validation nowhere.npz", "Expected --validation as an .npy or .npz file, a folder"),
         ("--size 8x8", "Expected --mean and --std together"),
     ],
 )

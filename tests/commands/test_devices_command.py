@@ -47,12 +47,25 @@ def test_this_machine_is_listed_and_that_adb_is_missing_is_a_note(
     assert (this["name"], this["state"]) == ("local", "ready")
 
 
+def test_json_on_stdout_takes_the_place_of_the_table(devices: Devices, tmp_path: Path) -> None:
+    status, printed, _ = devices("--json=-")
+    assert status == 0
+    assert [device["name"] for device in json.loads(printed)] == ["local"]
+    assert not Path("-").exists()
+
+
+def test_its_help_shows_the_examples_a_line_each(devices: Devices) -> None:
+    _, printed, _ = devices("--help")
+    assert "\\b" not in printed
+    assert "  torchfuse devices\n" in printed
+
+
 @pytest.mark.parametrize("host", ["pi@there", "ssh:pi@there"])
-def test_a_host_that_cannot_be_reached_is_said_to_be_so_and_ends_with_status_1(
+def test_a_host_that_cannot_be_reached_is_said_to_be_so_and_ends_with_status_2(
     devices: Devices, host: str
 ) -> None:
     status, printed, errors = devices(host)
-    assert status == 1
+    assert status == 2
     assert printed.splitlines()[2].startswith("ssh:pi@there unreachable")
     assert "ssh:pi@there: there is no host of that name; correct it" in errors
     assert errors.splitlines()[-1] == ("torchfuse: error: ssh:pi@there cannot be used as it is.")
@@ -62,5 +75,5 @@ def test_a_file_that_cannot_be_written_is_known_before_anything_is_asked(
     devices: Devices, tmp_path: Path
 ) -> None:
     status, printed, errors = devices(f"--json={tmp_path}/none/out.json")
-    assert (status, printed) == (1, "")
+    assert (status, printed) == (2, "")
     assert "does not exist; create it first" in errors

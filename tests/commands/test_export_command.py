@@ -12,7 +12,6 @@ from PIL import Image
 
 import torchfuse
 from torchfuse import model_source
-from torchfuse.artifacts import check
 from torchfuse.cli import cli
 from torchfuse.commands.dynamic_sizes import DynamicSize, parse_sizes
 from torchfuse.errors import (
@@ -21,7 +20,8 @@ from torchfuse.errors import (
     TorchfuseError,
     UnsupportedError,
 )
-from torchfuse.targets import torchscript
+from torchfuse.targets.opening import check
+from torchfuse.targets.torchscript import scripting
 
 NETS = """
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_the_files_that_bench_compares_are_made_by_three_commands(folder: Path) 
 def test_a_fused_file_has_no_batch_norm_in_its_graph_and_the_other_has_all(folder: Path) -> None:
     for out, options, left in (("fused.pt", (), 0), ("not.pt", ("--no-optimize",), 2)):
         assert run("net", "-o", out, *options).exit_code == 0
-        assert torchscript.batch_norms(torchfuse.load(out)) == left
+        assert scripting.batch_norms(torchfuse.load(out)) == left
 
 
 @pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
@@ -212,7 +212,7 @@ def test_sizes_are_parsed_into_places_and_bounds() -> None:
         ("-o m.pte --data inputs.npy", InputError, "data is for int8, .* ask for int8, or give no"),
         ("-o m.pte --precision fp32 --data random", InputError, "but the precision is fp32"),
         ("-o m.pte --no-optimize", InputError, "so there is no non-fused '.pte'; compare with"),
-        ("-o m.pt --precision fp16", UnsupportedError, r"'\.pt' has no fp16 on phones; use '\.pt"),
+        ("-o m.pt --precision fp16", UnsupportedError, r"'\.pt' has no fp16; use '\.pte'"),
         ("-o m.ptl --dynamic 0=1..4", InputError, "'.ptl' takes inputs of any size; leave the dy"),
         ("-o m.pte --dynamic 0=4", InputError, "'0=4' is not a dynamic size: expected axes and"),
         ("-o m.pte --dynamic -1=1..4", InputError, "'-1=1..4' is not a dynamic size: expected ax"),

@@ -110,10 +110,10 @@ def test_the_verdict_on_a_target_is_no_part_of_json_on_stdout(net: str) -> None:
     assert "Fusing is not worth it for OpenVINO" in result.stderr
 
 
-def test_an_error_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_status_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torchfuse", "plan", str(tmp_path / "no.py:net")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 1

@@ -11,7 +11,7 @@ done
 [ -z "$missing" ] && exit 0
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "Some tests of devices will be skipped; for them: apt-get install$missing" >&2
+    echo "Some tests will be skipped; for them: apt-get install$missing" >&2
     exit 0
 fi
 
@@ -30,5 +30,5 @@ install() {
 }
 echo "Installing$missing" >&2
 install || { apt-get update --quiet=2 >/dev/null 2>&1; install; } ||
-    echo "apt-get install$missing failed; some tests of devices will be skipped" >&2
+    echo "apt-get install$missing failed; some tests will be skipped" >&2
 exit 0

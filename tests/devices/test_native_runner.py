@@ -37,7 +37,7 @@ def test_a_runner_is_what_the_forms_of_the_files_say(task: Task, tmp_path: Path)
     script = dataclasses.replace(task, form="pt")
     assert isinstance(native_runner(runner, {"a": task}, ARM), ExecutorRunner)
     assert isinstance(native_runner(runner, {"a": script}, ARM), SpeedBenchmark)
-    with pytest.raises(InputError, match=r"Expected models that one runner can run, got \.pte"):
+    with pytest.raises(InputError, match=r"one runner can run, got files of several; .* \.pte"):
         native_runner(runner, {"a": task, "b": script}, ARM)
 
 

@@ -101,6 +101,7 @@ FUSES = {
     "a conv called twice, once with a batch norm": (1, lambda m, x: m.conv(m.bn(m.conv(x)))),
     "a batch norm called twice": (2, lambda m, x: m.bn(m.conv2(m.bn(m.conv(x))))),
     "two batch norms in a row": (2, lambda m, x: m.bn2(m.bn(m.conv(x)))),
+    "two batch norms and dropout between": (2, lambda m, x: m.bn2(m.drop(m.bn(m.conv(x))))),
     "tied weights": (2, tied),
     "a weight that is read as a value": (1, lambda m, x: m.bn(m.conv(x)) + m.conv.weight.mean()),
     "a pair inside torch.vmap": (2, mapped),

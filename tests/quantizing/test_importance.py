@@ -16,8 +16,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_a_channels_importance_is_the_squared_weights_that_read_it() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5)).eval()
-    cases = [Case((noise(1, 3, seed=seed),)) for seed in range(400)]
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 5)).eval()  # as one they would cost more
+    cases = [Case((noise(1, 4, seed=seed),)) for seed in range(400)]
     graph = static.float_graph(model, cases[0], cases, None)
     first, _ = (n for n in graph.graph.nodes if n.target is aten.linear.default)
     found = importance(graph, [], cases)

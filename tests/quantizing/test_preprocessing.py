@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import torchfuse
 from torchfuse import Preprocessing, WithPreprocessing
-from torchfuse.artifacts import check
 from torchfuse.errors import InputError
+from torchfuse.targets.opening import check
 
 
 class Net(nn.Module):

@@ -13,7 +13,9 @@ from torchfuse.errors import CalibrationError, InputError
 from torchfuse.inputs import Case
 from torchfuse.quantizing import QuantizedLayer, quantize
 from torchfuse.quieting import quiet
-from torchfuse.targets.executorch import ExecutorchModel, capture, lower
+from torchfuse.targets.capturing import capture
+from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.executorch.program import ExecutorchModel
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:

@@ -175,7 +175,9 @@ def test_rounding_corrects_every_layer_of_these_kinds(layers: nn.Module) -> None
 @pytest.mark.parametrize("step", ["bias_correction", "rounding"])
 def test_a_layer_whose_inputs_never_change_is_corrected(step: str) -> None:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
     layers[0].bias.data += 100
     given = [noise(1, 3, 9, 9, seed=seed) for seed in range(40)]
     result = quantize(layers.eval(), given[0], given, recovery=[step])

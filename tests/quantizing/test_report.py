@@ -32,7 +32,7 @@ def test_figures_on_the_calibration_data_say_so():
     )
     assert lines[-2:] == [
         "map50: 0.5 before, 0.25 after",
-        "agreement: 100 before, 93.75 after, on the 16 calibration samples themselves",
+        "agreement: 100 % before, 93.75 % after, on the 16 calibration samples themselves",
     ]
 
 

@@ -20,6 +20,7 @@ from torchfuse.render.comparison import (
     table,
 )
 from torchfuse.render.comparison import text as whole_text
+from torchfuse.stats import Share
 from torchfuse.timing import Measurement, ratio
 
 GOLDEN = (Path(__file__).parent / "comparison.golden.txt").read_text()
@@ -40,7 +41,7 @@ def row(variant, target, precision, median_s, size_bytes, max_rel, accuracy, del
         ratio(latency(4e-3), latency(median_s)),
         size_bytes,
         Equivalence((difference,), 14.0 if precision == "int8" else None),
-        accuracy,
+        None if accuracy is None else Share(accuracy),
         delegation,
     )
 

@@ -68,3 +68,19 @@ def test_unknown_is_a_question_mark_and_zero_is_zero() -> None:
     zero = FusionPlan("Net", (), (Fusion("conv_bn", ("a", "b"), 0, 0, None),), ())
     row = next(line for line in text(zero).splitlines() if "a + b" in line)
     assert row.split()[-4:] == ["0", "0", "B", "?"]
+
+
+def test_skips_for_one_reason_are_one_row() -> None:
+    def skip(i: int, reader: str) -> Skip:
+        names = (f"blocks.{i}.conv", f"blocks.{i}.bn")
+        reason = f"The output of `blocks.{i}.conv` is also read by another use: {reader}."
+        return Skip(names, reason, "Let the other use read the batch norm's output.", "conv_bn")
+
+    skips = (*(skip(i, "add") for i in range(52)), skip(99, "mul"))
+    shown = text(replace(EMPTY, skips=skips))
+    assert "53 not fused" in shown
+    assert shown.count("is also read by another use") == 2
+    assert "blocks.3.conv + blocks.3.bn" in shown
+    assert "and 48 more" in shown
+    assert "The output of `…` is also read by another use: add." in shown
+    assert "The output of `blocks.99.conv` is also read by another use: mul." in shown

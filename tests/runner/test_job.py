@@ -101,5 +101,5 @@ def test_a_model_that_cannot_be_loaded_is_told_and_ends_the_job(
 
 
 def test_a_form_that_nothing_here_runs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"got one that ends in '\.onnx'"):
-        _told(_job("model.onnx"), tmp_path)
+    with pytest.raises(RuntimeError, match=r"got 'model\.tflite' with suffix '\.tflite'"):
+        _told(_job("model.tflite"), tmp_path)

@@ -109,4 +109,5 @@ def test_page_faults_of_the_timed_calls_are_counted() -> None:
     turns = Turns(touch)
     assert turns.page_faults == 0
     turns(1, 2)
-    assert turns.page_faults >= (40 << 20) // os.sysconf("SC_PAGE_SIZE")
+    # (what is allocated may begin in a page that is there already)
+    assert turns.page_faults >= (40 << 20) // os.sysconf("SC_PAGE_SIZE") - 1

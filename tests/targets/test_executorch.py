@@ -16,8 +16,10 @@ import torchfuse
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
-from torchfuse.targets import executorch
-from torchfuse.targets.executorch import ExecutorchModel, capture, lower
+from torchfuse.targets.capturing import capture
+from torchfuse.targets.executorch import program
+from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.executorch.program import ExecutorchModel
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -326,15 +328,15 @@ def test_a_model_loaded_before_the_threads_change_still_runs() -> None:
     # The method points at the thread pool it was loaded with, which set_threads frees.
     model = nn.Conv2d(3, 8, 3).eval()
     x = image(1, 3, 32, 32)
-    before = executorch.threads()
+    before = program.threads()
     run = made(model, Case((x,)))
     try:
         for count in (1, 2, 1):
-            executorch.set_threads(count)
-            assert executorch.threads() == count
+            program.set_threads(count)
+            assert program.threads() == count
             torch.testing.assert_close(run(x), model(x))
     finally:
-        executorch.set_threads(before)
+        program.set_threads(before)
 
 
 def test_an_operator_that_no_kernel_has_is_an_error_with_its_name() -> None:

@@ -12,8 +12,8 @@ from torch.fx.traceback import NodeSource
 from torchfuse.inputs import Case
 from torchfuse.quantizing import quantize
 from torchfuse.quieting import quiet
-from torchfuse.targets import fast_lowering
-from torchfuse.targets.executorch import capture
+from torchfuse.targets.capturing import capture
+from torchfuse.targets.executorch import fast_lowering
 
 
 class Attention(nn.Module):

@@ -23,9 +23,9 @@ from torchfuse.inputs import Case
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.quieting import quiet
-from torchfuse.targets import mobile_optimizer, torchscript
-from torchfuse.targets.mobile_optimizer import folded, frozen
-from torchfuse.targets.torchscript import op_counts
+from torchfuse.targets.torchscript import mobile_optimizer, scripting
+from torchfuse.targets.torchscript.mobile_optimizer import folded, frozen
+from torchfuse.targets.torchscript.scripting import op_counts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -357,5 +357,5 @@ def test_packed_parameters_are_constants_of_the_graph():
 
 
 def test_int8_models_of_the_target_are_optimized_without_a_word():
-    model = torchscript.quantize(settled(AnnotatedConvBnReLUModel()), [Case((INPUT,))])
+    model = scripting.quantize(settled(AnnotatedConvBnReLUModel()), [Case((INPUT,))])
     assert mobile_optimizer.without_data(folded(torch.jit.script(model))) is None

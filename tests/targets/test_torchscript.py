@@ -15,8 +15,8 @@ from torchfuse.inputs import Case
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.quieting import quiet
-from torchfuse.targets import torchscript
-from torchfuse.targets.mobile_optimizer import folded, frozen
+from torchfuse.targets.torchscript import scripting
+from torchfuse.targets.torchscript.mobile_optimizer import folded, frozen
 
 INPUT = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 CASE = Case((INPUT,))
@@ -67,18 +67,18 @@ def quantized(model, fusions):
     model = settled(model)
     if fusions:
         model = torchfuse.fuse_modules(model, fusions)
-    return torchscript.quantize(model, [CASE])
+    return scripting.quantize(model, [CASE])
 
 
 def reload(module, form):
-    return torchscript.deserialize(torchscript.serialize(module, form), form)
+    return scripting.deserialize(scripting.serialize(module, form), form)
 
 
 @pytest.mark.parametrize("form", ["pt", "ptl"])
 @pytest.mark.parametrize("made", [folded, frozen])
 def test_what_is_loaded_back_computes_what_eager_computes(made, form):
     model = settled(Branching())
-    scripted = torchscript.script(model, CASE)
+    scripted = scripting.script(model, CASE)
     assert scripted.traced_because is None
     loaded = reload(made(scripted.module), form)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_what_is_loaded_back_computes_what_eager_computes(made, form):
 @pytest.mark.parametrize("fusions", FUSIONS.values(), ids=FUSIONS)
 def test_an_int8_model_runs_after_scripting_saving_and_loading(fusions, form):
     model = quantized(AnnotatedConvBnReLUModel(), fusions)
-    scripted = torchscript.script(model, CASE)
+    scripted = scripting.script(model, CASE)
     assert scripted.traced_because is None
     loaded = reload(folded(scripted.module), form)
     assert torch.equal(loaded(INPUT), model(INPUT))
@@ -105,8 +105,8 @@ def test_an_int8_model_runs_after_scripting_saving_and_loading(fusions, form):
     ids=FUSIONS,
 )
 def test_the_int8_operators_are_those_that_were_fused(fusions, expected):
-    module = torchscript.script(quantized(AnnotatedConvBnReLUModel(), fusions), CASE).module
-    counts = torchscript.op_counts(folded(module))
+    module = scripting.script(quantized(AnnotatedConvBnReLUModel(), fusions), CASE).module
+    counts = scripting.op_counts(folded(module))
     work = [op for op in counts if op.startswith("quantized::") or "relu" in op or "norm" in op]
     assert work == expected
 
@@ -116,14 +116,14 @@ def test_int8_is_close_to_float_and_not_equal_to_it():
     with torch.no_grad():
         expected = model(INPUT)
     fused = torchfuse.fuse_modules(model, [["conv", "bn", "relu"]])
-    difference = (torchscript.quantize(fused, [CASE])(INPUT) - expected).abs().max()
+    difference = (scripting.quantize(fused, [CASE])(INPUT) - expected).abs().max()
     assert 0 < difference / expected.abs().max() < 0.02
 
 
 def test_quantizing_leaves_the_model_as_it_was():
     model = settled(AnnotatedConvBnReLUModel())
     before = copy.deepcopy(model.state_dict())
-    torchscript.quantize(model, [CASE])
+    scripting.quantize(model, [CASE])
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
     assert not hasattr(model, "qconfig")
     assert [type(module) for module in model.children()][:2] == [nn.Conv2d, nn.BatchNorm2d]
@@ -136,13 +136,13 @@ def test_scripting_leaves_a_converted_model_as_it_was():
         prepared = ao.prepare(model)
         prepared(INPUT)
         converted = ao.convert(prepared)
-        torchscript.script(converted, CASE)
+        scripting.script(converted, CASE)
     assert converted.bn.scale.shape == (1,)
 
 
 def test_a_model_that_cannot_be_scripted_is_traced_and_says_so():
     model = Untypable().eval()
-    scripted = torchscript.script(model, CASE)
+    scripted = scripting.script(model, CASE)
     assert "variable number of arguments" in scripted.traced_because
     torch.testing.assert_close(scripted.module(INPUT), model(INPUT))
 
@@ -154,32 +154,32 @@ def test_keyword_inputs_are_traced_by_position():
 
     model = TwoInputs().eval()
     case = Case((INPUT,), {"scale": torch.tensor(2.0)})
-    module = torchscript.script(model, case).module
+    module = scripting.script(model, case).module
     torch.testing.assert_close(module(INPUT, case.kwargs["scale"]), model(INPUT, 2.0))
 
 
 def test_an_int8_model_without_stubs_is_an_error_that_says_what_is_missing():
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     with pytest.raises(UnsupportedError, match=r"there is no QuantStub; add them, or use '\.pte'"):
-        torchscript.quantize(model, [CASE])
+        scripting.quantize(model, [CASE])
 
 
 def test_int8_outside_of_the_stubs_is_an_error_that_says_so():
     model = settled(nn.Sequential(ao.QuantStub(), nn.Conv2d(3, 4, 3), ao.DeQuantStub()))
     model[0], model[1] = model[1], model[0]
     with pytest.raises(UnsupportedError, match="must lie between a QuantStub and a DeQuantStub"):
-        torchscript.quantize(model, [CASE])
+        scripting.quantize(model, [CASE])
 
 
 def test_an_engine_that_this_build_does_not_have_is_an_error_that_lists_those_it_has():
     with pytest.raises(UnsupportedError, match=r"no quantized engine 'cuda'; it has .*qnnpack"):
-        torchscript.quantize(settled(AnnotatedConvBnReLUModel()), [CASE], engine="cuda")
+        scripting.quantize(settled(AnnotatedConvBnReLUModel()), [CASE], engine="cuda")
 
 
 @pytest.mark.parametrize("form", ["pt", "ptl"])
 def test_bytes_that_are_no_archive_are_an_error(form):
     with pytest.raises(ArtifactError, match=f"cannot load it as '.{form}'"):
-        torchscript.deserialize(b"PK\x03\x04 and nothing more", form)
+        scripting.deserialize(b"PK\x03\x04 and nothing more", form)
 
 
 def test_the_engine_is_put_back():
@@ -191,9 +191,9 @@ def test_the_engine_is_put_back():
 def test_loading_an_int8_file_says_nothing(tmp_path):
     path = tmp_path / "int8.pt"
     model = quantized(AnnotatedConvBnReLUModel(), [])
-    path.write_bytes(torchscript.serialize(torchscript.script(model, CASE).module, "pt"))
+    path.write_bytes(scripting.serialize(scripting.script(model, CASE).module, "pt"))
     code = (
-        "import sys; from torchfuse.targets.torchscript import deserialize; "
+        "import sys; from torchfuse.targets.torchscript.scripting import deserialize; "
         "deserialize(open(sys.argv[1], 'rb').read(), 'pt')"
     )
     command = [sys.executable, "-c", code, path]

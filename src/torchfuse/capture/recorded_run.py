@@ -378,7 +378,7 @@ class _Operators(CopyOnWrite):
         self, func: Any, classes: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         with torch._C.DisableTorchFunction():
-            self.back_up(func, args)
+            self.back_up(func, args, kwargs)
             result = func(*args, **(kwargs or {}))
             self.note_fresh(args, result)
         recording = self.recording

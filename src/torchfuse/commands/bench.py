@@ -13,6 +13,7 @@ from torchfuse.commands.bench_inputs import Inputs, described_inputs, inputs_ask
 from torchfuse.commands.bench_meanwhile import Progress, Report
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import input_option
+from torchfuse.commands.status import NOISE
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.speed_benchmark import FLAGS, Options
 
@@ -67,9 +68,9 @@ def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..
     "--timeout", type=float, default=_TIMEOUT_S, metavar="SECONDS", show_default=True,
     help="How long all runs on a device may take; they are ended there then.",
 )  # fmt: skip
-@_a_file("json", "Save every sample, ratio and fact there, after every round.")
-@_a_file("csv", "Save a row a measurement there.")
-@_a_file("markdown", "Save a table a device there.")
+@_a_file("json", "Save every sample, ratio and fact there, after every round; '-' prints it.")
+@_a_file("csv", "Save a row a measurement there; '-' prints them.")
+@_a_file("markdown", "Save a table a device there; '-' prints it.")
 @click.option("--resume", is_flag=True, help="Go on with the run that --json holds.")
 @click.option(
     "--fail-on-noise", is_flag=True,
@@ -77,7 +78,7 @@ def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..
 )  # fmt: skip
 @click.option(
     "--profile", is_flag=True,
-    help="Show the ten most expensive operators side by side: of .pt and .ptl here; of .pte by an "
+    help="Show the ten most expensive operators side by side: here, and on a device by an "
     "executor_runner with ExecuTorch's event tracer.",
 )  # fmt: skip
 @click.option(
@@ -159,7 +160,7 @@ def command(
             resume,
             print_output=bool(given.get("print_output")),
         )
-        _show(runs, observer=bool(given.get("report_pep")))
+        _show(runs, report, observer=bool(given.get("report_pep")))
         _end(runs, fail_on_noise)
     else:
         for name, value in (
@@ -184,11 +185,12 @@ def _as_the_tool(options: Options, threads: int | None, report: Report) -> None:
 
     report.open({"inputs": options.input_dims})
     with contextlib.nullcontext() if threads is None else pinned_threads(threads):
-        samples_s = speed_benchmark.run(options)
+        samples_s = speed_benchmark.run(options, sys.stderr if report.printed else sys.stdout)
         count = torch.get_num_threads()
     measured = Measurement(options.model, samples_s, options.warmup, None, count)
     report.take(DeviceRun(DeviceFacts("local", "ready"), "speed_benchmark_torch", (measured,)))
     report.save()
+    report.print()
 
 
 def _settings(
@@ -229,15 +231,26 @@ def _require_profiles(artifacts: Sequence[str], devices: Sequence[str], settings
     """
     if not settings.profile or settings.runner is not None:
         return
-    programs = [name for name in artifacts if name.endswith(".pte")]
-    if programs or {*devices} - {"local"}:
-        what = f"'{programs[0]}'" if programs else "a model on a device"
-        raise UnsupportedError(
-            f"Expected .pt or .ptl files on this machine for --profile, got {what}: ExecuTorch's "
-            "installed runtime keeps no profile. Build executor_runner with "
-            "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, and give it with "
-            "--runner, or give the ETDump that it writes with --etdump."
+    from torchfuse.targets import TARGETS, target_for
+
+    obstacles = {name: target_for(name).profile_obstacle() for name in artifacts}
+    if {*devices} - {"local"}:
+        what, why = (
+            "a model on a device",
+            (
+                "a runtime there keeps one only if it was built to. Build executor_runner with "
+                "-DEXECUTORCH_BUILD_DEVTOOLS=ON -DEXECUTORCH_ENABLE_EVENT_TRACER=ON, and give it "
+                "with --runner, or give the ETDump that it writes with --etdump"
+            ),
         )
+    elif without := [name for name, obstacle in obstacles.items() if obstacle is not None]:
+        what, why = f"'{without[0]}'", str(obstacles[without[0]])
+    else:
+        return
+    profiled = [t.suffix for t in TARGETS if t.profile_obstacle() is None]
+    raise UnsupportedError(
+        f"Expected {' or '.join(profiled)} files on this machine for --profile, got {what}: {why}."
+    )
 
 
 def _show_etdumps(paths: Sequence[Path]) -> None:
@@ -334,15 +347,19 @@ def _compare_record(path: Path, report: Report, fail_on_noise: bool) -> None:
     report.open({"record": str(path)})
     report.take(run)
     report.save()
-    _show([run], observer=False)
+    _show([run], report, observer=False)
     _end([run], fail_on_noise)
 
 
-def _show(runs: "Sequence[DeviceRun]", *, observer: bool) -> None:
+def _show(runs: "Sequence[DeviceRun]", report: Report, *, observer: bool) -> None:
     from torchfuse.render.bench import block, closing, heading
     from torchfuse.speed_benchmark import observer_line
 
+    report.print()
     for run in runs:
+        if report.printed is not None:
+            _warn(run, len(runs))
+            continue
         if observer:
             for measured in run.measurements:
                 for sample_s in measured.samples_s:
@@ -358,9 +375,13 @@ def _show(runs: "Sequence[DeviceRun]", *, observer: bool) -> None:
             click.echo(closing(run.measurements, run.device) + "\n")
         if run.profiles:
             _show_profiles(run.profiles)
-        for caution in run.cautions:
-            where = "" if len(runs) == 1 else f"{run.device.name}: "
-            click.echo(f"Warning: {where}{caution}.", err=True)
+        _warn(run, len(runs))
+
+
+def _warn(run: "DeviceRun", count: int) -> None:
+    for caution in run.cautions:
+        where = "" if count == 1 else f"{run.device.name}: "
+        click.echo(f"Warning: {where}{caution}.", err=True)
 
 
 def _difference(difference: Any) -> str:
@@ -383,10 +404,7 @@ def _end(runs: "Sequence[DeviceRun]", fail_on_noise: bool) -> None:
             "(--fail-on-noise).",
             err=True,
         )
-        sys.exit(_NOISE_STATUS)
-
-
-_NOISE_STATUS = 3
+        sys.exit(NOISE)
 
 
 def _distinct(artifacts: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from torchfuse.artifacts import check_destinations, write_atomically
+from torchfuse.commands.status import STDOUT
 from torchfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,8 +30,15 @@ class Report:
     """
 
     def __init__(self, paths: Mapping[str, str | None]) -> None:
-        check_destinations({f"--{form}": path for form, path in paths.items()})
-        self._paths = {form: Path(path) for form, path in paths.items() if path is not None}
+        given = {form: path for form, path in paths.items() if path is not None}
+        printed = [form for form, path in given.items() if path == STDOUT]
+        if len(printed) > 1:
+            names = " and ".join(f"--{form}" for form in printed)
+            raise InputError(f"Expected one of {names} as '-', got both; name a file.")
+        self.printed = next(iter(printed), None)  # the form that goes to stdout
+        files = {form: path for form, path in given.items() if path != STDOUT}
+        check_destinations({f"--{form}": path for form, path in files.items()})
+        self._paths = {form: Path(path) for form, path in files.items()}
         self._settings: Mapping[str, Any] = {}
         self._runs: dict[str, DeviceRun] = {}
         self._saved_at_s = time.monotonic()
@@ -89,8 +99,16 @@ class Report:
 
     def save(self) -> None:
         """Write the files with all that there is."""
-        if not self._paths:
-            return
+        for form, path in self._paths.items():
+            write_atomically(path, self._text(form).encode())
+        self._saved_at_s = time.monotonic()
+
+    def print(self) -> None:
+        """Print the form that is to go to stdout, if there is one."""
+        if self.printed is not None:
+            click.echo(self._text(self.printed), nl=False)
+
+    def _text(self, form: str) -> str:
         from torchfuse.render.bench_files import to_csv, to_json, to_markdown
 
         runs = list(self._runs.values())
@@ -99,9 +117,7 @@ class Report:
             "csv": lambda: to_csv(runs),
             "markdown": lambda: to_markdown(runs),
         }
-        for form, path in self._paths.items():
-            write_atomically(path, texts[form]().encode())
-        self._saved_at_s = time.monotonic()
+        return texts[form]()
 
 
 class Progress:

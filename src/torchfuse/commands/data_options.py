@@ -21,6 +21,7 @@ __all__ = ["DataOptions", "data_options"]
 _CHANNELS = 3
 _PICTURE_DIMENSIONS = 4
 _RANDOM = "random"
+_LISTS = (".csv", ".txt")  # of pictures and their labels
 
 
 def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,15 +90,24 @@ class DataOptions:
             raise InputError("--preprocess-inside needs --mean and --std.")
         if self.data is None or self.data == _RANDOM:
             return
-        path = Path(self.data)
+        self.check_data("--data", self.data)
+
+    def check_data(self, option: str, given: str) -> None:
+        """Find out whether an option's data is there, and whether it is said what pictures mean.
+
+        Raises:
+            CalibrationError: it is not.
+        """
+        path = Path(given)
         if not path.exists():
             raise CalibrationError(
-                "Expected --data as an .npy or .npz file, a folder of pictures, or "
+                f"Expected {option} as an .npy or .npz file, a folder of pictures, or "
                 f"'{_RANDOM}', got '{path}', which is no such file."
             )
-        if path.is_dir() and not is_normalised:
+        if (path.is_dir() or path.suffix in _LISTS) and (self.mean is None or self.std is None):
+            what = "is a folder of" if path.is_dir() else "lists"
             raise CalibrationError(
-                f"'{path}' is a folder of pictures, so it must be said how a picture becomes the "
+                f"'{path}' {what} pictures, so it must be said how a picture becomes the "
                 "model's input: give --mean and --std, and --size unless it is the example's."
             )
 
@@ -119,12 +129,32 @@ class DataOptions:
             layout="NCHW" if self.layout == "NCHW" else "NHWC",
         )
 
+    def inputs(self) -> tuple[str, ...]:
+        """Return --input as --size says it for a picture; nothing where that is not said."""
+        if self.size is None or self.mean is None:
+            return ()
+        height, width = _parsed_size(self.size)
+        sizes = (_CHANNELS, height, width) if self.layout == "NCHW" else (height, width, _CHANNELS)
+        return ("x".join(map(str, (1, *sizes))),)
+
+    def kept(self, preprocessing: Preprocessing | None) -> dict[str, Any] | None:
+        """Return what the file's metadata says to whoever makes its input."""
+        if preprocessing is None:
+            return None
+        plain = preprocessing.to_dict()
+        if not self.preprocess_inside:
+            return plain
+        # The file normalises: whoever did it as well would do it twice.
+        return {"size": plain["size"], "layout": "NHWC", "dtype": "uint8"}
+
     def applied(self, model: Any, example: Any) -> tuple[Any, Any, Preprocessing | None]:
         """Return the model and its example as they are to be exported, and the preprocessing.
 
         With --preprocess-inside these are the model with its normalisation, and pixels.
         """
         preprocessing = self.preprocessing(example)
+        if preprocessing is not None and self.size is not None:
+            self._require_size(preprocessing, example)
         if not self.preprocess_inside or preprocessing is None:
             return model, example, preprocessing
         import torch
@@ -133,6 +163,18 @@ class DataOptions:
 
         pixels = torch.randint(0, 256, (1, *preprocessing.size, _CHANNELS), dtype=torch.uint8)
         return WithPreprocessing(model, preprocessing), pixels, preprocessing
+
+    def _require_size(self, preprocessing: Preprocessing, example: Any) -> None:
+        shape = _picture(example)
+        if len(shape) != _PICTURE_DIMENSIONS:
+            return
+        given = tuple(shape[2:] if self.layout == "NCHW" else shape[1:3])
+        if given != tuple(preprocessing.size):
+            wanted, got = ("x".join(map(str, size)) for size in (given, preprocessing.size))
+            raise InputError(
+                f"Expected --size {wanted}, the size of the example input, got {got}; give the "
+                "same size in both."
+            )
 
 
 def _parsed_size(text: str) -> tuple[int, int]:
@@ -144,14 +186,20 @@ def _parsed_size(text: str) -> tuple[int, int]:
 
 def _size_of(example: Any, layout: str) -> tuple[int, int]:
     """The height and width of the example's picture."""
+    shape = _picture(example)
+    if len(shape) != _PICTURE_DIMENSIONS:
+        raise InputError("Expected --size, since the example input is no picture to take it from.")
+    height, width = shape[2:] if layout == "NCHW" else shape[1:3]
+    return height, width
+
+
+def _picture(example: Any) -> tuple[int, ...]:
+    """The shape of the example's first argument."""
     from torchfuse.inputs import cases
 
     case = cases(example)[0]
     (picture, *_) = (*case.args, *case.kwargs.values(), None)
-    shape = tuple(getattr(picture, "shape", ()))
-    if len(shape) != _PICTURE_DIMENSIONS:
-        raise InputError("Expected --size, since the example input is no picture to take it from.")
-    return shape[2:] if layout == "NCHW" else shape[1:3]
+    return tuple(getattr(picture, "shape", ()))
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

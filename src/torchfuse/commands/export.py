@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from torchfuse import model_source
-from torchfuse.artifacts import artifact_format, check_destination, check_options
+from torchfuse.artifacts import check_destination
+from torchfuse.commands.bench_meanwhile import Progress
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.dynamic_sizes import dynamic_shapes, parse_sizes
 from torchfuse.commands.model_options import model_options
-from torchfuse.errors import InputError
+from torchfuse.errors import ExportWarning, InputError
+from torchfuse.render.progress import progress, quiet_option
+from torchfuse.targets import TARGETS, target_for
+from torchfuse.targets.options import check_options
 
 if TYPE_CHECKING:
     from torchfuse.artifacts import Precision
@@ -24,15 +30,28 @@ __all__ = ["command"]
 @model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-    help="The file to write: .pte for ExecuTorch, .pt or .ptl for TorchScript.",
+    help="The file to write; its suffix is the target's: see 'torchfuse targets'.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int8"]),
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     help="Default: as the model is. int8 is plain; quantize wins accuracy back.",
 )  # fmt: skip
 @click.option(
     "--no-optimize", is_flag=True,
-    help="Leave out fusing, to compare with: for .pt and .ptl.",
+    help="Leave out fusing, to compare with: for .pt, .ptl, .onnx and .xml.",
+)  # fmt: skip
+@click.option(
+    "--fastest", is_flag=True,
+    help="Export to every target installed here, measure them all, and write the fastest: OUT is "
+    "a name without a suffix.",
+)  # fmt: skip
+@click.option(
+    "--max-drop", type=click.FloatRange(min=0), metavar="POINTS",
+    help="With --fastest: at most so many of 100 samples of --data may get another class.",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True,
+    help="With --fastest: threads that every runtime is measured on.",
 )  # fmt: skip
 @click.option(
     "--dynamic", "sizes", multiple=True, metavar="[NAME:]AXIS[,…]=MIN..MAX",
@@ -40,6 +59,7 @@ __all__ = ["command"]
     "x, a:1,b:1=1..77 two that are always the same; repeatable.",
 )  # fmt: skip
 @data_options
+@quiet_option
 def command(
     model: str,
     inputs: tuple[str, ...],
@@ -47,6 +67,9 @@ def command(
     output: Path,
     precision: Precision | None,
     no_optimize: bool,
+    fastest: bool,
+    max_drop: float | None,
+    threads: int,
     sizes: tuple[str, ...],
     given: DataOptions,
 ) -> None:
@@ -56,20 +79,27 @@ def command(
       torchfuse export net.py:build -o not_fused.pt --no-optimize
       torchfuse export net.py:build -o fused.pt
       torchfuse export net.py:build -o model.pte --dynamic 0=1..8
-      torchfuse export net.py:build -o int8.pte --precision int8 --data inputs.npy
+      torchfuse export net.py:build -o int8.onnx --precision int8 --data inputs.npy
+      torchfuse export net.py:build -o model --fastest
 
     MODEL is path/to/file.py:callable or package.module:callable.
     """  # noqa: D301  # \b keeps click from re-filling the next paragraph
-    form = artifact_format(output)
-    check_destination(output)
     parsed = parse_sizes(sizes)
-    check_options(
-        form,
-        precision,
-        calibrated=given.data is not None,
-        dynamic=bool(parsed),
-        optimize=not no_optimize,
-    )
+    if fastest:
+        _check_fastest(output, no_optimize, max_drop, given.data)
+    elif max_drop is not None:
+        raise InputError(
+            "--max-drop goes with --fastest here; 'torchfuse quantize' has it for one file."
+        )
+    else:
+        check_destination(output)
+        check_options(
+            target_for(output),
+            precision,
+            calibrated=given.data is not None,
+            dynamic=bool(parsed),
+            optimize=not no_optimize,
+        )
     if precision == "int8" and given.data is None:
         raise InputError("int8 needs --data: the inputs that its ranges are measured on.")
     given.check()
@@ -78,18 +108,66 @@ def command(
             f"Expected a model, got the exported program '{model}': a file is made of and compared "
             "with the model itself; give path/to/file.py:callable."
         )
-    loaded = model_source.load(model, inputs, weights)
+    loaded = model_source.load(model, inputs, weights, given.inputs())
     import torchfuse
 
     network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
-    artifact = torchfuse.export(
-        network,
-        example,
-        output,
-        precision=precision,
-        calibration=given.data,
-        dynamic_shapes=dynamic_shapes(parsed, network, example),
-        optimize=not no_optimize,
-        preprocessing=preprocessing,
-    )
+    calibration: Any = given.data
+    kept: Any = preprocessing
+    if given.preprocess_inside:  # what the file says is not what pictures are read by
+        kept = given.kept(preprocessing)
+        if given.data not in (None, "random"):
+            calibration = _cases(given.data, network, example, preprocessing)
+    if fastest:
+        with Progress() as shown:
+            found = torchfuse.export_fastest(
+                network,
+                example,
+                output,
+                precision=precision,
+                calibration=calibration,
+                dynamic_shapes=dynamic_shapes(parsed, network, example),
+                max_drop=max_drop,
+                preprocessing=kept,
+                threads=threads,
+                progress=functools.partial(shown.show, "local"),
+            )
+        click.echo(f"{found}\n\nWrote {found.artifact.path} ({found.artifact.size_bytes:,} bytes).")
+        return
+    with warnings.catch_warnings(), progress() as step:
+        step(f"writing {output.name}")
+        warnings.simplefilter("ignore", ExportWarning)  # the artifact's notes say it
+        artifact = torchfuse.export(
+            network,
+            example,
+            output,
+            precision=precision,
+            calibration=calibration,
+            dynamic_shapes=dynamic_shapes(parsed, network, example),
+            optimize=not no_optimize,
+            preprocessing=kept,
+        )
     click.echo(f"{artifact}\n\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
+
+
+def _cases(data: Any, network: Any, example: Any, preprocessing: Any) -> Any:
+    from torchfuse.inputs import cases
+    from torchfuse.quantizing import read_calibration
+    from torchfuse.quantizing.static import argument_names
+
+    case, names = cases(example)[0], argument_names(network)
+    return read_calibration(data, case, preprocessing, as_pixels=True, names=names).cases
+
+
+def _check_fastest(
+    output: Path, no_optimize: bool, max_drop: float | None, data: str | None
+) -> None:
+    known = [t.suffix for t in TARGETS if output.name.endswith(t.suffix)]
+    if known:
+        raise InputError(
+            f"--fastest finds out which suffix is best; give '{output}' without '{known[0]}'."
+        )
+    if no_optimize:
+        raise InputError("Expected --fastest or --no-optimize, got both: nothing slower is wanted.")
+    if max_drop is not None and data is None:
+        raise InputError("--max-drop needs --data: the samples whose classes are compared.")

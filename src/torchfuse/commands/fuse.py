@@ -13,6 +13,7 @@ from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options, rule_option, strict_option
 from torchfuse.commands.plan import print_plan
 from torchfuse.errors import FusionError, InputError, UnsupportedError
+from torchfuse.render.progress import progress, quiet_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +34,7 @@ _SUFFIXES = (".pt", ".safetensors", ".pt2")
 )  # fmt: skip
 @rule_option
 @strict_option
+@quiet_option
 def command(
     model: str,
     output: Path,
@@ -57,17 +59,19 @@ def command(
 
     loaded = model_source.load(model, inputs, weights)
     chosen = rules or None
-    if loaded.exported:
-        result = torchfuse.fuse_exported(loaded.model, rules=chosen)
-    else:
-        result = torchfuse.fuse(
-            loaded.model,
-            loaded.example_inputs,
-            rules=chosen,
-            strict=strict,
-            inplace=True,
-            keep_originals=False,
-        )
+    with progress() as step:
+        step("fusing")
+        if loaded.exported:
+            result = torchfuse.fuse_exported(loaded.model, rules=chosen)
+        else:
+            result = torchfuse.fuse(
+                loaded.model,
+                loaded.example_inputs,
+                rules=chosen,
+                strict=strict,
+                inplace=True,
+                keep_originals=False,
+            )
     print_plan(result.plan)
     check = result.check
     assert check is not None

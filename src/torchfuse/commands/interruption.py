@@ -7,17 +7,19 @@ from pathlib import Path
 
 import click
 
+from torchfuse.commands.status import INTERRUPTED
 from torchfuse.errors import ArtifactError
 
 __all__ = ["saving_what_there_is"]
 
-_STATUS = 130  # of a program that Ctrl-C ended
 _LIKE_CTRL_C = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def saving_what_there_is(save: Callable[[], None], json_path: Path | None) -> Iterator[None]:
+def saving_what_there_is(save: Callable[[], object], json_path: Path | None) -> Iterator[None]:
     """Save when the block ends early; on Ctrl-C, SIGTERM or SIGHUP end with one line.
+
+    `save` returns False where there is nothing yet.
 
     Those two are what a CI job and a closed terminal send: without this, the command would be gone
     before it could tell a device to stop.
@@ -29,11 +31,11 @@ def saving_what_there_is(save: Callable[[], None], json_path: Path | None) -> It
     try:
         yield
     except KeyboardInterrupt:
-        save()
-        kept = "" if json_path is None else f"; the rounds until then are in '{json_path}'"
-        advice = "" if json_path is None else ", and --resume goes on with them"
+        is_saved = save() is not False and json_path is not None
+        kept = f"; the rounds until then are in '{json_path}'" if is_saved else ""
+        advice = ", and --resume goes on with them" if is_saved else ""
         click.echo(f"torchfuse: interrupted{kept}{advice}.", err=True)
-        raise SystemExit(_STATUS) from None
+        raise SystemExit(INTERRUPTED) from None
     except BaseException:
         with contextlib.suppress(ArtifactError):  # what ended the block is the news
             save()

@@ -11,6 +11,7 @@ from rich.console import Console
 from torchfuse import model_source
 from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options, rule_option, strict_option
+from torchfuse.commands.status import GATE, STDOUT
 from torchfuse.errors import InputError
 from torchfuse.render import plan as render
 from torchfuse.worth import TARGETS, worth
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "planned", "print_plan"]
 
-_STDOUT = "-"
 _ANY = "any"
 
 
@@ -31,7 +31,7 @@ _ANY = "any"
 @rule_option
 @strict_option
 @click.option(
-    "--json", "json_file", is_flag=False, flag_value=_STDOUT, metavar="[FILE]",
+    "--json", "json_file", is_flag=False, flag_value=STDOUT, metavar="[FILE]",
     help="Write the plan as JSON to FILE, or, after MODEL, print it instead of the table.",
 )  # fmt: skip
 @click.option(
@@ -57,18 +57,18 @@ def command(
     MODEL is path/to/file.py:callable, package.module:callable, or an exported program file.pt2. It
     is planned in evaluation mode.
     """
-    saved = None if json_file in (None, _STDOUT) else json_file
+    saved = None if json_file in (None, STDOUT) else json_file
     if saved is not None:
         check_destination(saved)
     _check_rules(fail_on)
     loaded = model_source.load(model, inputs, weights)
     plan = planned(loaded, rules, strict=strict)
-    if json_file == _STDOUT:
+    if json_file == STDOUT:
         click.echo(plan.to_json())
     else:
         print_plan(plan)
     if target is not None:  # beside JSON on stdout, it must not be part of it
-        click.echo(f"\n{worth(plan, target)}", err=json_file == _STDOUT)
+        click.echo(f"\n{worth(plan, target)}", err=json_file == STDOUT)
     if saved is not None:
         write_atomically(saved, (plan.to_json() + "\n").encode())
     _fail_on_skips(plan, fail_on)
@@ -100,9 +100,10 @@ def print_plan(plan: FusionPlan) -> None:
 
 
 def _check_rules(names: tuple[str, ...]) -> None:
+    from torchfuse.exported.rewrites import REWRITES
     from torchfuse.rules import RULES
 
-    known = [rule.name for rule in RULES]
+    known = [*(rule.name for rule in RULES), *(rule.name for rule in REWRITES)]
     for name in names:
         if name not in (*known, _ANY):
             raise InputError(
@@ -116,4 +117,4 @@ def _fail_on_skips(plan: FusionPlan, fail_on: tuple[str, ...]) -> None:
     if left:
         first = f"{' + '.join(left[0].modules)}: {left[0].reason}"
         click.echo(f"torchfuse: {len(left)} left alone, first {first}", err=True)
-        sys.exit(1)
+        sys.exit(GATE)

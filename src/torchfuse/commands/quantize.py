@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,10 @@ from torchfuse import model_source
 from torchfuse.artifacts import check_destinations, write_atomically
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.model_options import model_options
-from torchfuse.errors import InputError, QuantizationWarning
+from torchfuse.commands.status import GATE, STDOUT
+from torchfuse.errors import ExportWarning, InputError, QuantizationWarning, first_line
+from torchfuse.render.progress import progress, quiet_option
+from torchfuse.targets import TARGETS, target_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +30,7 @@ __all__ = ["command"]
 
 _SCHEMES = ("int8", "int8_dynamic", "int4", "fp16")
 _BACKENDS = ("xnnpack", "qnnpack", "x86", "fbgemm", "onednn")
+_PACKAGES = ("torchfuse", "torch", "executorch", "torchao")
 _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 
 
@@ -33,7 +38,7 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 @model_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-    help="The file to write: .pte, or .pt and .ptl with --backend.",
+    help="The file to write: .pte, .onnx or .xml; .pt or .ptl with --backend.",
 )  # fmt: skip
 @click.option(
     "--backend", type=click.Choice(_BACKENDS), default="xnnpack", show_default=True,
@@ -60,16 +65,18 @@ _STEPS = ("careful_ranges", "equalization", "bias_correction", "rounding")
 )  # fmt: skip
 @click.option(
     "--labels", type=click.Path(path_type=Path), metavar="FILE",
-    help="The class of each calibration sample, an .npy file of integers.",
+    help="The class of each calibration sample: integers in an .npy file, or a line each in a .csv "
+    "or .txt.",
 )  # fmt: skip
 @click.option(
     "--evaluate", metavar="FILE.py:FUNCTION",
     help="A function that takes a model and returns a number, of which more is better.",
 )  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show the layers furthest from float, and why.")
+@quiet_option
 @click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
-    help="Write the report as JSON.",
+    "--json", "json_file", metavar="FILE",
+    help="Write the report as JSON; '-' prints it instead of the text.",
 )  # fmt: skip
 def command(
     model: str,
@@ -86,16 +93,21 @@ def command(
     labels: Path | None,
     evaluate: str | None,
     explain: bool,
-    json_file: Path | None,
+    json_file: str | None,
 ) -> None:
     """Quantize MODEL in evaluation mode, check what comes out, and write it to OUT.
 
     MODEL is path/to/file.py:callable or package.module:callable.
     """
     _check_suffix(output, backend)
-    check_destinations({"-o": output, "--json": json_file})
+    check_destinations({"-o": output, "--json": None if json_file == STDOUT else json_file})
     if recover and no_recovery:
         raise InputError("Expected --recover or --no-recovery, got both.")
+    if no_recovery and max_drop is not None:
+        raise InputError(
+            "Expected --no-recovery or --max-drop, got both: a drop is avoided by recovery."
+        )
+    given_labels = None if labels is None else _labels(labels)
     if keep_anyway and max_drop is None:
         raise InputError("--keep-anyway is about --max-drop; give that too, or leave both out.")
     if scheme == "fp16":
@@ -111,7 +123,7 @@ def command(
             }
         )
     given.check()
-    loaded = model_source.load(model, inputs, weights)
+    loaded = model_source.load(model, inputs, weights, given.inputs())
     if loaded.exported:
         raise InputError(
             "Expected a model, got an exported program: batch norms are folded and ranges measured "
@@ -120,7 +132,7 @@ def command(
     import torchfuse
 
     network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
-    metadata = None if preprocessing is None else preprocessing.to_dict()
+    metadata = given.kept(preprocessing)
     if scheme == "fp16":
         _closing(
             torchfuse.export(network, example, output, precision="fp16", preprocessing=metadata)
@@ -128,9 +140,9 @@ def command(
         return
     static = scheme in (None, "int8") and given.data is not None and backend == "xnnpack"
     steps = () if no_recovery or not static else (recover or _STEPS)
-    with warnings.catch_warnings():
-        # Said below, as what the command ends with.
-        warnings.filterwarnings("ignore", "max_drop=.* is not met", QuantizationWarning)
+    with warnings.catch_warnings(), progress() as step:
+        warnings.simplefilter("ignore", QuantizationWarning)  # the report's notes say it
+        step("quantizing")
         result = torchfuse.quantize(
             network,
             example,
@@ -140,19 +152,23 @@ def command(
             preprocessing=preprocessing,
             recovery=steps,
             max_drop=max_drop,
-            labels=None if labels is None else _labels(labels),
+            labels=given_labels,
             evaluate=None if evaluate is None else model_source.load_function(evaluate),
             explain=explain,
         )
-    _show(result.report)
+    if json_file != STDOUT:
+        _show(result.report)
     reached = result.report.max_drop
     is_met = reached is None or reached.met
     artifact = None
     if is_met or keep_anyway:
-        artifact = torchfuse.export(result.model, example, output, preprocessing=metadata)
+        with warnings.catch_warnings(), progress() as step:
+            warnings.simplefilter("ignore", ExportWarning)  # the artifact's notes say it
+            step(f"writing {output.name}")
+            artifact = torchfuse.export(result.model, example, output, preprocessing=metadata)
     if json_file is not None:
         _write_report(json_file, result.report, artifact)
-    if artifact is not None:
+    if artifact is not None and json_file != STDOUT:
         _closing(artifact)
     if reached is not None and not reached.met:
         what = "it was written" if keep_anyway else "nothing was written: --keep-anyway writes it"
@@ -162,7 +178,7 @@ def command(
             f"float; {what} all the same.",
             err=True,
         )
-        sys.exit(1)
+        sys.exit(GATE)
 
 
 def _show(report: QuantizationReport) -> None:
@@ -176,21 +192,31 @@ def _show(report: QuantizationReport) -> None:
         click.echo(str(report))
 
 
-def _write_report(path: Path, report: QuantizationReport, artifact: Artifact | None) -> None:
+def _write_report(path: str, report: QuantizationReport, artifact: Artifact | None) -> None:
     """Write the report as JSON, with what the file's delegate runs, if there is a file."""
     delegation = None if artifact is None else artifact.delegation
     found = {
         **json.loads(report.to_json()),
         "delegation": None if delegation is None else delegation.to_dict(),
         "written": artifact is not None,
+        "file": None if artifact is None else str(artifact.path),
+        "size_bytes": None if artifact is None else artifact.size_bytes,
+        "sha256": None if artifact is None else artifact.sha256,
+        "versions": {name: version(name) for name in _PACKAGES},
     }
-    write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    if path == STDOUT:
+        click.echo(text, nl=False)
+    else:
+        write_atomically(path, text.encode())
 
 
 def _check_suffix(output: Path, backend: str) -> None:
-    expected = (".pte",) if backend == "xnnpack" else (".pt", ".ptl")
-    if output.suffix not in expected:
-        advice = " or give --backend" if output.suffix in (".pt", ".ptl") else ""
+    wanted = "pt2e" if backend == "xnnpack" else "torch.ao"
+    target = target_for(output)
+    if target.quantized_by != wanted:
+        expected = [each.suffix for each in TARGETS if each.quantized_by == wanted]
+        advice = " or give --backend" if target.quantized_by == "torch.ao" else ""
         raise InputError(
             f"Expected an output that ends in {' or '.join(expected)} for {backend}, got "
             f"'{output}'; choose another name{advice}."
@@ -209,6 +235,8 @@ def _refuse_with_fp16(given: Mapping[str, bool]) -> None:
 def _closing(artifact: Artifact) -> None:
     if artifact.delegation is not None:
         click.echo(f"\n{artifact.delegation}")
+    for note in artifact.notes:
+        click.echo(f"Note: the file was {note}.")
     click.echo(f"\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
 
 
@@ -217,8 +245,12 @@ def _labels(path: Path) -> Any:
     import torch
 
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        lines = path.read_text(encoding="utf-8-sig").split()
+        return torch.tensor([int(line) for line in lines])
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"Expected integers in an .npy file as labels, got '{path}': {error}."
+            f"Expected integers as labels, in an .npy file or a line each in a .csv or .txt, got "
+            f"'{path}': {first_line(error)}."
         ) from error

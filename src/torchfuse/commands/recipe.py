@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from torchfuse.artifacts import check_destination, check_folder, write_atomically
+from torchfuse.render.progress import progress, quiet_option
 
 __all__ = ["command"]
 
@@ -21,6 +22,7 @@ __all__ = ["command"]
 @click.option(
     "--runs", type=click.IntRange(min=2), default=30, show_default=True, help="Timed runs a row."
 )
+@quiet_option
 def command(out: Path, runs: int) -> None:
     """Run PyTorch's "Fuse Modules" recipe end to end, on this machine (one to three minutes)."""
     report = out / "comparison.json"
@@ -31,7 +33,6 @@ def command(out: Path, runs: int) -> None:
 
     from torchfuse import recipe
     from torchfuse.render import comparison as render
-    from torchfuse.render.progress import progress
     from torchfuse.runner.allocator import keep_freed_memory
 
     keep_freed_memory()  # some of the variants are measured in this process

@@ -7,7 +7,7 @@ the models need.
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torchfuse.devices.executor_runner import ExecutorRunner
@@ -16,6 +16,7 @@ from torchfuse.devices.operators import operators_of
 from torchfuse.devices.runner import Runner
 from torchfuse.devices.speed_benchmark import SpeedBenchmark
 from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.targets import TARGETS, target_of
 from torchfuse.tasks import Task
 
 __all__ = ["native_runner"]
@@ -35,6 +36,10 @@ _OPERATOR = re.compile(
     rb"(?:aten|quantized_decomposed|dim_order_ops)::[a-z_0-9]+(?:\.[A-Za-z_0-9]+)?"
 )
 _VERSION = re.compile(rb"\0(ET\d\d)\0")  # the identifier of the programs that it reads
+_RUNNERS: Mapping[str, Callable[[Path], Runner]] = {
+    "executor_runner": ExecutorRunner,
+    "speed_benchmark_torch": SpeedBenchmark,
+}
 _FEWEST_OPERATORS = 5  # below, the kernels are in a library beside it, or the names are not kept
 
 
@@ -51,16 +56,29 @@ def native_runner(path: Path, tasks: Mapping[str, Task], facts: DeviceFacts) -> 
         raise InputError(
             f"Expected a runner, but '{path}' cannot be read: {error.strerror}."
         ) from error
-    forms = {task.form for task in tasks.values()}
-    if "pte" in forms and len(forms) > 1:
+    targets = {name: target_of(task.form) for name, task in tasks.items()}
+    for name, target in targets.items():
+        if target.native_runner is None:
+            raise InputError(
+                f"Expected models of {' or '.join(_suffixes(*_RUNNERS))} for --runner, got {name}; "
+                f"leave --runner out, to measure it by the Python there."
+            )
+    kinds = {str(target.native_runner) for target in targets.values()}
+    if len(kinds) > 1:
         raise InputError(
-            "Expected models that one runner can run, got .pte files and others; measure the .pte "
-            "files with executor_runner, and the .pt and .ptl files with speed_benchmark_torch."
+            "Expected models that one runner can run, got files of several; measure "
+            + ", and ".join(f"{' and '.join(_suffixes(kind))} with {kind}" for kind in _RUNNERS)
+            + "."
         )
     _require_architecture(path, binary, facts)
     _require_version(path, binary, tasks)
     _require_operators(path, binary, tasks)
-    return ExecutorRunner(path) if forms == {"pte"} else SpeedBenchmark(path)
+    return _RUNNERS[kinds.pop()](path)
+
+
+def _suffixes(*runners: str) -> list[str]:
+    """Return the suffixes of the files that these runners run."""
+    return [target.suffix for target in TARGETS if target.native_runner in runners]
 
 
 def _require_architecture(path: Path, binary: bytes, facts: DeviceFacts) -> None:
@@ -87,7 +105,8 @@ def _require_version(path: Path, binary: bytes, tasks: Mapping[str, Task]) -> No
     for name, task in tasks.items():
         with task.path.open("rb") as file:
             version = file.read(8)[4:]
-        if task.form == "pte" and reads and version not in reads:
+        is_program = target_of(task.form).native_runner == "executor_runner"
+        if is_program and reads and version not in reads:
             raise UnsupportedError(
                 f"{name} is a program of version {version.decode(errors='replace')}, and '{path}' "
                 f"reads {b', '.join(sorted(reads)).decode()}; build the runner of the ExecuTorch "

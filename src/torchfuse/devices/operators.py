@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torchfuse.quieting import quiet
+from torchfuse.targets import target_of
 from torchfuse.tasks import Task
 
 __all__ = ["operators_of"]
@@ -17,16 +18,4 @@ def operators_of(task: Task) -> Sequence[str]:
     if noted is not None:
         return noted
     with quiet():
-        if task.form == "pte":
-            from executorch.exir._serialize._program import deserialize_pte_binary
-
-            from torchfuse.targets.executorch import operators
-
-            program = deserialize_pte_binary(task.path.read_bytes()).program
-            return sorted({name for plan in program.execution_plan for name in operators(plan)})
-        import torch
-        from torch.jit.mobile import _export_operator_list, _load_for_lite_interpreter
-
-        if task.form == "ptl":
-            return sorted(_export_operator_list(_load_for_lite_interpreter(str(task.path))))
-        return sorted(torch.jit.export_opnames(torch.jit.load(str(task.path))))
+        return target_of(task.form).operators(task.path)

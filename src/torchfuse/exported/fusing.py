@@ -17,16 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.export import ExportedProgram, ModuleCallEntry
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.fx import Graph, Node
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
+from torchfuse.capture.exported import module_path
 from torchfuse.capture.kinds import kind_of
 from torchfuse.errors import FusionError, InputError
+from torchfuse.exported.edited_program import EditedProgram, copied_graph
 from torchfuse.exported.judging import judge
 from torchfuse.exported.proving import Pair, pair_differences, whole_difference
+from torchfuse.exported.rewrites import REWRITES
+from torchfuse.exported.rewriting import rewrite
 from torchfuse.fusing import FusionResult
 from torchfuse.inputs import check_finite
 from torchfuse.planning import Fusion, FusionPlan
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from torchfuse.exported.judging import FoldInProgram
     from torchfuse.planning import Skip
 
-__all__ = ["Folded", "fold", "fuse_exported"]
+__all__ = ["Folded", "fold", "fuse_all", "fuse_exported"]
 
 aten = torch.ops.aten
 
@@ -51,8 +55,9 @@ class Folded:
     plan: FusionPlan
     key_map: dict[str, str | None]  # old state_dict key → new one; None: taken in
     in_float64: Callable[[], tuple[ExportedProgram, ExportedProgram]]  # the old one, and this
-    norms: tuple[str, ...]  # the batch norms' nodes
-    refuted: Mapping[str, str]  # batch norm → how it differs; those that stay
+    parts: tuple[str, ...]  # the batch norms' nodes, and `_REWRITTEN` if more was done
+    refuted: Mapping[str, str]  # batch norm that did not pass its proof → how it differs
+    rewrites_refuted: Mapping[tuple[str | None, str], str] = dataclasses.field(default_factory=dict)
 
 
 def fuse_exported(
@@ -86,27 +91,33 @@ def fuse_exported(
             )
     _require_finite(exported_program)
     known = _known(rules)
-    folded = fold(exported_program, prove=verify, rules=known)
+    folded = fuse_all(exported_program, prove=verify, rules=known)
     if not verify:
         return FusionResult(folded.program, folded.plan, None, folded.key_map)
-    norms = folded.norms
+    parts = folded.parts
 
     def fused(kept: Sequence[str], of: ExportedProgram = exported_program) -> ExportedProgram:
-        if of is exported_program and len(kept) == len(norms):
+        if of is exported_program and len(kept) == len(parts):
             return folded.program
-        return without(set(norms) - set(kept), of).program
+        return without(set(parts) - set(kept), of).program
 
     def without(left: set[str], of: ExportedProgram = exported_program) -> Folded:
-        refuted = {**folded.refuted, **dict.fromkeys(left, _WHOLE_DIFFERS)}
-        return _Edit(of, refuted, known).folded()
+        refuted = {**folded.refuted, **dict.fromkeys(left - {_REWRITTEN}, _WHOLE_DIFFERS)}
+        fewer = _Edit(of, refuted, known).folded()
+        if _REWRITTEN in left or _REWRITTEN not in parts:
+            return fewer
+        return _rewritten(fewer, known, dict(folded.rewrites_refuted), prove=False)
 
     def in_float64() -> tuple[ExportedProgram, Callable[[Sequence[str]], ExportedProgram]]:
         wide = _widened(exported_program)
         return wide, lambda kept: fused(kept, wide)
 
-    whole = whole_difference(exported_program, norms, fused, in_float64)
+    whole = whole_difference(exported_program, parts, fused, in_float64)
     if whole.refused:
         folded = without(set(whole.refused))
+        if _REWRITTEN in whole.refused:
+            scope = (*folded.plan.scope, _REWRITES_DIFFER)
+            folded = dataclasses.replace(folded, plan=dataclasses.replace(folded.plan, scope=scope))
     plan = folded.plan
     if not whole.decided:
         plan = dataclasses.replace(plan, scope=(*plan.scope, _NOT_IN_FLOAT64))
@@ -121,6 +132,12 @@ def fuse_exported(
 _WHOLE_DIFFERS = (
     "with it the program's outputs differ, although the pair itself agrees; something that was not "
     "recorded depends on it."
+)
+# Of what makes up a fused program: all that was done beyond folding batch norms.
+_REWRITTEN = "rewritten"
+_REWRITES_DIFFER = (
+    "What was merged beyond batch norms was taken back: with it the program's outputs differ, "
+    "although each edit by itself agrees."
 )
 _NOT_IN_FLOAT64 = (
     "Each fusion was compared on its own: the whole program differs by more than rounding in one "
@@ -149,7 +166,7 @@ _LAYERS = frozenset(
 
 
 def _known(rules: Collection[str] | None) -> Collection[str] | None:
-    names = [rule.name for rule in RULES]
+    names = [*(rule.name for rule in RULES), *(rule.name for rule in REWRITES)]
     for name in rules or ():
         if name not in names:
             raise InputError(f"There is no rule '{name}'; the rules are {', '.join(names)}.")
@@ -179,8 +196,68 @@ def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None
         refuted |= wrong
 
 
-class _Edit:
-    """A copy of a program's graph and tensors, while batch norms are folded in it."""
+def fuse_all(
+    program: ExportedProgram, *, prove: bool, rules: Collection[str] | None = None
+) -> Folded:
+    """Return `program` after folding, and after all that the rules of `rewrites/` do beyond it.
+
+    With `prove`, each is proved as `fold` does; `rules` are the names of both kinds.
+
+    Raises:
+        InputError: `prove`, and the program was saved without example inputs.
+    """
+    folded = fold(program, prove=prove, rules=rules)
+    refuted: dict[tuple[str | None, str], str]
+    refuted = {(None, name): problem for name, problem in folded.refuted.items()}
+    return _rewritten(folded, rules, refuted, prove=prove)
+
+
+def _rewritten(
+    folded: Folded,
+    rules: Collection[str] | None,
+    refuted: dict[tuple[str | None, str], str],
+    *,
+    prove: bool,
+) -> Folded:
+    """Return what becomes of a folded program by the rules of `rewrites/`.
+
+    Without `prove`, all is done but what is `refuted`, to which proving adds.
+    """
+    more = rewrite(folded.program, prove=prove, rules=rules, refuted=refuted)
+
+    def in_float64() -> tuple[ExportedProgram, ExportedProgram]:
+        wide, wide_folded = folded.in_float64()
+        return wide, rewrite(wide_folded, prove=False, rules=rules, refuted=refuted).program
+
+    # A norm that is no longer there was taken in after all.
+    norms = _paths_of_norms(more.program)
+    skips = [skip for skip in folded.plan.skips if skip.modules[-1] in norms]
+    more_is_said = {skip.modules for skip in more.skips}
+    skips = [s for s in skips if s.rule is not None or s.modules not in more_is_said]
+    said = {skip.modules for skip in skips}
+    plan = dataclasses.replace(
+        folded.plan,
+        fusions=(*folded.plan.fusions, *more.fusions),
+        skips=(*skips, *(skip for skip in more.skips if skip.modules not in said)),
+    )
+    key_map = {
+        key: None if went is None else more.key_map.get(went)
+        for key, went in folded.key_map.items()
+    }
+    parts = (*folded.parts, _REWRITTEN) if more.fusions else folded.parts
+    return Folded(more.program, plan, key_map, in_float64, parts, folded.refuted, refuted)
+
+
+def _paths_of_norms(program: ExportedProgram) -> set[str]:
+    return {
+        module_path(node) or node.name
+        for node in program.graph.nodes
+        if node.target is aten.batch_norm.default
+    }
+
+
+class _Edit(EditedProgram):
+    """A program while batch norms are folded in it."""
 
     def __init__(
         self,
@@ -188,12 +265,8 @@ class _Edit:
         refuted: Mapping[str, str],
         rules: Collection[str] | None,
     ) -> None:
-        self.old = program
+        super().__init__(program)
         self.refuted, self.rules = refuted, rules
-        self.graph = _copied(program.graph)
-        self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        self.order = [spec.arg.name for spec in program.graph_signature.input_specs]
-        self.state: dict[str, Tensor] = dict(program.state_dict)
         self.pairs: dict[str, Pair] = {}  # by the batch norm's name
         self.norms: list[str] = []  # all that were folded
         self.taken_in: dict[str, str] = {}  # old key → new key of what took it in
@@ -212,13 +285,6 @@ class _Edit:
             if not found.folds or not found.skips:
                 return
 
-    def _tensor(self, node: Node) -> Tensor | None:
-        target = self.specs[node.name].target
-        if target is None:
-            return None
-        found = self.state.get(target, self.old.constants.get(target))
-        return found if isinstance(found, Tensor) else None
-
     # The edit
 
     def _fold(self, found: FoldInProgram) -> None:
@@ -228,7 +294,7 @@ class _Edit:
         values = {
             node: tensor.detach()
             for node in (weight, bias, gamma, beta, mean, variance)
-            if node is not None and (tensor := self._tensor(node)) is not None
+            if node is not None and (tensor := self.tensor(node)) is not None
         }
         transposed = found.rule.pattern[0] == "conv_transpose"
         groups = _args(layer)[6] if transposed and len(_args(layer)) > 6 else 1
@@ -255,9 +321,10 @@ class _Edit:
         )
         stands = _args(norm)[0].name
         # Two batch norms in a row: what the first put out is no longer there to compare.
-        self.pairs = {n: pair for n, pair in self.pairs.items() if pair.stands != stands}
+        self.pairs = {n: p for n, p in self.pairs.items() if p.layer != layer.name}
         self.pairs[norm.name] = Pair(layer.name, stands)
         self.norms.append(norm.name)
+        self.stands = {name: pair.stands for name, pair in self.pairs.items()}
         elements, size = _elements(norm), values[weight].element_size()
         self.fusions.append(
             Fusion(
@@ -282,13 +349,13 @@ class _Edit:
             )
             if node is not None
         }
-        self._drop_unused({*(node.name for node in values), *self._named(tracked)})
+        self.drop_unused({*(node.name for node in values), *self.named(tracked)})
 
     def _stored(
         self, tensor: Tensor, old: Node | None, target: str, layer: Node, beside: Node
     ) -> Node:
         """Return the placeholder of `tensor`: the old one if nobody else reads it, or a new one."""
-        template = self._tensor(beside)
+        template = self.tensor(beside)
         assert template is not None
         if isinstance(template, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
@@ -298,66 +365,13 @@ class _Edit:
             if len(shared) == 1 and stored in self.state:
                 self.state[stored] = tensor
                 return old
-        while target in self.state or target in self.old.constants:
-            target += "_folded"
-        with self.graph.inserting_before(beside):
-            node = self.graph.placeholder(f"p_{target.replace('.', '_')}")
-        # The graph's code names arguments by their target: `p_block-0_bias` would be no name.
-        node.target = node.name
-        node.meta["val"] = beside.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
-        self.state[target] = tensor
-        self.order.insert(self.order.index(beside.name), node.name)
-        self.specs[node.name] = InputSpec(
-            InputKind.PARAMETER if isinstance(tensor, nn.Parameter) else InputKind.BUFFER,
-            TensorArgument(node.name),
-            target,
-            None if isinstance(tensor, nn.Parameter) else True,
-        )
-        return node
-
-    def _named(self, target: str) -> list[str]:
-        return [name for name, spec in self.specs.items() if spec.target == target]
-
-    def _drop_unused(self, names: set[str]) -> None:
-        for node in list(self.graph.nodes):
-            if node.op == "placeholder" and node.name in names and not node.users:
-                self.graph.erase_node(node)
-                self.order.remove(node.name)
-                target = self.specs.pop(node.name).target
-                if not self._named(str(target)):
-                    self.state.pop(str(target), None)
+        return self.store(tensor, target, beside)
 
     # The result
 
     def folded(self) -> Folded:
-        """Return the new program with its plan; the order of inputs is the graph's."""
-        self.graph.lint()
-        old = self.old
-        signature = copy.copy(old.graph_signature)
-        signature.input_specs = [self.specs[name] for name in self.order]
-        signature.output_specs = [
-            dataclasses.replace(spec, arg=self._renamed(spec.arg))
-            for spec in old.graph_signature.output_specs
-        ]
-        targets = {spec.target for spec in signature.input_specs}
-        # Copies, of what did not change too: a program that runs may change its buffers.
-        state, constants = copy.deepcopy(
-            (
-                self.state,
-                {n: c for n, c in old.constants.items() if n in targets or not _is_tensor(c)},
-            )
-        )
-        program = ExportedProgram(
-            torch.fx.GraphModule(old.graph_module, self.graph),
-            self.graph,
-            signature,
-            state,
-            old.range_constraints,
-            [self._renamed_entry(entry) for entry in old.module_call_graph],
-            old.example_inputs,
-            constants,
-            verifiers=old.verifiers,
-        )
+        """Return the new program with its plan."""
+        old, program = self.old, self.program()
         plan = FusionPlan("ExportedProgram", _scope(old), tuple(self.fusions), tuple(self.skips))
         key_map = {
             key: key if key in self.state else self.taken_in.get(key) for key in old.state_dict
@@ -369,40 +383,15 @@ class _Edit:
         wide = _widened(self.old)
         return wide, _Edit(wide, self.refuted, self.rules).folded().program
 
-    def _renamed(self, argument: Any) -> Any:
-        """Return the output `argument`, naming the node that stands for a folded batch norm."""
-        if isinstance(argument, TensorArgument) and argument.name in self.pairs:
-            return TensorArgument(self.pairs[argument.name].stands)
-        return argument
-
-    def _renamed_entry(self, entry: ModuleCallEntry) -> ModuleCallEntry:
-        if entry.signature is None:
-            return entry
-        outputs = [self._renamed(argument) for argument in entry.signature.outputs]
-        return dataclasses.replace(
-            entry, signature=dataclasses.replace(entry.signature, outputs=outputs)
-        )
-
 
 # ── the graph ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _copied(graph: Graph) -> Graph:
-    """Return a copy whose nodes have the same names; a plain one renames `input` to `input_1`."""
-    copied = copy.deepcopy(graph)
-    for old, new in zip(graph.nodes, copied.nodes, strict=True):
-        new.name = old.name
-    return copied
-
-
 def _widened(program: ExportedProgram) -> ExportedProgram:
     """Return a copy of `program` that computes in float64: tensors, inputs, and casts."""
-    graph = _copied(program.graph)
+    graph = copied_graph(program.graph)
     for node in list(graph.nodes):
+        node.meta = {**node.meta, "val": tree_map(_wide, node.meta.get("val"))}
         if node.target is aten._assert_tensor_metadata.default:  # it insists on a dtype
             graph.erase_node(node)
         elif node.op == "call_function":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     # The old and the new program in float64
     _InFloat64 = Callable[[], tuple[ExportedProgram, ExportedProgram]]
 
-__all__ = ["Pair", "pair_differences", "whole_difference"]
+__all__ = ["Pair", "example_arguments", "pair_differences", "whole_difference"]
 
 # What rounding may do to max|a − b| / max|a| at one batch norm; beyond it, float64 decides.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -153,7 +153,7 @@ class _Recorder(torch.fx.Interpreter):
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.run(*_example_arguments(program), enable_io_processing=False)
+            self.run(*example_arguments(program), enable_io_processing=False)
 
     def run_node(self, n: Node) -> Any:
         if n.name in self._wanted_inputs:
@@ -171,7 +171,7 @@ class _Recorder(torch.fx.Interpreter):
         return value
 
 
-def _example_arguments(program: ExportedProgram) -> list[Any]:
+def example_arguments(program: ExportedProgram) -> list[Any]:
     """Return copies of what the graph's inputs are on the program's example inputs, in order."""
     assert program.example_inputs is not None
     given = iter(tree_leaves(copy.deepcopy(program.example_inputs)))

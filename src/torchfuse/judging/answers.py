@@ -11,14 +11,18 @@ from __future__ import annotations
 import ast
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torchfuse.judging.branching import Reader, tests_of
-from torchfuse.judging.sources import syntax_of
+from torchfuse.judging.sources import functions_of, syntax_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import CodeType
+
+    from torch import nn
 
     from torchfuse.graph import Call, Frame
     from torchfuse.rules import Subject
@@ -41,10 +45,24 @@ def answers_are_seen(subject: Subject, calls: Sequence[Call], code: CodeType) ->
     function = syntax_of(code)
     if function is None:
         return False
-    stacks = [_stack(subject, call) for call in calls]
+    stacks = dict.fromkeys(_stack(subject, call) for call in calls)
+    known = _KNOWN.setdefault(subject, {})
+    key = (code, tuple(stacks))
+    if key not in known:
+        known[key] = _answers_are_seen(subject, tuple(stacks), code, function)
+    return known[key]
+
+
+# What was found out of each subject: most pairs of a model lie in the same code.
+_KNOWN: WeakKeyDictionary[Subject, dict[Any, bool]] = WeakKeyDictionary()
+
+
+def _answers_are_seen(
+    subject: Subject, stacks: Sequence[tuple[Frame, ...]], code: CodeType, function: ast.FunctionDef
+) -> bool:
     places = [
         _Place(subject, tuple(stack[at:]))
-        for stack in dict.fromkeys(stacks)
+        for stack in stacks
         for at, frame in enumerate(stack)
         if frame.code is code
     ]
@@ -72,6 +90,12 @@ class _Place:
 
     def is_given_what_is_seen(self, name: str, depth: int) -> bool:
         """Whether the caller gives a parameter nothing that depends on what nobody saw."""
+        known = _KNOWN.setdefault(self.subject, {})
+        if (self.frames, name) not in known:
+            known[self.frames, name] = self._is_given_what_is_seen(name, depth)
+        return known[self.frames, name]
+
+    def _is_given_what_is_seen(self, name: str, depth: int) -> bool:
         if len(self.frames) == 1:
             return True  # the model's own arguments are part of the scope
         caller = self.frames[1]
@@ -115,6 +139,7 @@ class _Function:
 
     def __init__(self, subject: Subject, code: CodeType, tree: ast.FunctionDef) -> None:
         self.tree = tree
+        self._subject, self._code = subject, code
         self.reader = Reader(tree, subject.volatile)
         self.before = code.co_firstlineno - 1
         self.margin = _margin(code)
@@ -132,7 +157,7 @@ class _Function:
         if isinstance(value, ast.Constant) or self.reader.is_configuration(value):
             return True
         if isinstance(value, ast.BoolOp):
-            return self._all_seen(value.values, places, depth)
+            return self._all_seen(value, places, depth)
         if isinstance(value, ast.IfExp):
             if not self.is_seen(value.test, places, depth - 1, whole=True):
                 return False
@@ -154,15 +179,36 @@ class _Function:
             self.is_seen(part, places, depth - 1) for part in inner_values
         )
 
-    def _all_seen(self, values: Sequence[ast.expr], places: Sequence[_Place], depth: int) -> bool:
+    def _all_seen(self, whole: ast.BoolOp, places: Sequence[_Place], depth: int) -> bool:
         """`a and b`; what stands behind a part of the configuration may never have been asked."""
         configured = False
-        for value in values:
+        for value in whole.values:
+            if self._settles(value, to=isinstance(whole.op, ast.Or)):
+                return True
             seen = self.is_seen(value, places, depth)
             if not seen and not (configured and self._would_be_seen(value)):
                 return False
             configured = configured or self.reader.is_configuration(value)
         return True
+
+    def _settles(self, value: ast.expr, *, to: bool) -> bool:
+        """Whether it is an attribute that is true (or false) in each module that has this code."""
+        if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.Not):
+            return self._settles(value.operand, to=not to)
+        owner = self.tree.args.args[0].arg if self.tree.args.args else None
+        if not (
+            isinstance(value, ast.Attribute)
+            and isinstance(value.value, ast.Name)
+            and value.value.id == owner
+            and self.reader.is_configuration(value)
+        ):
+            return False
+        known = [
+            vars(module).get(value.attr, _UNKNOWN)
+            for module in self._subject.modules.values()
+            if self._code in _codes_of(_class_of(module))
+        ]
+        return bool(known) and all(type(k) in _SIMPLE and bool(k) is to for k in known)
 
     def _would_be_seen(self, value: ast.expr) -> bool:
         """Whether it asks a tensor right there: `x.requires_grad`, `x.shape[-1] > 3`."""
@@ -240,6 +286,19 @@ class _Function:
             if not exactly and begins <= start and stop <= ends:
                 return True
         return False
+
+
+_UNKNOWN = object()
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+@lru_cache(maxsize=4096)
+def _codes_of(class_: Any) -> frozenset[CodeType]:
+    return frozenset(function.__code__ for _, function in functions_of(class_))
+
+
+def _class_of(module: nn.Module) -> Any:  # mypy takes nn.Module's own __hash__ for its class's
+    return type(module)
 
 
 def _margin(code: CodeType) -> int:

@@ -12,6 +12,7 @@ import inspect
 import math
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -180,15 +181,25 @@ def is_followed_by_itself(subject: Subject, match: Match, function: FunctionType
     variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     given = {len(case.args) + len(case.kwargs) for case in subject.cases}
     if variable or given != {len(parameters)}:
-        first, second = (path.rpartition(".")[2] for path in match.modules)
+        first, second = _where_they_part(*match.modules)
         named = names_asked_for(code)
         parts = {part for path in match.modules for part in path.split(".")}
-        return named is not None and not named & parts and is_direct(code, first, second)
+        if named is None or any(fnmatchcase(part, name) for name in named for part in parts):
+            return False
+        return is_direct(code, first, second)
     entry = subject.entries[function.__name__]
     branching = branching_of(code, subject.volatile)
     return branching.one_way or (
         entry is not None and branching.only_tests and answers_are_seen(entry, (), code)
     )
+
+
+def _where_they_part(first: str, second: str) -> tuple[str, str]:
+    """The names by which the module that holds both knows them: of `a.b.0` and `a.c`, b and c."""
+    one, other = first.split("."), second.split(".")
+    while len(one) > 1 and len(other) > 1 and one[0] == other[0]:
+        one, other = one[1:], other[1:]
+    return one[0], other[0]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ def is_direct(code: CodeType | None, first: str, second: str) -> bool:
 def names_one_after_the_other(code: CodeType, *names: str | None) -> bool:
     """Whether all that the code does with two attributes is to give them to one call, in order.
 
-    `nn.Sequential(self.conv, self.bn)`.
+    `nn.Sequential(self.conv, self.bn)`, or by a list that is made for it:
+    `layers = [self.conv, self.bn]`, `layers.extend(…)`, `nn.Sequential(*layers)`.
     """
     function = syntax_of(code)
     if function is None or len(names) != 2:
@@ -54,18 +55,48 @@ def names_one_after_the_other(code: CodeType, *names: str | None) -> bool:
     attributes = [n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)]
     if any(attributes.count(name) != 1 for name in names if name is not None):
         return False
+    collected = _collected_for_a_call(function)
+    given = [call.args for call in ast.walk(function) if isinstance(call, ast.Call)]
+    given += [node.elts for node in ast.walk(function) if id(node) in collected]  # type: ignore[attr-defined]
     return any(
         [getattr(argument, "attr", None) for argument in pair] == list(names)
-        for call in ast.walk(function)
-        if isinstance(call, ast.Call)
-        for pair in pairwise(call.args)
+        for arguments in given
+        for pair in pairwise(arguments)
     )
+
+
+def _collected_for_a_call(function: ast.FunctionDef) -> set[int]:
+    """The lists of which nothing is made but the arguments of a call: by their identity."""
+    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+    lists: dict[str, list[ast.AST]] = {}
+    used_otherwise: set[str] = set()
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Name):
+            continue
+        around = parents[node]
+        if isinstance(around, ast.Assign) and isinstance(around.value, ast.List):
+            lists.setdefault(node.id, []).append(around.value)
+        elif isinstance(around, ast.Attribute) and around.attr in ("append", "extend"):
+            call = parents[around]
+            if isinstance(call, ast.Call) and isinstance(parents[call], ast.Expr):
+                lists.setdefault(node.id, []).extend(call.args)
+            else:
+                used_otherwise.add(node.id)
+        elif not (isinstance(around, ast.Starred) and isinstance(parents[around], ast.Call)):
+            used_otherwise.add(node.id)
+    return {
+        id(entry)
+        for name, entries in lists.items()
+        if name not in used_otherwise
+        for entry in entries
+        if isinstance(entry, ast.List)
+    }
 
 
 def names_asked_for(code: CodeType) -> frozenset[str] | None:
     """The names that the code gives to `getattr`; None if they are more than constants of its own.
 
-    `for name in ("layer1", "layer2"): getattr(self, name)`.
+    `for name in ("layer1", "layer2"): getattr(self, name)`; of `f"layer{i}"` it is `layer*`.
     """
     function = syntax_of(code)
     if function is None:
@@ -82,6 +113,8 @@ def names_asked_for(code: CodeType) -> frozenset[str] | None:
         value = waiting.pop()
         if isinstance(value, ast.Constant):
             found.add(str(value.value))
+        elif isinstance(value, ast.JoinedStr) and isinstance(value.values[0], ast.Constant):
+            found.add(f"{value.values[0].value!s}*")
         elif isinstance(value, (ast.Tuple, ast.List)):
             waiting += value.elts
         elif isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice):

@@ -6,6 +6,7 @@ else once the pair is folded. One that ran in the recording was seen; the others
 
 from __future__ import annotations
 
+import ast
 import inspect
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from torchfuse.judging.sources import (
     functions_of,
     is_setup,
     names_in,
+    syntax_of,
 )
 from torchfuse.rules import Match, Refusal, Subject
 
@@ -119,7 +121,19 @@ def _is_explored(
     if _is_public(subject, path, name):
         return is_followed_by_itself(subject, match, function)
     seen |= {function.__code__}
-    callers = [c for c in subject.mentions.get(name, ()) if c[1].__code__ not in seen]
+    named = [c for c in subject.mentions.get(name, ()) if c[1].__code__ not in seen]
+    # One of each code is enough, of many modules of one class.
+    callers = list(
+        {(c[1].__code__, _ran(subject, c[1].__code__, c[0]), c[0] == ""): c for c in named}.values()
+    )
+    if _takes_one_input(function):  # so that no caller can ask it for something else
+        asked = [c for c in callers if _is_public(subject, c[0], c[1].__name__)]
+        if any(holds_where_called_itself(subject, match, c[1].__name__) is not True for c in asked):
+            return False
+        if asked and not has_other_ways(subject, function.__code__, match):
+            callers = [c for c in callers if c not in asked]
+            if not callers:
+                return True
     return bool(callers) and all(
         holds_on_every_way(subject, match)
         and not has_other_ways(subject, caller.__code__, match)
@@ -127,6 +141,13 @@ def _is_explored(
         if _ran(subject, caller.__code__, where) and not _is_public(subject, where, caller.__name__)
         else _is_explored(subject, match, where, caller, seen)
         for where, caller in callers
+    )
+
+
+def _takes_one_input(function: FunctionType) -> bool:
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [p.kind for p in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] and (
+        parameters[0].default is inspect.Parameter.empty
     )
 
 
@@ -139,11 +160,30 @@ def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
     if any(parameter.default is parameter.empty for parameter in parameters):
         return False
     mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
+    if _changes_the_model(function):
+        return all(mention.usage != "called" for mention in mentions)
     reached = {pair.split(path, mention) for mention in mentions}
     return (
         reached == {pair.first, pair.second}
         and all(m.usage == "read" and not TENSORS & {*m.chain} for m in mentions)
         and names_one_after_the_other(function.__code__, *(m.chain[-1] for m in mentions))
+    )
+
+
+def _changes_the_model(function: FunctionType) -> bool:
+    """Whether a method that takes nothing gives nothing back, or its own module: `fuse()`."""
+    tree = syntax_of(function.__code__)
+    if tree is None or not tree.args.args:
+        return False
+    owner = tree.args.args[0].arg
+    if any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(tree)):
+        return False
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    return all(
+        value is None
+        or (isinstance(value, ast.Constant) and value.value is None)
+        or (isinstance(value, ast.Name) and value.id == owner)
+        for value in returned
     )
 
 

@@ -56,10 +56,10 @@ def decided(
         return PairDifference(max_rel, None)
     exact, wide = in_float64()
     peak = _peak(exact)
-    if _apart(exact, wide) > 1e-9 * peak:
+    if not _apart(exact, wide) <= 1e-9 * peak:  # nor NaN
         return PairDifference(max_rel, f"the folded layer is off by {max_rel:.2g} (relative).")
     before, after = _apart(exact, expected), _apart(exact, fused)
-    if after > _WORSE * before + _WORSE * torch.finfo(expected.dtype).eps * peak:
+    if not after <= _WORSE * before + _WORSE * torch.finfo(expected.dtype).eps * peak:
         return PairDifference(
             max_rel,
             f"in {expected.dtype} the folded layer is off by {after:.2g}, the original by "

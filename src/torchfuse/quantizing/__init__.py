@@ -30,6 +30,7 @@ from torchfuse.quantizing.report import (
     QuantizationReport,
     samples_in_words,
 )
+from torchfuse.quantizing.sensitivity import without_few_samples
 from torchfuse.quantizing.static import QuantizedLayer, argument_names, is_quantized_graph
 from torchfuse.quantizing.unquantized import (
     in_float,
@@ -127,6 +128,8 @@ def quantize(
         UnsupportedError: torch.export cannot capture the model, or nothing in it can be quantized.
     """
     _check_options(scheme, backend, recovery, max_drop, evaluate)
+    if backend == "xnnpack":
+        static.require_quantizer()
     require_eval_mode(model)
     require_converted(model)
     require_float32(model)
@@ -173,11 +176,13 @@ def quantize(
         if left is not None and chosen != "int4":  # that has a note of its own
             notes.append(f"Only {left}; expect little gain in size and speed.")
     _warn(notes)
+    calibrated = None if data is None else _calibrated(data, found.late_growth)
+    has_settled = calibrated is not None and calibrated.settled is True
     report = QuantizationReport(
         scheme=chosen if backend == "xnnpack" else f"{chosen} for {backend}",
-        calibrated=None if data is None else _calibrated(data, found.late_growth),
+        calibrated=calibrated,
         sqnr_db=found.sqnr_db,
-        layers=found.layers,
+        layers=without_few_samples(found.layers) if has_settled else found.layers,
         recovery=found.steps,
         accuracy=() if data is None else _on(data, found.accuracy, chosen, evaluate),
         notes=(*notes, *found.notes),

@@ -12,7 +12,7 @@ from torchfuse.checking import copy_tensors
 from torchfuse.errors import UnsupportedError
 from torchfuse.quantizing.static import keep_integers
 from torchfuse.quieting import quiet
-from torchfuse.targets import executorch
+from torchfuse.targets.capturing import capture
 
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
@@ -50,9 +50,7 @@ def quantized(model: nn.Module, example: Case, scheme: str, dynamic_shapes: Any)
 
 
 def _graph(model: nn.Module, example: Case, dynamic_shapes: Any) -> fx.GraphModule:
-    graph: fx.GraphModule = executorch.capture(model, example, dynamic_shapes).module(
-        check_guards=False
-    )
+    graph: fx.GraphModule = capture(model, example, dynamic_shapes).module(check_guards=False)
     keep_integers(graph)
     return graph
 

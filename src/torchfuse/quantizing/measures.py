@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.checking import copy_tensors
-from torchfuse.errors import InputError
+from torchfuse.errors import InputError, first_line
 from torchfuse.quantizing.calibration import sample_count
 from torchfuse.quantizing.sensitivity import SignalToNoise
 
@@ -64,7 +64,13 @@ def _evaluation(evaluate: Callable[[nn.Module], float]) -> Measure:
     name = getattr(evaluate, "__name__", type(evaluate).__name__)
 
     def measured(model: nn.Module, _: Outputs) -> float:
-        value = evaluate(model)
+        try:
+            value: Any = evaluate(model)
+        except Exception as error:
+            raise InputError(
+                f"{name} ended in {type(error).__name__}: {first_line(error)}. It is called with "
+                "the model, and returns a number of which more is better."
+            ) from error
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:

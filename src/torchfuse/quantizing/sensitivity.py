@@ -7,6 +7,7 @@ share is measured by giving the int8 layer what the float one is given.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,6 +77,17 @@ def layer_errors(
     return tuple(sorted(errors, key=lambda error: error.sqnr_db))
 
 
+def without_few_samples(layers: Sequence[LayerError]) -> tuple[LayerError, ...]:
+    """Return the layers without blaming few samples: the ranges had settled on them."""
+    return tuple(
+        replace(layer, cause="; ".join(c for c in layer.cause.split("; ") if _FEW not in c))
+        for layer in layers
+    )
+
+
+_FEW = "few samples"
+
+
 def errors_by_node(
     quantized: fx.GraphModule, reference: fx.GraphModule, data: Sequence[Case]
 ) -> dict[str, LayerError]:
@@ -142,7 +154,7 @@ class _Layer:
         if group_count(self._node) > 1 and (ratio := _imbalance(self._largest)) > _IMBALANCE:
             causes.append(f"unbalanced channels: one range is {ratio:.0f}× the median channel's")
         if self._samples < _FEW_SAMPLES:
-            causes.append(f"few samples: {self._samples}, where some dozens are needed")
+            causes.append(f"{_FEW}: {self._samples}, where some dozens are needed")
         return "; ".join(causes)
 
     @property

@@ -15,14 +15,15 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.checking import run
-from torchfuse.errors import CalibrationError, first_line
+from torchfuse.errors import CalibrationError, UnsupportedError, first_line
 from torchfuse.inputs import Case
 from torchfuse.quantizing.calibration import elements
 from torchfuse.quantizing.lockstep import attribute
 from torchfuse.quantizing.normalisation import FLOAT, RANGE, fold_normalisation
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quieting import quiet
-from torchfuse.targets import executorch
+from torchfuse.targets import TARGETS
+from torchfuse.targets.capturing import capture
 
 __all__ = [
     "LAYERS",
@@ -38,6 +39,7 @@ __all__ = [
     "layers_of",
     "module_path",
     "prepared",
+    "require_quantizer",
     "widest",
 ]
 
@@ -50,6 +52,7 @@ LAYERS = {
     torch.ops.aten.conv_transpose3d.input: "conv_transpose3d",
     torch.ops.aten.linear.default: "linear",
     torch.ops.aten.matmul.default: "matmul",
+    torch.ops.aten.bmm.default: "matmul",
 }
 
 # What else multiplies and accumulates, by the operator's name: none of it is ever quantized.
@@ -106,7 +109,7 @@ def float_graph(
         UnsupportedError: torch.export cannot capture the model.
     """
     traced, dynamic_shapes = widest(model, example, data, dynamic_shapes)
-    program = executorch.capture(model, traced, dynamic_shapes)
+    program = capture(model, traced, dynamic_shapes)
     with quiet():
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)
@@ -354,6 +357,16 @@ def _pads_with_zeros(node: fx.Node) -> bool:
         return not any(node.args[2:])
     mode = node.args[2] if len(node.args) > 2 else "constant"
     return mode == "constant" and not any(node.args[3:])
+
+
+def require_quantizer() -> None:
+    """Raise UnsupportedError if PT2E or XNNPACK's recipe for it is not installed."""
+    target = next(each for each in TARGETS if each.quantized_by == "pt2e")  # its extra is theirs
+    if missing := target.missing():
+        raise UnsupportedError(
+            f"Quantizing for XNNPACK needs {' and '.join(missing)}, not installed here: "
+            f"{target.install}."
+        )
 
 
 def is_quantized_graph(graph: fx.Graph) -> bool:

@@ -58,6 +58,7 @@ def prepare_qat(model: nn.Module, example_inputs: Any) -> TrainableInt8:
             float32, NaN or Inf.
         UnsupportedError: torch.export cannot capture the model in training mode.
     """
+    static.require_quantizer()
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
         raise InputError(
             f"Expected a model as it was written, a torch.nn.Module, got {type(model).__name__}."

@@ -8,23 +8,37 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row, gain
+from torchfuse.comparison import (
+    FOLDED,
+    LOCAL,
+    NOT_FUSED,
+    ChangedAnswer,
+    Comparison,
+    Row,
+    gain,
+)
 from torchfuse.render.tables import as_text, markdown_row, without_lines
 from torchfuse.render.units import duration, size
-from torchfuse.stats import Ratio
+from torchfuse.stats import Ratio, Share
 
 if TYPE_CHECKING:
     from torchfuse.noise import Caution
 
 __all__ = [
+    "answer_lines",
     "caution_lines",
+    "cells",
     "closing_sentence",
     "delegation_lines",
+    "headings",
+    "lead",
     "markdown",
     "renderable",
     "table",
     "text",
 ]
+
+Pairs = list[tuple[str, Row | None, Row | None]]  # where, before, after
 
 _HEADINGS = ("median", "IQR", "speed-up", "size", "differs by", "accuracy")
 _LEGEND = (
@@ -46,6 +60,7 @@ def renderable(comparisons: Sequence[Comparison]) -> RenderableType:
         parts += [Text(), Text(closing_sentence(comparison))]
     parts.append(Text())
     for comparison in comparisons:
+        parts += [Text(line) for line in answer_lines(comparison)]
         parts += [Text(line) for line in delegation_lines(comparison)]
         parts += [Text(f"Note, {comparison.model}, {note}") for note in comparison.notes]
     return Group(*parts)
@@ -70,16 +85,26 @@ def caution_lines(comparisons: Sequence[Comparison]) -> list[str]:
 def markdown(comparison: Comparison) -> str:
     """Return all there is to say as Markdown."""
     lines = [
-        markdown_row(["variant", "target", *_HEADINGS]),
+        markdown_row(headings()),
         f"|---|---|{'---:|' * len(_HEADINGS)}",
         *(
-            markdown_row([cell.strip() for cell in _cells(row, row is comparison.baseline)])
+            markdown_row([cell.strip() for cell in cells(row, row is comparison.baseline)])
             for row in comparison.rows
         ),
     ]
-    more = [*delegation_lines(comparison), *comparison.notes, *caution_lines([comparison])]
+    more = [
+        *answer_lines(comparison),
+        *delegation_lines(comparison),
+        *comparison.notes,
+        *caution_lines([comparison]),
+    ]
     closing = [_LEGEND, "", closing_sentence(comparison)]
     return "\n".join([*lines, "", *closing, "", *(f"- {line}" for line in more)]).rstrip() + "\n"
+
+
+def headings() -> list[str]:
+    """Return the headings of the table."""
+    return ["variant", "target", *_HEADINGS]
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
@@ -92,21 +117,22 @@ def table(comparisons: Sequence[Comparison]) -> Table:
     for comparison in comparisons:
         shown.add_row(Text(comparison.model, style="bold"))
         for row in comparison.rows:
-            shown.add_row(*_cells(row, row is comparison.baseline))
+            shown.add_row(*cells(row, row is comparison.baseline))
         shown.add_section()
     return shown
 
 
-def _cells(row: Row, is_baseline: bool) -> list[str]:
+def cells(row: Row, is_baseline: bool) -> list[str]:
+    """Return what the table says of a row, a cell under each of `headings`."""
     return [
         f" {row.variant}",
-        f"{row.target} {row.precision}",
+        f"{row.target} {row.precision}" + ("" if row.device == LOCAL else f" on {row.device}"),
         duration(row.latency.median_s),
         duration(row.latency.iqr_s),
         "baseline" if is_baseline else _times(row.speedup),
         "" if row.size_bytes is None else size(row.size_bytes),
         "" if is_baseline else _difference(row),
-        "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %",
+        "" if row.accuracy is None else _share(row.accuracy),
     ]
 
 
@@ -114,6 +140,12 @@ def _times(ratio: Ratio) -> str:
     if not ratio.measurable:
         return "not measurable"
     return f"{ratio.value:.2f}× ({ratio.low:.2f}…{ratio.high:.2f})"
+
+
+def _share(share: Share) -> str:
+    if share.low is None or share.high is None:
+        return f"{100 * share.value:.2f} %"
+    return f"{100 * share.value:.1f} % ({100 * share.low:.0f}…{100 * share.high:.0f})"
 
 
 def _difference(row: Row) -> str:
@@ -127,6 +159,49 @@ def _difference(row: Row) -> str:
 
 def closing_sentence(comparison: Comparison) -> str:
     """Return what fusing and what quantizing bought, each as a ratio between two rows."""
+    # What holds for one kind of processor need not for another: phones have their own kernels.
+    where = "" if comparison.architecture is None else f", on {comparison.architecture}"
+    fused, quantized = _pairs(comparison)
+    return f"{comparison.model}{where}: fusing {_bought(fused)}; quantizing {_bought(quantized)}."
+
+
+def lead(comparison: Comparison) -> str:
+    """Return the same in fewer words, without intervals, to open a report with."""
+    fused, quantized = _pairs(comparison)
+    where = "" if comparison.architecture is None else f", on {comparison.architecture}"
+    text = f"Fusing {_said(fused)}; quantizing {_said(quantized)}{where}."
+    changes = [
+        100 * (after.accuracy.value - before.accuracy.value)
+        for _, before, after in (*fused, *quantized)
+        if before and after and before.accuracy is not None and after.accuracy is not None
+    ]
+    if not changes:
+        return text
+    worst = min(changes)
+    if all(abs(change) < _SHOWN_POINTS for change in changes):
+        return f"{text} Accuracy stayed as it was."
+    return f"{text} Accuracy changed by {worst:+.2f} points at worst."
+
+
+_SHOWN_POINTS = 0.005
+
+
+def _said(pairs: Pairs) -> str:
+    said = []
+    for place, before, after in pairs:
+        if not before or not after:
+            continue
+        speed = gain(before, after)
+        text = f"{speed.value:.2f}× as fast" if speed.measurable else "no faster or slower"
+        size = ""
+        if before.size_bytes and after.size_bytes and before.precision != after.precision:
+            size = f" at {100 * after.size_bytes / before.size_bytes:.0f} % of the size"
+        said.append(f"{text} in {place}{size}")
+    return f"made it {' and '.join(said)}" if said else "was not compared"
+
+
+def _pairs(comparison: Comparison) -> tuple[Pairs, Pairs]:
+    """Return the rows before and after fusing, and before and after quantizing, by place."""
     fused = [
         (
             place,
@@ -142,12 +217,10 @@ def closing_sentence(comparison: Comparison) -> str:
             ("TorchScript", "fused", ".pt"),
         )
     ]
-    # What holds for one kind of processor need not for another: phones have their own kernels.
-    where = "" if comparison.architecture is None else f", on {comparison.architecture}"
-    return f"{comparison.model}{where}: fusing {_bought(fused)}; quantizing {_bought(quantized)}."
+    return fused, quantized
 
 
-def _bought(pairs: list[tuple[str, Row | None, Row | None]]) -> str:
+def _bought(pairs: Pairs) -> str:
     gains = [_gain(place, before, after) for place, before, after in pairs if before and after]
     return " and ".join(gains) or "was not compared"
 
@@ -157,7 +230,8 @@ def _gain(place: str, before: Row, after: Row) -> str:
     if before.size_bytes and after.size_bytes and before.precision != after.precision:
         more.append(f"{100 * after.size_bytes / before.size_bytes:.0f} % of the size")
     if before.accuracy is not None and after.accuracy is not None:
-        more.append(f"{100 * (after.accuracy - before.accuracy):+.2f} points of accuracy")
+        points = 100 * (after.accuracy.value - before.accuracy.value)
+        more.append(f"{points:+.2f} points of accuracy")
     speed = gain(before, after)
     if not speed.measurable:
         text = "made no measurable difference"
@@ -168,11 +242,56 @@ def _gain(place: str, before: Row, after: Row) -> str:
     return f"{text} in {place}" + (f" ({', '.join(more)})" if more else "")
 
 
+def answer_lines(comparison: Comparison) -> list[str]:
+    """Return what the answers are on, and for each row whose answers changed, which."""
+    if comparison.validation is None:
+        return []
+    what = ""
+    if comparison.accuracy_of is not None:
+        is_known = any(row.accuracy is not None for row in comparison.rows)
+        what = f" Accuracy is {comparison.accuracy_of}." if is_known else _NO_SCORES
+    lines = [f"{comparison.model}, answers on {comparison.validation}.{what}"]
+    same = []
+    for row in comparison.rows:
+        answers = row.answers
+        if answers is None or row is comparison.baseline or row.device != LOCAL:
+            continue
+        name = f"{row.variant}, {row.precision} {row.target}"
+        if answers.agreement is None:
+            if answers.sqnr_db is not None and math.isfinite(answers.sqnr_db):
+                lines.append(f"{name}: outputs at {answers.sqnr_db:.1f} dB.")
+        elif not answers.changed:
+            same.append(name)
+        else:
+            shown = "; ".join(_changed(change) for change in answers.changed[:_MOST_CHANGES])
+            more = len(answers.changed) - _MOST_CHANGES
+            lines.append(
+                f"{name}: the same answer for {answers.agreement}; changed: {shown}"
+                + (f"; and {more} more." if more > 0 else ".")
+            )
+    if same:
+        rows = "every other row" if len(lines) > 1 else "every row"
+        lines.append(f"{rows[0].upper()}{rows[1:]}: no answer changed.")
+    return lines
+
+
+def _changed(change: ChangedAnswer) -> str:
+    label = "" if change.label is None else f", which is {change.label}"
+    return f"{change.sample} ({change.before} → {change.after}{label})"
+
+
+_MOST_CHANGES = 3
+_NO_SCORES = (
+    " There are labels, but accuracy is not known: the outputs are not one tensor of scores, "
+    "[samples, classes]; give --evaluate."
+)
+
+
 def delegation_lines(comparison: Comparison) -> list[str]:
     """Return, for each row with a delegate, how much of the model it runs."""
     lines = []
     for row in comparison.rows:
-        if row.delegation is not None:
+        if row.delegation is not None and row.device == LOCAL:
             share = row.delegation.macs_share
             macs = "" if share is None else f"{100 * share:.1f} % of the multiply-accumulates and "
             calls = row.delegation.calls_delegated + row.delegation.calls_left

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from torchfuse.render.skips import grouped
 from torchfuse.render.tables import as_text
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torchfuse.planning import Fusion, FusionPlan, Skip
 
 __all__ = ["renderable", "text"]
+
+_MOST_NAMES = 4  # of modules that are skipped for one reason; --json has all
 
 
 def text(plan: FusionPlan, width: int | None = None) -> str:
@@ -73,8 +76,11 @@ def _not_fused(skips: tuple[Skip, ...]) -> Table:
     table.add_column("modules", overflow="fold", ratio=2)
     table.add_column("reason", ratio=3)
     table.add_column("what you could change", ratio=3)
-    for skip in skips:
-        table.add_row(_modules(skip), skip.reason, skip.hint or "–")
+    for group in grouped(skips):
+        names = [" + ".join(modules) for modules in group.modules]
+        if len(names) > _MOST_NAMES:
+            names = [*names[:_MOST_NAMES], f"and {len(names) - _MOST_NAMES} more"]
+        table.add_row(Text("\n".join(names)), group.reason, group.hint or "–")
     return table
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["renderable", "text"]
 
 _WORST = 10
+_IN_PERCENT = ("agreement", "top-1")
 
 
 def text(report: QuantizationReport, width: int | None = None) -> str:
@@ -55,7 +56,8 @@ def _headline(report: QuantizationReport) -> str:
 
 def _accuracy(found: Accuracy) -> str:
     on = "" if found.data is None else f", on {found.data}"
-    return f"{found.measure}: {found.before:.4g} before, {found.after:.4g} after{on}"
+    unit = " %" if found.measure in _IN_PERCENT else ""
+    return f"{found.measure}: {found.before:.4g}{unit} before, {found.after:.4g}{unit} after{on}"
 
 
 def _calibrated(calibrated: Calibrated, scheme: str) -> str:

@@ -6,6 +6,7 @@ on other ways through it is the question of `judging/branches.py` and `judging/m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +44,7 @@ def foldable(subject: Subject, match: Match) -> Refusal | None:
         _dtypes_agree,
     ):
         if (refusal := condition(subject, match)) is not None:
-            return refusal
+            return _with_another_way(subject, match, refusal, condition in _ABOUT_MODULES)
     return None
 
 
@@ -67,6 +68,30 @@ def exact_on_way(subject: Subject, match: Match) -> Refusal | None:
         if (refusal := condition(subject, match)) is not None:
             return refusal
     return None
+
+
+# What stands in the way of editing modules, and not of rewriting calls.
+_ABOUT_MODULES = (
+    norm_is_a_module,
+    layer_is_a_module,
+    no_hook_renames_keys,
+    always_together,
+    weight_is_its_own,
+    statistics_are_its_own,
+)
+
+
+def _with_another_way(
+    subject: Subject, match: Match, refusal: Refusal, about_modules: bool
+) -> Refusal:
+    """The refusal, whose hint ends with `fuse_exported` where that can do it."""
+    if (
+        not about_modules
+        or "fuse_exported" in refusal.hint
+        or exact_in_graph(subject, match) is not None
+    ):
+        return refusal
+    return replace(refusal, hint=f"{refusal.hint} torchfuse.fuse_exported can fold it.".lstrip())
 
 
 def exact_in_graph(subject: Subject, match: Match) -> Refusal | None:

@@ -18,6 +18,7 @@ from torchfuse.judging.sources import (
     is_setup,
     names_in,
 )
+from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,14 +31,6 @@ if TYPE_CHECKING:
     from torchfuse.inputs import Case
 
 __all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a match is left alone, and what the user could change (empty if nothing)."""
-
-    reason: str
-    hint: str = ""
 
 
 @dataclass(frozen=True, eq=False)

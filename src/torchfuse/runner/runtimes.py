@@ -106,9 +106,9 @@ class _ExecuTorch(_Torch):
     def __init__(self) -> None:
         super().__init__()
         # Not executorch.runtime: importing that brings all of its exporter in, which takes seconds.
-        from executorch.extension.pybindings import _portable_lib
+        from executorch.extension.pybindings import _C
 
-        self._bindings = _portable_lib
+        self._bindings = _C
         self.version = version("executorch")
 
     def set_threads(self, count: int) -> int | None:
@@ -179,9 +179,42 @@ class _ExecuTorchNumpy:
         return sorted(self._runtime.runtime_info()["operators"])
 
 
+class _OfTarget(_Torch):
+    """Files of any other target, where torchfuse itself is installed."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        # By name, since the archive that is pushed to devices holds none of it.
+        self._target = importlib.import_module("torchfuse.targets").target_of(form)
+        self._opening = importlib.import_module("torchfuse.targets.opening")
+        self._target.require_runtime()
+        self._target.preload()
+        self.name = self._target.name
+        self.version = self._target.version or "unknown"
+        self._threads: int | None = None
+
+    def set_threads(self, count: int) -> int | None:
+        super().set_threads(count)
+        self._threads = count
+        return count
+
+    def load(self, path: str, _form: str) -> Any:
+        return self._target.load(self._opening.check(path), threads=self._threads)
+
+    def call(self, model: Any, args: list[Any], kwargs: dict[str, Any]) -> Callable[[], Any]:
+        if hasattr(model, "bound"):
+            call: Callable[[], Any] = model.bound(args)
+            return call
+        return super().call(model, args, kwargs)
+
+    def flat(self, outputs: Any) -> list[FlatOutput]:
+        leaves = outputs if isinstance(outputs, list | tuple) else [outputs]
+        return [self._flat(self._torch.as_tensor(leaf)) for leaf in leaves]
+
+
 @functools.cache
 def runtime_for(form: str) -> Runtime:
-    """Return what runs files of this form (pt, ptl, pte) here.
+    """Return what runs files of this form (pt, ptl, pte, and here those of every target).
 
     Raises:
         RuntimeError: nothing does; the text says what to install.
@@ -195,7 +228,15 @@ def runtime_for(form: str) -> Runtime:
                 "measure a .pte"
             ) from error
     if form != "pte":
-        raise RuntimeError(f"expected a .pte, .pt or .ptl file, got one that ends in '.{form}'")
+        try:
+            return _OfTarget(form)
+        except ImportError:
+            raise RuntimeError(
+                f"expected a .pte, .pt or .ptl file, got one that ends in '.{form}', which runs "
+                f"only where torchfuse itself is installed, and {sys.executable} has it not"
+            ) from None
+        except Exception as error:  # of torchfuse: an unknown suffix, a runtime that is missing
+            raise RuntimeError(str(error)) from error
     for kind in (_ExecuTorch, _ExecuTorchNumpy):
         with contextlib.suppress(ImportError):
             return kind()

@@ -8,7 +8,6 @@ which it calls nothing.
 import importlib.metadata
 import subprocess
 import sys
-import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,18 +39,11 @@ def for_phone() -> Path:
 def for_this_machine() -> Path:
     """The path of executor_runner for this machine, with the ExecuTorch of this Python."""
     folder = _executorch()
-    python = Path(sysconfig.get_config_var("LIBDIR"))
-    library = sysconfig.get_config_var("INSTSONAME")
+    parts = ("", "_backend_xnnpack", "_kernels_optimized", "_kernels_quantized", "_threadpool")
 
     def build(out: Path) -> None:
-        if ".so" not in library or not (python / library).exists():
-            raise RuntimeError(f"no shared library of Python: {python / library}")
-        bindings, platform = folder / "extension/pybindings", folder / "backends/qualcomm"
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        # The wheel's runtime has its platform layer from this backend's library.
-        libraries = [f"-L{bindings}", f"-l:_portable_lib{suffix}"]
-        libraries += [f"-L{platform}", "-lqnn_executorch_backend", f"-L{python}", f"-l:{library}"]
-        libraries += [f"-Wl,-rpath,{place}" for place in (bindings, platform, python)]
+        libraries = [f"-L{folder}/lib", f"-Wl,-rpath,{folder}/lib"]
+        libraries += [f"-lexecutorch{part}" for part in parts]
         _compile("g++", libraries, out / "executor_runner")
 
     made = cache.kept(
@@ -59,7 +51,7 @@ def for_this_machine() -> Path:
         build,
         sys.modules[__name__],
         SOURCE.read_text(),
-        f"{folder} {importlib.metadata.version('executorch')} {python / library}",
+        f"{folder} {importlib.metadata.version('executorch')}",
     )
     return made / "executor_runner"
 

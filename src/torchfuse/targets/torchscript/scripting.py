@@ -27,7 +27,7 @@ from torchfuse.inputs import Case
 from torchfuse.quantizing import calibrate
 from torchfuse.quieting import quiet
 from torchfuse.restoring import put_back
-from torchfuse.targets.mobile_optimizer import nodes
+from torchfuse.targets.torchscript.mobile_optimizer import nodes
 
 __all__ = [
     "Scripted",

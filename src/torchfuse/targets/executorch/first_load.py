@@ -1,12 +1,13 @@
-"""The first load and run of a model file that torchfuse did not write, in a process of its own.
+"""The first load and run of a program that torchfuse did not write, in a process of its own.
 
-Runtimes abort on some damaged files; here that ends a child, which `artifacts.check` reports.
+The runtime aborts on some damaged files; here that ends a child, which `opening.check` reports.
 """
 
 import contextlib
-import sys
 
 import torch
+
+__all__ = ["SCALAR_TYPES", "load"]
 
 # ScalarType's numbers (c10/core/ScalarType.h), which is how the runtime describes an input.
 SCALAR_TYPES = {
@@ -23,12 +24,11 @@ SCALAR_TYPES = {
 }
 
 
-def _load_pte(path: str) -> None:
-    from executorch.extension.pybindings import _portable_lib
+def load(path: str) -> None:
+    """Load every method of the program at `path`, and run it on ones."""
+    from executorch.extension.pybindings import _C
 
-    program = _portable_lib._load_program(
-        path, program_verification=_portable_lib.Verification.InternalConsistency
-    )
+    program = _C._load_program(path, program_verification=_C.Verification.InternalConsistency)
     for name in sorted(map(program.get_method_name, range(program.num_methods()))):
         method = program.load_method(name)
         # A run that raises only says that ones are no good input for this model; one that ends
@@ -37,19 +37,3 @@ def _load_pte(path: str) -> None:
             described = method.method_meta()
             tensors = [described.input_tensor_meta(i) for i in range(described.num_inputs())]
             method([torch.ones(t.sizes(), dtype=SCALAR_TYPES[t.dtype()]) for t in tensors])
-
-
-def main(form: str, path: str) -> None:
-    """Load `path`; what is wrong ends up as the last line of stderr, or as the exit by a signal."""
-    if form == "pte":
-        _load_pte(path)
-    elif form == "pt":
-        torch.jit.load(path, map_location="cpu")
-    else:
-        from torch.jit.mobile import _load_for_lite_interpreter
-
-        _load_for_lite_interpreter(path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

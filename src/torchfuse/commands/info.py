@@ -1,0 +1,131 @@
+"""`torchfuse info`: what a file or a model is, without measuring anything."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from torchfuse import model_source
+from torchfuse.artifacts import check_destination, write_atomically
+from torchfuse.commands.model_options import model_options
+from torchfuse.commands.status import STDOUT
+from torchfuse.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torchfuse.inputs import Case
+
+__all__ = ["command"]
+
+
+@click.command("info", short_help="What a file or a model is.")
+@model_options
+@click.option("--json", "json_file", metavar="FILE", help="Save it as JSON; '-' prints it instead.")
+def command(
+    model: str, inputs: tuple[str, ...], weights: Path | None, json_file: str | None
+) -> None:
+    """Show what MODEL takes, returns and holds.
+
+    MODEL is a file that torchfuse or another tool made (.pte, .pt, .ptl), path/to/file.py:callable,
+    package.module:callable, timm:NAME, or an exported program file.pt2. A file is checked, and not
+    run; a model is run once on its example.
+    """
+    if json_file not in (None, STDOUT):
+        check_destination(str(json_file))
+    path = Path(model)
+    is_file = path.suffix and path.suffix != ".pt2" and ":" not in path.name
+    if is_file and (inputs or weights is not None):
+        raise InputError(f"--input and --weights are for a model; '{model}' is a file.")
+    found = _of_file(path) if is_file else _of_model(model, inputs, weights)
+    from torchfuse.render.json import to_json
+
+    if json_file == STDOUT:
+        click.echo(to_json(found))
+        return
+    for name, value in found.items():
+        if value is not None:
+            click.echo(f"{name.replace('_', ' ')}: {_shown(name, value)}")
+    if json_file is not None:
+        write_atomically(json_file, (to_json(found) + "\n").encode())
+
+
+def _of_file(path: Path) -> dict[str, Any]:
+    from torchfuse.targets.opening import check
+
+    file = check(path)
+    sealed = dict(file.metadata or {})
+    operators = sealed.get("operators")
+    return {
+        "file": str(path),
+        "format": file.format,
+        "precision": sealed.get("precision"),
+        "size_bytes": len(file.data),
+        "sha256": hashlib.sha256(file.data).hexdigest(),
+        "checksum": "in the file, and right" if sealed else "none in the file",
+        "inputs": sealed.get("inputs"),
+        "preprocessing": sealed.get("preprocessing"),
+        "delegates": sealed.get("backends") or None,
+        "operators_outside": operators,
+        "made_by": {
+            name: sealed[name] for name in ("torchfuse", "torch", "executorch") if name in sealed
+        }
+        or None,
+    }
+
+
+def _of_model(text: str, inputs: tuple[str, ...], weights: Path | None) -> dict[str, Any]:
+    loaded = model_source.load(text, inputs, weights)
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from torchfuse.checking import run
+    from torchfuse.file_inputs import described
+    from torchfuse.inputs import cases
+
+    network = loaded.model.module() if loaded.exported else loaded.model
+    case = cases(loaded.example_inputs)[0]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        outputs = run(network, case)
+    kinds: dict[str, int] = {}
+    for module in network.modules():
+        if not any(True for _ in module.children()):
+            kinds[type(module).__name__] = kinds.get(type(module).__name__, 0) + 1
+    return {
+        "model": text,
+        "class": type(network).__name__,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in network.parameters()),
+        "macs": counter.get_total_flops() // 2,
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()}),
+        "inputs": described(case),
+        "outputs": {
+            name: f"{'×'.join(map(str, leaf.shape))} {str(leaf.dtype).removeprefix('torch.')}"
+            for name, leaf in outputs.items()
+            if isinstance(leaf, torch.Tensor)
+        },
+        "layers": dict(sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))),
+    }
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "inputs":
+        return _inputs(value)
+    if isinstance(value, dict):
+        pairs = (f"{key} {_shown('', item)}" for key, item in value.items())
+        return ", ".join(pairs)
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and name != "format" else str(value)
+
+
+def _inputs(kept: Mapping[str, Any]) -> str:
+    from torchfuse.commands.bench_inputs import shown
+    from torchfuse.file_inputs import ones_like
+
+    case: Case = ones_like(kept)
+    return shown(case)

@@ -1,0 +1,556 @@
+"""`compare`: one model as fused and non-fused, float and int8, on every target and device."""
+
+import hashlib
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization import QuantStub
+
+from torchfuse.artifacts import Artifact, Precision, check_folder
+from torchfuse.comparing.cache import Cache, digest_of
+from torchfuse.comparing.jobs import (
+    Build,
+    Built,
+    Evaluate,
+    Evaluated,
+    Evaluation,
+    Measure,
+    Measured,
+    Place,
+    Subject,
+    accuracy_from,
+    build,
+    check_labels,
+    measure,
+)
+from torchfuse.comparing.jobs import evaluate as evaluated
+from torchfuse.comparing.operations import operations
+from torchfuse.comparing.samples import (
+    Samples,
+    batch_size,
+    calibration_cases,
+    held_out,
+    read_samples,
+)
+from torchfuse.comparing.targets import FileTarget, chosen_targets
+from torchfuse.comparison import FOLDED, LOCAL, NOT_FUSED, Comparison, LayerNoise, Row
+from torchfuse.devices.opening import checked_device
+from torchfuse.errors import (
+    ArtifactError,
+    CalibrationError,
+    InputError,
+    QuantizationWarning,
+    TorchfuseError,
+)
+from torchfuse.fusing import fuse
+from torchfuse.inputs import Case, cases
+from torchfuse.quantizing import quantize, require_eval_mode, require_forward
+from torchfuse.quantizing.calibration import (
+    CalibrationData,
+    read_calibration,
+    sample_count,
+    tensors_of,
+)
+from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
+from torchfuse.quantizing.static import argument_names
+from torchfuse.timing import Measurement, check_counts, ratio
+
+__all__ = ["check_choices", "compare"]
+
+Progress = Callable[[str], None]
+
+VARIANTS = (NOT_FUSED, "fused", "fp16", "int8")
+_MOST_CALIBRATION = 256  # samples, beyond which ranges hardly change and time does
+_EXPLAINED = 16  # calibration cases on which the layers' noise is measured
+_PACKAGES = ("torchfuse", "torch", "executorch", "torchao")
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    variants: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    devices: Sequence[str] = (LOCAL,),
+    data: Any = None,
+    validation: Any = None,
+    fused: Mapping[str, nn.Module] | None = None,
+    calibration: Any = None,
+    preprocessing: Preprocessing | None = None,
+    evaluate: Evaluation | None = None,
+    folder: str | Path | None = None,
+    threads: int = 1,
+    runs: int = 50,
+    explain: bool = True,
+    cache: str | Path | None = None,
+    earlier: Comparison | None = None,
+    command: str | None = None,
+    progress: Progress = lambda _: None,
+    partial: Callable[[Callable[[], Comparison | None]], object] = lambda _: None,
+) -> Comparison:
+    """Return how fast, how large, how different and how right each variant of `model` is.
+
+    The variants: eager (as it is, channels_last, fused), TorchScript (`.pt`, `.ptl`; fp32 and,
+    where the model has quantization stubs, int8), ExecuTorch (`.pte`; fp32, fp16, int8, one row
+    each, since its lowering folds batch norms on its own). All are timed in the same rounds, in
+    random order: files in a process each, modules in this one. On another device the files are
+    timed in rounds of their own.
+
+    Args:
+        model: in eval mode.
+        example_inputs: as for `fuse`; the first case is what is timed. `Case`s may name another
+            method than `forward`, all the same one: then that is what is compared.
+        variants: those to compare out of "not fused", "fused", "fp16" and "int8"; None: all. The
+            model as it is, in eager mode, is always the baseline.
+        targets: those to compare on out of "eager", "channels_last" and the files' suffixes.
+        devices: "local", "adb", "adb:SERIAL", "ssh:HOST".
+        data: samples as the model will see them, and their labels where it has any, as for
+            `quantize`, or an `.npz` with an array "labels", a folder of pictures in a folder for
+            each class, a `.csv` or `.txt` of pictures and labels. Int8 is calibrated on three
+            quarters, the answers of all variants are compared on the rest, which is held out.
+        validation: samples to compare the answers on; then int8 is calibrated on all of `data`.
+        fused: fused models by name, where it is not simply the one that `fuse` returns. In
+            TorchScript the last one is optimized for mobile, those before it are saved as they are.
+        calibration: in place of `data`, what int8 is calibrated on; no answers are compared on it.
+        preprocessing: how pictures become inputs.
+        evaluate: takes a callable (inputs to outputs) and returns an accuracy from 0 to 1.
+        folder: where the artifacts are left; None: nowhere.
+        threads: of torch and of ExecuTorch's runtime.
+        runs: timed runs of each variant.
+        explain: measure the noise of each layer in int8.
+        cache: a folder in which files are kept by their content: what was made before of the same
+            model, data and versions is not made again. None: nothing is kept.
+        earlier: an interrupted comparison of the same content, whose rounds are not repeated.
+        command: what makes this comparison again in a shell, for the report.
+        progress: called with a description before each long step.
+        partial: called once, with a function that returns what there is so far: for whoever is
+            interrupted.
+
+    Raises:
+        ArtifactError: nothing can be written into the folder.
+        CalibrationError: the data is missing, empty, constant, or holds NaN or Inf.
+        InputError: the model is in training mode, `evaluate` returns something else, labels do not
+            fit, there is no such variant or target, or there is nothing to time.
+    """
+    check_choices(variants, targets, devices)
+    chosen = VARIANTS if variants is None else tuple(variants)
+    in_process, files = chosen_targets(targets)
+    places = list(dict.fromkeys(devices))
+    if folder is not None:
+        check_folder(folder)
+    check_counts(runs, threads, None, {NOT_FUSED: model})
+    if not places:
+        raise InputError("Expected a device to measure on, got none; 'local' is this machine.")
+    if data is not None and calibration is not None:
+        raise InputError("Expected data or calibration, got both; data is split, or give both "
+                         "data and validation.")  # fmt: skip
+    require_eval_mode(model)
+    examples = cases(example_inputs)
+    name = type(model).__name__
+    if (method := _only_method(examples)) != "forward":
+        model, name = _Method(model, method), f"{name}.{method}"
+        examples = [Case(case.args, case.kwargs) for case in examples]
+    require_forward(examples)
+    notes: list[str] = []
+    cases_, samples, told = _data(
+        model, examples, data, validation, calibration, preprocessing, notes
+    )
+    if samples is not None:
+        check_labels(model, samples, examples[0])
+    if evaluate is not None:
+        progress("evaluating the model")
+        accuracy_from(evaluate, model)  # what is wrong with it is known before the long work
+    progress("fusing")
+    plan = None
+    if fused is None:
+        result = fuse(model, examples)
+        fused, plan = {"fused": result.model}, result.plan
+    inside = isinstance(model, WithPreprocessing)  # then nobody who calls it has to do it
+    kept = None if inside else preprocessing
+    subject = Subject(model, fused, examples, cases_, samples, evaluate, kept)
+    progress("looking for what was made before")
+    digest = digest_of(subject)
+    settings = None if digest is None else _digest_with(digest, runs, threads, chosen, targets)
+    if earlier is not None and (settings is None or earlier.digest != settings):
+        raise InputError(
+            "The earlier comparison cannot be gone on with: its model, data, example, options or "
+            "versions are not these; leave it out to measure anew."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        work = _Work(
+            subject,
+            None if cache is None or digest is None else Cache(Path(cache), digest),
+            _make(Path(folder or temporary)),
+            Comparison(
+                model=name,
+                rows=(),
+                notes=tuple(notes),
+                architecture=platform.machine(),
+                inputs=str(examples[0]),
+                validation=told,
+                accuracy_of=_accuracy_of(evaluate, samples),
+                versions=_versions(),
+                command=command,
+                plan=plan,
+                digest=settings,
+            ),
+            progress,
+            {} if earlier is None else _latencies(earlier),
+        )
+        partial(work.so_far)
+        work.build(chosen, in_process, files)
+        work.draw()
+        if explain and cases_ is not None and any(p.precision == "int8" for p in work.places):
+            work.explain()
+        work.evaluate()
+        for device in places:
+            work.measure(device, runs, threads)
+        found = work.so_far()
+    assert found is not None
+    return found
+
+
+class _Method(nn.Module):
+    """A method of a model as the forward of a module."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, self.method)(*args, **kwargs)
+
+
+def _only_method(examples: Sequence[Case]) -> str:
+    methods = {case.method for case in examples}
+    if len(methods) > 1:
+        raise InputError(
+            f"Expected examples of one method, got {' and '.join(sorted(methods))}; compare each "
+            "on its own."
+        )
+    return methods.pop()
+
+
+@dataclass(frozen=True)
+class _Noise:
+    layers: tuple[LayerNoise, ...]
+    in_int8: tuple[str, ...]
+
+
+@dataclass
+class _Work:
+    """What has been done of a comparison so far."""
+
+    subject: Subject
+    cache: Cache | None
+    folder: Path
+    base: Comparison  # what is known without rows
+    progress: Progress
+    earlier: Mapping[str, Measurement]  # of this machine, by the row's name
+    places: list[Place] = field(default_factory=list)
+    artifacts: dict[Place, Artifact] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    measured: dict[str, Measured] = field(default_factory=dict)
+    timed: dict[str, list[Place]] = field(default_factory=dict)  # by device
+    evaluated: dict[Place, Evaluated] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)  # more fields of the result
+    unfinished: str | None = None
+
+    def build(
+        self, chosen: Sequence[str], in_process: Sequence[str], files: Sequence[FileTarget]
+    ) -> None:
+        """Make the files, one job each."""
+        self.places.append(Place(NOT_FUSED, "eager", "fp32", None))
+        if "channels_last" in in_process:
+            self.places.append(Place(NOT_FUSED, "channels_last", "fp32", None))
+        if "fused" in chosen:
+            self.places += [Place(n, "eager", "fp32", None) for n in self.subject.variants]
+        for job in self._builds(chosen, files):
+            assert job.place.path is not None
+            self.progress(f"saving {job.place.path.name}")
+            self._take(job.place, self._built(job))
+
+    def _built(self, job: Build) -> Built:
+        if self.cache is None:
+            return build(job, self.subject)
+        return self.cache.built(job, lambda job: build(job, self.subject))
+
+    def _take(self, place: Place, built: Built) -> None:
+        if built.left_out is not None:
+            self.notes.append(
+                f"left out: {place.precision} {place.target}, {place.variant}: {built.left_out}"
+            )
+            return
+        assert built.artifact is not None
+        self.notes.extend(built.notes)
+        self.artifacts[place] = built.artifact
+        self.places.append(place)
+
+    def _builds(self, chosen: Sequence[str], files: Sequence[FileTarget]) -> Iterator[Build]:
+        variants = {NOT_FUSED: self.subject.model, **self.subject.variants}
+        has_stubs = any(isinstance(module, QuantStub) for module in self.subject.model.modules())
+        if self.subject.calibration is None and "int8" in chosen:
+            self.notes.append("left out: int8, since there is no calibration data")
+        elif not has_stubs and "int8" in chosen and any(target.int8_by_stubs for target in files):
+            self.notes.append(
+                "left out: int8 in TorchScript, since the model has no QuantStub and DeQuantStub"
+            )
+        last = list(variants)[-1]
+        for target in files:
+            made = [
+                precision
+                for precision in target.precisions
+                if precision == "fp32" or self._can_be(precision, target, chosen, has_stubs)
+            ]
+            for precision in made[-1:] if target.most_compact_only else made:
+                for name in [FOLDED] if target.folds else variants:
+                    if precision == "fp32" and not _is_chosen(name, chosen):
+                        continue
+                    file = f"{precision}_{name.replace(' ', '_')}{target.suffix}"
+                    place = Place(name, target.suffix, precision, self.folder / file)
+                    yield Build(place, optimize=name in (FOLDED, last) and name != NOT_FUSED)
+
+    def _can_be(
+        self, precision: Precision, target: FileTarget, chosen: Sequence[str], has_stubs: bool
+    ) -> bool:
+        if precision not in chosen:
+            return False
+        if precision != "int8":
+            return True
+        return self.subject.calibration is not None and (has_stubs or not target.int8_by_stubs)
+
+    def draw(self) -> None:
+        """Record the graph before and after fusing."""
+        self.progress("recording the graph")
+        case = self.subject.examples[0]
+        last = list(self.subject.variants.values())[-1]
+        self.known["before"] = operations(self.subject.model, case)
+        self.known["after"] = operations(last, case)
+
+    def explain(self) -> None:
+        """Measure the noise of each layer in int8."""
+        self.progress("measuring the noise of each layer")
+        try:
+            noise = (
+                self._noise() if self.cache is None
+                else self.cache.result("noise", _Noise, self._noise)
+            )  # fmt: skip
+        except TorchfuseError as error:  # the row is there all the same
+            self.notes.append(f"the noise of each layer is not known: {error}")
+            return
+        self.known["layers"], self.known["in_int8"] = noise.layers, noise.in_int8
+
+    def _noise(self) -> "_Noise":
+        assert self.subject.calibration is not None
+        step = -(-len(self.subject.calibration) // _EXPLAINED)
+        cases_ = self.subject.calibration[::step]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantizationWarning)  # the file's notes say it
+            made = quantize(self.subject.model, self.subject.examples[0], cases_, explain=True)
+        return _Noise(
+            tuple(
+                LayerNoise(e.module, e.operator, e.sqnr_db, e.own_sqnr_db, e.cause)
+                for e in made.report.layers
+            ),
+            tuple(layer.module for layer in made.layers if layer.int8),
+        )
+
+    def measure(self, device: str, runs: int, threads: int) -> None:
+        """Time everything that can run on a device."""
+        places = [p for p in self.places if device == LOCAL or p.path is not None]
+        if not places:
+            self.notes.append(f"left out: {device}, since there is no file to run there")
+            return
+        self.timed[device] = places
+
+        def take(found: Measured) -> None:
+            self.measured[device] = found
+
+        job = Measure(device, tuple(places), runs, threads)
+        self.unfinished = f"timing on {device}"
+        take(measure(job, self.subject, self.progress, take, self.earlier))
+        self.unfinished = None
+        if (error := self.measured[device].error) is not None:
+            self.notes.append(f"left out: {device}: {error}")
+
+    def evaluate(self) -> None:
+        """Compare what each row returns with what the model does."""
+        for place in self.places:
+            self.progress(f"comparing {place}")
+            self.evaluated[place] = evaluated(
+                Evaluate(place, _bound(self.artifacts.get(place))), self.subject, self.progress
+            )
+
+    def so_far(self) -> Comparison | None:
+        """Return what there is; None: no row is known by its times and its outputs."""
+        rows = []
+        for device, found in self.measured.items():
+            for place, latency in zip(self.timed[device], found.latencies, strict=False):
+                seen = self.evaluated.get(place)
+                if seen is None:
+                    continue
+                artifact = self.artifacts.get(place)
+                rows.append(
+                    Row(
+                        variant=place.variant,
+                        target=place.target,
+                        precision=place.precision,
+                        latency=latency,
+                        speedup=ratio(found.latencies[0], latency),
+                        size_bytes=None if artifact is None else artifact.size_bytes,
+                        difference=seen.difference,
+                        accuracy=seen.accuracy,
+                        delegation=None if artifact is None else artifact.delegation,
+                        answers=seen.answers,
+                        device=device,
+                    )
+                )
+        if not rows:
+            return None
+        return replace(
+            self.base,
+            rows=tuple(rows),
+            notes=(*self.base.notes, *self.notes),
+            devices=tuple(found.device for found in self.measured.values()),
+            unfinished=self.unfinished,
+            **self.known,
+        )
+
+
+def check_choices(
+    variants: Sequence[str] | None, targets: Sequence[str] | None, devices: Sequence[str]
+) -> None:
+    """Find out, before there is a model, whether there are such variants, targets and devices.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    for kind, names in (("variants", variants), ("targets", targets), ("devices", devices)):
+        if isinstance(names, str):
+            raise InputError(f"Expected a list of {kind}, got the text '{names}'.")
+    for name in variants or ():
+        if name not in VARIANTS:
+            raise InputError(f"Expected variants among {', '.join(VARIANTS)}, got '{name}'.")
+    chosen_targets(targets)
+    for name in devices:
+        checked_device(name)
+
+
+def _digest_with(digest: str, *settings: object) -> str:
+    return hashlib.sha256(repr((digest, settings)).encode()).hexdigest()[:40]
+
+
+def _latencies(earlier: Comparison) -> dict[str, Measurement]:
+    return {row.latency.name: row.latency for row in earlier.rows if row.device == LOCAL}
+
+
+def _is_chosen(name: str, chosen: Sequence[str]) -> bool:
+    """Whether a file in fp32 is asked for; what a target folds itself is the fused one."""
+    return name in chosen or (name != NOT_FUSED and "fused" in chosen)
+
+
+def _data(
+    model: nn.Module,
+    examples: list[Case],
+    data: Any,
+    validation: Any,
+    calibration: Any,
+    preprocessing: Preprocessing | None,
+    notes: list[str],
+) -> tuple[list[Case] | None, Samples | None, str | None]:
+    """Return calibration cases, validation samples and what the latter are; say so in `notes`."""
+    case = examples[0]
+    as_pixels = isinstance(model, WithPreprocessing)
+    names = argument_names(model)
+
+    def read(given: Any) -> Samples:
+        return read_samples(given, case, preprocessing, as_pixels=as_pixels, names=names)
+
+    validating = None if validation is None else read(validation)
+    cases_: list[Case] | None = None
+    if calibration is not None or (isinstance(data, str) and data == "random"):
+        given = calibration if calibration is not None else data
+        found = read_calibration(given, case, preprocessing, as_pixels=as_pixels, names=names)
+        notes.append(_calibrated(found, examples))
+        cases_ = found.cases
+    elif data is not None:
+        calibrating = read(data)
+        if validating is None:
+            calibrating, validating = held_out(calibrating)
+        cases_ = calibration_cases(calibrating, case, _MOST_CALIBRATION)
+        notes.append(_calibrated(CalibrationData(cases_, calibrating.source), examples))
+    if validating is None:
+        return cases_, None, None
+    if len(validating) < (size := batch_size(case)):
+        raise CalibrationError(
+            f"Expected at least {size} validation samples, as many as the example's batch, got "
+            f"{len(validating)}, {validating.source}; give more data, or a smaller example."
+        )
+    return cases_, validating, validating.source
+
+
+def _calibrated(data: CalibrationData, examples: list[Case]) -> str:
+    """Return what int8 is calibrated on, and whether it is compared on the same."""
+    if data.random:
+        return (
+            f"int8 is calibrated on {data.source}: its time and size are those of any calibration, "
+            "its outputs are not"
+        )
+    count = sample_count(data.cases)
+    told = f"int8 is calibrated on {data.source}, {count} sample{'' if count == 1 else 's'}"
+    if not all(any(_holds(given, example) for given in data.cases) for example in examples):
+        return told
+    return f"{told}, and its difference is on a calibration sample itself"
+
+
+def _holds(given: Case, example: Case) -> bool:
+    """Whether the example's first sample is one of those given."""
+    same = []
+    for ours, theirs in zip(tensors_of(given), tensors_of(example), strict=False):
+        if not ours.dim() or ours.shape[1:] != theirs.shape[1:]:
+            return False
+        same.append((ours == theirs[:1]).reshape(len(ours), -1).all(1))
+    return len({len(rows) for rows in same}) == 1 and bool(torch.stack(same).all(0).any())
+
+
+def _accuracy_of(evaluate: Evaluation | None, samples: Samples | None) -> str | None:
+    if evaluate is not None:
+        return getattr(evaluate, "__name__", type(evaluate).__name__)
+    return "top-1" if samples is not None and samples.labels is not None else None
+
+
+def _bound(artifact: Artifact | None) -> float | None:
+    """What a file's precision lets its outputs be judged by; None: equality within rounding."""
+    if artifact is None or artifact.equivalence is None:
+        return None
+    asked, found = artifact.equivalence.min_sqnr_db, artifact.equivalence.sqnr_db
+    return asked if asked is None or found is None else min(asked, found)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"Python": platform.python_version(), **found}
+
+
+def _make(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"the folder '{folder}' cannot be made: {error.strerror}; give another one"
+        ) from error
+    return folder

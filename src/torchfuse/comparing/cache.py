@@ -1,0 +1,242 @@
+"""What was made before of the same content: a second comparison measures anew and exports nothing.
+
+The content is the model's tensors, what it does on its example and the source of its classes, the
+variants', the example, the calibration data, and the versions of all that makes files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+import platform
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchfuse.artifacts import Artifact, write_atomically
+from torchfuse.capture.recorded_run import record
+from torchfuse.comparing.jobs import Build, Built
+from torchfuse.delegation import Delegation  # noqa: TC001  # msgspec reads annotations
+from torchfuse.equivalence import Equivalence  # noqa: TC001  # likewise
+from torchfuse.errors import ArtifactError, InputError, TorchfuseError
+from torchfuse.render.json import from_json, to_json
+from torchfuse.targets import TARGETS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torchfuse.comparing.jobs import Subject
+    from torchfuse.inputs import Case
+
+__all__ = ["Cache", "default_folder", "digest_of"]
+
+_T = TypeVar("_T")
+_FORM = "torchfuse-cache-1"
+_MOST_BYTES = 4_000_000_000  # beyond which the oldest entries go
+_MAKERS = ("torchfuse", "torchao", *sorted({target.distribution for target in TARGETS}))
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def default_folder() -> Path:
+    """Return where the command line keeps what it made."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "torchfuse"
+
+
+@dataclass(frozen=True)
+class _File:
+    """An artifact, but for where it lies and what is kept beside."""
+
+    format: str
+    precision: str
+    size_bytes: int
+    sha256: str
+    notes: tuple[str, ...]
+    batch_norms: int | None
+    batch_norms_left: int | None
+
+    def artifact(
+        self, path: Path, delegation: Delegation | None, equivalence: Equivalence | None
+    ) -> Artifact:
+        plain: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Artifact(path=path, delegation=delegation, equivalence=equivalence, **plain)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a build, as JSON."""
+
+    file: _File | None
+    delegation: Delegation | None
+    equivalence: Equivalence | None
+    notes: tuple[str, ...]
+    left_out: str | None
+
+    @classmethod
+    def of(cls, built: Built) -> _Kept:
+        made = built.artifact
+        if made is None:
+            return cls(None, None, None, built.notes, built.left_out)
+        file = _File(**{entry.name: getattr(made, entry.name) for entry in fields(_File)})
+        return cls(file, made.delegation, made.equivalence, built.notes, None)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Files and results of one content."""
+
+    folder: Path
+    digest: str  # of the content: `digest_of`
+
+    def built(self, job: Build, make: Callable[[Build], Built]) -> Built:
+        """Return the file of a job, made before or made now."""
+        place = job.place
+        assert place.path is not None
+        key = self._key("build", *map(str, (place, job.optimize)))
+        kept = self.folder / f"{key}{place.target}"
+        found = self._read(key, _Kept)
+        if found is not None and found.file is None:
+            return Built(None, found.notes, found.left_out, 0.0)
+        if found is not None and found.file is not None:
+            artifact = found.file.artifact(place.path, found.delegation, found.equivalence)
+            if self._copied(kept, artifact):
+                return Built(artifact, found.notes, None, 0.0)
+        built = make(job)
+        with contextlib.suppress(OSError, ArtifactError):  # a full disk makes no comparison fail
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if built.artifact is not None:
+                write_atomically(kept, place.path.read_bytes())
+            self._write(key, _Kept.of(built))
+            self._prune()
+        return built
+
+    def result(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
+        """Return a result of that name, found before or found now."""
+        key = self._key("result", name)
+        found = self._read(key, kind)
+        if found is not None:
+            return found
+        made = make()
+        with contextlib.suppress(OSError, ArtifactError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(key, made)
+        return made
+
+    def _copied(self, kept: Path, artifact: Artifact) -> bool:
+        """Put the kept file where it is wanted; False: it is not there, or not what it was."""
+        try:
+            data = kept.read_bytes()
+        except OSError:
+            return False
+        if hashlib.sha256(data).hexdigest() != artifact.sha256:
+            return False
+        write_atomically(artifact.path, data)
+        return True
+
+    def _key(self, *parts: str) -> str:
+        return hashlib.sha256("\0".join((self.digest, *parts)).encode()).hexdigest()[:40]
+
+    def _read(self, key: str, kind: type[_T]) -> _T | None:
+        try:
+            return from_json(kind, (self.folder / f"{key}.json").read_text(), _FORM)
+        except (OSError, InputError, UnicodeDecodeError):
+            return None
+
+    def _write(self, key: str, value: Any) -> None:
+        write_atomically(self.folder / f"{key}.json", to_json(value, _FORM).encode())
+
+    def _prune(self) -> None:
+        entries = sorted(
+            ((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.iterdir()),
+            reverse=True,
+        )
+        total = 0
+        for _, size_bytes, path in entries:
+            total += size_bytes
+            if total > _MOST_BYTES:
+                path.unlink(missing_ok=True)
+
+
+def digest_of(subject: Subject) -> str | None:
+    """Return what tells one content from another; None: the model cannot be recorded."""
+    digest = hashlib.sha256()
+
+    def take(*values: object) -> None:
+        for value in values:
+            digest.update(f"{value}\0".encode())
+
+    take(platform.machine(), platform.python_version(), *_versions())
+    take(subject.preprocessing)
+    try:
+        for name, module in {"": subject.model, **subject.variants}.items():
+            take(name)
+            _take_model(module, subject.examples[0], digest.update, take)
+    except TorchfuseError:
+        return None
+    for cases in (subject.examples, subject.calibration or ()):
+        for case in cases:
+            take(case, case.method)
+            for leaf in pytree.tree_leaves((case.args, dict(case.kwargs))):
+                _take_value(leaf, digest.update, take)
+    return digest.hexdigest()
+
+
+def _versions() -> Iterable[str]:
+    for name in _MAKERS:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"no {name}"
+
+
+def _take_model(
+    model: nn.Module, case: Case, raw: Callable[[bytes], object], take: Callable[..., None]
+) -> None:
+    take(model)  # its modules' names, classes and settings
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        take(name)
+        _take_value(tensor, raw, take)
+    files = {_file_of(type(module)) for module in model.modules()} - {None}
+    for path in sorted(map(str, files)):
+        raw(Path(path).read_bytes())
+    for call in record(model, [case]).calls:
+        take(call.target, call.module_path, *sorted(call.operands))
+        take(*sorted(_plain(call.attributes).items()))
+
+
+def _file_of(class_: type) -> str | None:
+    """Return the file that a class of the user's stands in; None for torch's: it has a version."""
+    if class_.__module__.partition(".")[0] == "torch":
+        return None
+    try:
+        return inspect.getsourcefile(class_)
+    except TypeError:  # it was made in a session
+        return None
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, str]:
+    """Return what can be told from an attribute without its address in memory."""
+    leaves = {name: pytree.tree_leaves(value) for name, value in attributes.items()}
+    return {
+        name: repr([leaf if isinstance(leaf, _PLAIN) else type(leaf).__name__ for leaf in found])
+        for name, found in leaves.items()
+    }
+
+
+def _take_value(value: Any, raw: Callable[[bytes], object], take: Callable[..., None]) -> None:
+    if not isinstance(value, torch.Tensor):
+        take(value if isinstance(value, _PLAIN) else type(value).__name__)
+        return
+    take(value.dtype, tuple(value.shape))
+    if value.layout is torch.strided and not value.is_meta and not value.is_quantized:
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        raw(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    else:
+        take(value)

@@ -1,0 +1,94 @@
+"""TorchScript (`.pt`) and its lite interpreter (`.ptl`): the legacy mobile targets."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchfuse.errors import ArtifactError
+from torchfuse.targets.sealing import check_zip, seal_zip, unseal_binary
+from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
+
+__all__ = ["TorchScript"]
+
+_LITE = ".ptl"
+
+
+class TorchScript(Target):
+    """A scripted module, for the full or for the lite interpreter."""
+
+    modules = ("torch",)
+    distribution = "torch"
+    precisions = ("fp32", "int8")
+    folds = ()  # the file was optimized for mobile when it was made
+    native_runner = "speed_benchmark_torch"
+    quantized_by = "torch.ao"
+    takes_any_size = True
+    for_phones = True
+    takes_dynamic_shapes = False
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
+        self.most_compact_only = suffix == _LITE
+        self.name = "the lite interpreter" if suffix == _LITE else "TorchScript"
+
+    def make(self, request: Request) -> Made:
+        """Return the model scripted, or else traced, and optimized for mobile."""
+        from torchfuse.targets.torchscript.making import made
+
+        return made(request)
+
+    def seal(self, files: Files, metadata: Mapping[str, Any]) -> Files:
+        """Return the archive with a seal as its comment."""
+        return {self.suffix: seal_zip(files[self.suffix], metadata)}
+
+    def unseal(self, path: Path, files: Files) -> Mapping[str, Any] | None:
+        """Return what is in the seal in the archive's comment."""
+        return unseal_binary(path, files[self.suffix])
+
+    def check(self, path: Path, files: Files) -> None:
+        """Raise ArtifactError unless the archive is whole and holds a module."""
+        names = check_zip(path, files[self.suffix], "a TorchScript file")
+        code = "bytecode.pkl" if self.suffix == _LITE else "constants.pkl"
+        for name in (code, "data.pkl"):
+            if name not in names:
+                loader = "lite interpreter" if self.suffix == _LITE else "TorchScript"
+                raise ArtifactError(
+                    f"Expected a {loader} model in '{path}', but its archive has no '{name}'; "
+                    "torchfuse.export writes one, a state dict is not one."
+                )
+
+    def first_load(self, path: Path) -> None:
+        """Load the module."""
+        import torch
+
+        if self.suffix == _LITE:
+            from torch.jit.mobile import _load_for_lite_interpreter
+
+            _load_for_lite_interpreter(str(path))
+        else:
+            torch.jit.load(str(path), map_location="cpu")
+
+    def load(self, file: CheckedFile, *, threads: int | None = None) -> Callable[..., Any]:
+        """Return the module; `threads` are torch's, for the whole process."""
+        import torch
+
+        from torchfuse.targets.torchscript.scripting import deserialize
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return deserialize(file.data, self.form)
+
+    def operators(self, path: Path) -> Sequence[str]:
+        """Return the names of the operators of the module."""
+        import torch
+        from torch.jit.mobile import _export_operator_list, _load_for_lite_interpreter
+
+        data = io.BytesIO(path.read_bytes())
+        if self.suffix == _LITE:
+            return sorted(_export_operator_list(_load_for_lite_interpreter(data)))
+        return sorted(torch.jit.export_opnames(torch.jit.load(data)))
+
+    def profile_obstacle(self) -> str | None:
+        """Nothing: torch's profiler says it."""
+        return None
