@@ -20,6 +20,7 @@ from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError
 from torchfuse.render.libraries import require_libraries
 from torchfuse.render.progress import progress, quiet_option
+from torchfuse.targets import TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +44,8 @@ __all__ = ["command"]
 )  # fmt: skip
 @click.option(
     "--targets", metavar="LIST",
-    help="Of eager, channels_last, pt, ptl, pte, with commas. Default: all.",
+    help=f"Of eager, channels_last, {', '.join(target.form for target in TARGETS)}, with commas. "
+    "Default: the first two, and the formats for phones.",
 )  # fmt: skip
 @click.option(
     "--device", "devices", multiple=True, metavar="NAME",
