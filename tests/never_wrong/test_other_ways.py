@@ -488,6 +488,38 @@ def test_a_public_method_that_tells_them_apart_is_evidence(model, method):
     assert_left_alone(model, IMAGE, because=method, methods=(method,))
 
 
+class ByStage(ConvBn):
+    def forward(self, x):
+        return F.relu(self.stages(x))
+
+    def stages(self, x, stage="bn"):
+        y = self.conv(x)
+        if stage == "conv":
+            return y
+        return self.bn(y)
+
+
+class ByFlag(ConvBn):
+    def forward(self, x):
+        return self._go(x, True)
+
+    def _go(self, x, whole):
+        y = self.conv(x)
+        return self.bn(y) if whole else y
+
+    def raw(self, x):
+        return self._go(x, False)
+
+
+@pytest.mark.parametrize(("model", "method"), [(ByStage, "stages"), (ByFlag, "_go")])
+def test_a_method_that_others_may_ask_for_less_is_left_alone(model, method):
+    torch.manual_seed(0)
+    model = trained(model(), IMAGE)
+    plan = torchfuse.plan(model, IMAGE)
+    assert plan.fusions == ()
+    assert method in plan.skips[0].reason
+
+
 class WithSlots:
     __slots__ = ("layer",)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchfuse.judging.branches import has_other_ways, is_followed_by_itself
+from torchfuse.judging.branching import tests_of
 from torchfuse.judging.direct import names_one_after_the_other
 from torchfuse.judging.mentions import BELOW, TENSORS, mentions_of
 from torchfuse.judging.other_ways import holds_on_every_way, holds_where_called_itself
@@ -71,7 +72,8 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
                     "branches: on another way it may use it on its own.",
                     "Leave out that use, or give it a layer of its own.",
                 )
-            if ran and {match.first, match.second} <= reached:
+            both = {match.first, match.second} <= reached
+            if ran and both and not _may_be_asked_otherwise(subject, path, function):
                 continue  # recorded with both: what it does with them is in the graph
             if _is_explored(subject, match, path, function) or (
                 not ran and _only_hands_on(path, function, pair)
@@ -87,6 +89,27 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
                 f'method="{caller.rpartition(".")[2]}")]; otherwise remove it.',
             )
     return None
+
+
+def _may_be_asked_otherwise(subject: Subject, path: str, function: FunctionType) -> bool:
+    """Whether a method that ran branches on an argument, and others than forward may give it one.
+
+    `features(x, stage="bn")`, which anyone may call with another stage.
+    """
+    tree = syntax_of(function.__code__)
+    if tree is None:
+        return False
+    arguments = {a.arg for a in (*tree.args.args[1:], *tree.args.kwonlyargs)}
+    named = {
+        node.id for test in tests_of(tree) for node in ast.walk(test) if isinstance(node, ast.Name)
+    }
+    if not arguments & named:
+        return False
+    name = function.__name__
+    return _is_public(subject, path, name) or any(
+        _is_public(subject, where, caller.__name__) and not _ran(subject, caller.__code__, where)
+        for where, caller in subject.mentions.get(name, ())
+    )
 
 
 def _computes_apart(
