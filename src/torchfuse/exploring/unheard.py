@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import threading
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
@@ -15,12 +16,22 @@ if TYPE_CHECKING:
 __all__ = ["unheard"]
 
 
+# What is put back is the process's: two threads that did it at once would put back each other's.
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def unheard() -> Iterator[None]:
     """A context without output, warnings and log records, in which nobody can be asked anything.
 
     (`if x.isnan().any(): breakpoint()`: a debugger finds the end of its input, and quits.)
     """
+    with _ONE_AT_A_TIME, _silenced():
+        yield
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
     answers, disabled, trace = sys.stdin, logging.root.manager.disable, sys.gettrace()
     sys.stdin = io.StringIO()
     logging.disable(logging.CRITICAL)
