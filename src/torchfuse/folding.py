@@ -24,6 +24,7 @@ __all__ = ["ChannelAffine", "as_batch_norm", "fold_batch_norm", "fold_into_weigh
 
 # Weights folded at a time: a large layer is never whole in float64, and a block stays in the cache.
 _BLOCK_ELEMENTS = 1 << 16
+_MOST_DIMENSIONS = 5  # of what a batch norm takes: [N, C, D, H, W]
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,10 @@ def as_batch_norm(norm: Any) -> Any:
     if isinstance(norm, _BatchNorm) or not isinstance(norm, nn.Module):
         return norm
     wide: Any = copy.deepcopy(norm).double()
-    zero = torch.zeros_like(wide.running_mean)[None, :, None, None]
+    zero = torch.zeros_like(wide.running_mean)[None]
     with torch.inference_mode(False), torch.no_grad():
+        while not _takes(wide, zero) and zero.dim() < _MOST_DIMENSIONS:
+            zero = zero[..., None]
         shift, one = (wide(given).flatten() for given in (zero, zero + 1))
     return SimpleNamespace(
         running_mean=torch.zeros_like(shift),
@@ -123,3 +126,11 @@ def as_batch_norm(norm: Any) -> Any:
         bias=shift,
         eps=0.0,
     )
+
+
+def _takes(norm: nn.Module, given: Tensor) -> bool:
+    """Whether the norm's code is for as many dimensions; else it fails, or gives other sizes."""
+    try:
+        return bool(norm(given).shape == given.shape)
+    except Exception:  # noqa: BLE001 - a check of its own, or torch's
+        return False

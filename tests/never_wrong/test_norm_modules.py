@@ -84,6 +84,32 @@ def test_a_frozen_batch_norm_comes_back_and_takes_old_checkpoints(norm):
     torch.testing.assert_close(fused(IMAGE), other(IMAGE))
 
 
+class FrozenSequence(Frozen):
+    """The same for sequences: one dimension less."""
+
+    def forward(self, x):
+        scale = self.weight.reshape(1, -1, 1) * (self.running_var.reshape(1, -1, 1) + 1e-5).rsqrt()
+        return x * scale + (self.bias - self.running_mean * scale.flatten()).reshape(1, -1, 1)
+
+
+class Strict(Frozen):
+    """One that looks at its input first."""
+
+    def forward(self, x):
+        if x.dim() != 4:
+            raise ValueError(f"expected 4 dimensions, got {x.dim()}")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "shape"),
+    [(nn.Conv1d, FrozenSequence, (2, 4, 9)), (nn.Conv2d, Strict, (2, 4, 9, 9))],
+)
+def test_a_frozen_batch_norm_for_so_many_dimensions_is_folded(conv, norm, shape):
+    torch.manual_seed(0)
+    assert_fuses(nn.Sequential(conv(4, 8, 3), norm(8)).eval(), torch.randn(shape))
+
+
 class Activated(Frozen):
     def forward(self, x):
         return super().forward(x).relu()
