@@ -1,7 +1,8 @@
 """Model files that several tests run, and one thread to run them in."""
 
+import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -64,6 +65,26 @@ class Bundled(Third):
     @torch.jit.export
     def get_all_bundled_inputs(self) -> list[tuple[torch.Tensor]]:
         return [(torch.ones(2, 3),), (torch.full((1, 2), 2.0),)]
+
+
+def _logging_state() -> tuple[object, ...]:
+    logger = logging.getLogger("torchao")
+    heard = logger.isEnabledFor(logging.WARNING)
+    return (
+        logging.root.manager.disable,
+        heard,
+        logger.propagate,
+        logger.disabled,
+        logging.root.level,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_left_as_it_was() -> Iterator[None]:
+    """What silences the process for a while has to end: later tests would blame another."""
+    before = _logging_state()
+    yield
+    assert _logging_state() == before
 
 
 @pytest.fixture(scope="session")
