@@ -80,6 +80,11 @@ class Delegation:
         return sum(op.macs_delegated for op in self.operators) / self.macs
 
     @property
+    def values_share(self) -> float:
+        """Share of the values written that the delegate writes."""
+        return 1 - sum(op.elements_left for op in self.left) / max(self.elements, 1)
+
+    @property
     def calls_delegated(self) -> int:
         """Operator calls inside the delegate."""
         return sum(op.delegated for op in self.operators)
@@ -99,7 +104,7 @@ class Delegation:
         """A sentence on what runs outside the delegate; None: nothing that matters does."""
         if not self.left:
             return None
-        elements_share = sum(op.elements_left for op in self.left) / max(self.elements, 1)
+        elements_share = 1 - self.values_share
         macs_left_share = 1 - (1.0 if self.macs_share is None else self.macs_share)
         if self.calls_delegated and max(elements_share, macs_left_share) < _MATERIAL:
             return None
