@@ -61,7 +61,7 @@ def measured(name: str, precision: str, given: argparse.Namespace) -> dict[str, 
         start = time.process_time()
         try:
             callables[key], files[key] = make()
-        except Exception as error:  # noqa: BLE001  # a peer that cannot is part of the result
+        except Exception as error:  # a peer that cannot is part of the result
             if key.startswith(OURS) and not isinstance(error, UnsupportedError):
                 raise
             files[key] = {"error": f"{type(error).__name__}: {first_line(error):.100}"}
@@ -133,7 +133,8 @@ def judge(
     expected = [outputs(model, sample) for sample in samples]
     for key, call in callables.items():
         got = [outputs(call, sample) for sample in samples]
-        pairs = [pair for a, b in zip(expected, got, strict=True) for pair in zip(a, b, strict=True)]
+        matched = (zip(a, b, strict=True) for a, b in zip(expected, got, strict=True))
+        pairs = [pair for each in matched for pair in each]
         noise = sum(float((a - b).square().sum()) for a, b in pairs)
         signal = sum(float(a.square().sum()) for a, _ in pairs)
         files[key]["sqnr_db"] = float(10 * torch.tensor(signal / max(noise, 1e-30)).log10())

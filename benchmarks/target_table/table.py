@@ -6,7 +6,15 @@ from typing import Any
 
 from torchfuse.stats import Ratio, percentile, ratio_of_medians
 
-__all__ = ["OURS", "PLAIN", "SUFFIXES", "block", "counting_peers", "delegation_table", "fastest_table"]
+__all__ = [
+    "OURS",
+    "PLAIN",
+    "SUFFIXES",
+    "block",
+    "counting_peers",
+    "delegation_table",
+    "fastest_table",
+]
 
 Row = Mapping[str, Any]  # of one model in one precision, as it lies in the JSON
 
@@ -50,14 +58,13 @@ def fastest_table(rows: Sequence[Row]) -> Iterator[str]:
         ratio = _ratio(row, ours, peer)
         ratios.append(ratio.value)
         named = [
-            f"{key.split()[-1]} {_median_s(row['files'][key]) * 1e3:8.2f} ms" for key in (ours, peer)
+            f"{name.split()[-1]} {_median_s(row['files'][name]) * 1e3:8.2f} ms" for name in pair
         ]
         own = [_of_own_runtime(row, suffix) for suffix in SUFFIXES]
         shown = "".join(f"{'-' if each is None else f'{each.value:.2f}':>10}" for each in own)
         yield (
             f"{row['model']:22} {row['precision']:5} {named[0]:>19} {named[1]:>22}  "
-            f"{ratio.value:.2f}{'' if ratio.low is None else f' ({ratio.low:.2f} … {ratio.high:.2f})'}"
-            f"{shown}"
+            f"{_shown(ratio)}{shown}"
         )
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -128,8 +135,8 @@ def _ratio(row: Row, above: str, below: str) -> Ratio:
 
 
 def _shown(ratio: Ratio) -> str:
-    interval = "" if ratio.low is None else f" ({ratio.low:.3f} … {ratio.high:.3f})"
-    return f"{ratio.value:.3f}{interval}"
+    interval = "" if ratio.low is None else f" ({ratio.low:.2f} … {ratio.high:.2f})"
+    return f"{ratio.value:.2f}{interval}"
 
 
 def _median_s(found: Mapping[str, Any]) -> float:
