@@ -1,240 +1,204 @@
 """Files of torchfuse beside what each runtime's own documentation makes of the same models.
 
-For each model, in fp32 and in int8: torchfuse's file for each target, and the plain file of each
-runtime: ExecuTorch's XnnpackPartitioner (and XNNPACKQuantizer), torch.onnx.export (and ONNX
-Runtime's quantize_static), OpenVINO's convert_model with f32 asked for (and nncf.quantize); eager
-PyTorch beside them. One thread each, interleaved, medians; ratios with intervals.
+For each of ten models, in fp32 and in int8: torchfuse's file for each target, and the plain file of
+each runtime: ExecuTorch's XnnpackPartitioner (and XNNPACKQuantizer), torch.onnx.export (and ONNX
+Runtime's quantize_static), OpenVINO's convert_model with f32 asked for (and nncf.quantize),
+aoti_compile_and_package (and X86InductorQuantizer); eager PyTorch beside them. One thread each, in
+the same rounds; medians, and ratios with intervals. In int8 a plain file counts only where it is at
+most 1 dB and 1 point of agreement worse than ours.
 
-    python benchmarks/targets.py [--json FILE] [--only NAME]... [--runs N] [--fp32 | --int8]
+    python benchmarks/targets.py --json targets.json                # all: an hour or two
+    python benchmarks/targets.py --only yolo --precision int8 --json targets.json
+    python benchmarks/targets.py --table targets.json               # what was measured so far
+
+The JSON is written after each model and precision; what is in it already, of others, stays. Needs
+timm; `--clock cpu` is for a machine that others use too.
 """
 
 import argparse
-import contextlib
-import functools
-import io
 import json
+import platform
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-import torchfuse
-from torchfuse.inputs import Case
-from torchfuse.quieting import quiet
-from torchfuse.targets.calling import Model
-from torchfuse.targets.executorch.program import ExecutorchModel
-from torchfuse.targets.onnx.session import OnnxModel
-from torchfuse.targets.openvino.compiled import OpenVinoModel
-from torchfuse.timing import measure_interleaved, ratio
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-SUFFIXES = (".pte", ".onnx", ".xml")
+from target_table.models import MODELS
+from target_table.plain_files import frozen, plain
+from target_table.table import OURS, PLAIN, SUFFIXES, block, delegation_table, fastest_table
+
+import torchfuse
+from torchfuse.artifacts import Artifact, write_atomically
+from torchfuse.errors import UnsupportedError, first_line
+from torchfuse.inputs import Case
+from torchfuse.targets.aotinductor.cpu import this_cpu
+from torchfuse.timing import measure_interleaved
+
+PRECISIONS = ("fp32", "int8")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CALIBRATION, SAMPLES = 16, 200  # images
 
 
-def models() -> dict[str, Callable[[], nn.Module]]:
-    """Return the models by name; those of timm only where timm is installed."""
-    from torchfuse.models.mobilenet_v2 import MobileNetV2
-    from zoo.mobilenet_v3 import MobileNetV3
-    from zoo.resnet import ResNet
+def measured(name: str, precision: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Return what was found of one model in one precision, as it lies in the JSON."""
+    entry = MODELS[name]
+    model, x = entry.model(), entry.inputs(1, seed=1)
+    data = list(entry.inputs(CALIBRATION, seed=3).split(1)) if precision == "int8" else None
+    files: dict[str, dict[str, Any]] = {}
+    callables: dict[str, Callable[..., Any]] = {}
 
-    found: dict[str, Callable[[], nn.Module]] = {
-        "mobilenet_v2": MobileNetV2,
-        "mobilenet_v3": MobileNetV3,
-        "resnet": ResNet,
-    }
-    with contextlib.suppress(ImportError, RuntimeError):
-        import timm
-
-        for name in (
-            "resnet18", "mobilenetv3_small_100", "mnasnet_100", "regnetx_002", "repvgg_a0",
-            "mobileone_s0", "convnext_femto", "vit_tiny_patch16_224",
-        ):  # fmt: skip
-            found[name] = functools.partial(timm.create_model, name)
-    return found
-
-
-def as_if_trained(model: nn.Module) -> nn.Module:
-    """Return the model in eval mode, with other statistics and scales than a fresh one has."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-        for name, parameter in model.named_parameters():
-            if name.endswith("gamma"):  # layer scale, 1e-6 at first, by which a branch is nothing
-                parameter.uniform_(0.1, 0.5)
-    return model.eval()
-
-
-def plain_pte(model: nn.Module, x: torch.Tensor, data: list[torch.Tensor] | None) -> Model:
-    """ExecuTorch's tutorial."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    exported = torch.export.export(model, (x,))
-    if data is not None:
-        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-            XNNPACKQuantizer,
-            get_symmetric_quantization_config,
-        )
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-        quantizer = XNNPACKQuantizer()
-        quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
-        prepared = prepare_pt2e(exported.module(), quantizer)
-        for sample in data:
-            prepared(sample)
-        exported = torch.export.export(convert_pt2e(prepared), (x,))
-    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-    return ExecutorchModel(bytes(edge.to_executorch().buffer))
-
-
-def plain_onnx(model: nn.Module, x: torch.Tensor, data: list[torch.Tensor] | None) -> Model:
-    """torch.onnx.export, and ONNX Runtime's quantize_static (QDQ, per channel)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, quantized = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
-        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, external_data=False)
-        if data is None:
-            return OnnxModel(path.read_bytes(), threads=1)
-        import onnx
-        from onnxruntime.quantization import CalibrationDataReader, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        quant_pre_process(path, path)
-        name = onnx.load(path).graph.input[0].name
-
-        class Reader(CalibrationDataReader):
-            def __init__(self) -> None:
-                self._left = iter(data)
-
-            def get_next(self) -> Any:
-                sample = next(self._left, None)
-                return None if sample is None else {name: sample.numpy()}
-
-        quantize_static(path, quantized, Reader(), per_channel=True)
-        return OnnxModel(quantized.read_bytes(), threads=1)
-
-
-def plain_openvino(model: nn.Module, x: torch.Tensor, data: list[torch.Tensor] | None) -> Model:
-    """OpenVINO's convert_model, and nncf.quantize."""
-    import nncf
-    import openvino
-
-    converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
-    if data is not None:
-        samples = nncf.Dataset([sample.numpy() for sample in data])
-        converted = nncf.quantize(converted, samples, subset_size=len(data))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plain.xml"
-        openvino.save_model(converted, path, compress_to_fp16=False)
-        return OpenVinoModel(path.read_bytes(), path.with_suffix(".bin").read_bytes(), threads=1)
-
-
-PLAIN = {".pte": plain_pte, ".onnx": plain_onnx, ".xml": plain_openvino}
-
-
-def variants(
-    model: nn.Module, x: torch.Tensor, precision: str, folder: Path
-) -> Iterator[tuple[str, Any]]:
-    """Yield what is measured, by name."""
-    data = [torch.randn_like(x) for _ in range(8)] if precision == "int8" else None
-    for suffix in SUFFIXES:
-        with contextlib.suppress(torchfuse.UnsupportedError):
-            path = folder / f"{precision}{suffix}"
-            torchfuse.export(model, x, path, precision=precision, calibration=data)
-            yield f"torchfuse {suffix}", torchfuse.load(path, threads=1)
+    def add(key: str, make: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]) -> None:
+        print(f"  {name}, {precision}: {key}", file=sys.stderr)
+        start = time.process_time()
         try:
-            with quiet(), contextlib.redirect_stdout(io.StringIO()):
-                made = PLAIN[suffix](model, x, data)
-        except Exception as error:  # noqa: BLE001  # a peer that cannot is part of the result
-            print(f"  plain {suffix}: {str(error).splitlines()[0]:.90}", file=sys.stderr)
-            continue
-        yield f"plain {suffix}", made
-    if precision == "fp32":
-        yield "eager", model
+            callables[key], files[key] = make()
+        except Exception as error:  # a peer that cannot is part of the result
+            if key.startswith(OURS) and not isinstance(error, UnsupportedError):
+                raise
+            files[key] = {"error": f"{type(error).__name__}: {first_line(error):.100}"}
+            return
+        files[key]["made_s"] = time.process_time() - start
 
-
-def sqnr_db(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """Return the ratio of signal to noise, in dB."""
-    noise = (expected - got).square().sum().clamp(min=1e-30)
-    return float(10 * (expected.square().sum() / noise).log10())
-
-
-def measured(name: str, model: nn.Module, precision: str, runs: int) -> dict[str, Any]:
-    """Return the medians, the SQNRs, and the ratios that the target is about."""
-    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        found = dict(variants(model, x, precision, Path(folder)))
-        expected = model(x)
-        quality = {key: sqnr_db(expected, call(x)) for key, call in found.items()}
-        times = measure_interleaved(found, Case((x,)), runs=runs, threads=1)
-    ours = {key: times[key] for key in times if key.startswith("torchfuse")}
-    # In int8 a peer counts only where it is as good, within 1 dB.
-    best_db = max(quality[key] for key in ours)
-    peers = {
-        key: times[key]
-        for key in times
-        if key.startswith("plain") and (precision == "fp32" or quality[key] >= best_db - 1)
-    }
-    row: dict[str, Any] = {
+        for suffix in given.target or SUFFIXES:
+            path = Path(folder) / f"{precision}{suffix}"
+            add(f"{OURS}{suffix}", lambda path=path: ours(model, x, path, precision, data))
+            if not given.ours:
+                add(f"{PLAIN}{suffix}", lambda s=suffix: (plain(s, model, x, data), {}))
+        if precision == "fp32" and not given.ours:
+            callables["eager"], files["eager"] = model, {"made_s": None}
+            if not given.target or ".aoti.pt2" in given.target:
+                add("torch.compile", lambda: (frozen(model, x), {}))
+        judge(model, list(entry.inputs(given.samples, seed=4).split(1)), callables, files)
+        times = measure_interleaved(
+            callables, Case((x,)), runs=given.runs, threads=1, clock=CLOCKS[given.clock]
+        )
+    for key, each in times.items():
+        files[key]["samples_s"] = each.samples_s
+    return {
         "model": name,
         "precision": precision,
-        "median_ms": {key: each.median_s * 1e3 for key, each in times.items()},
-        "sqnr_db": quality,
-        "own_runtime": {
-            suffix: str(ratio(times[f"torchfuse {suffix}"], times[f"plain {suffix}"]))
-            for suffix in SUFFIXES
-            if {f"torchfuse {suffix}", f"plain {suffix}"} <= set(times)
-        },
+        "clock": given.clock,
+        "cpu": this_cpu()["name"] or platform.machine(),
+        "platform": platform.platform(),
+        "turn_runs": next(iter(times.values())).turn_runs,
+        "files": files,
     }
-    fastest = min(ours.values(), key=lambda each: each.median_s)
-    if peers:
-        peer = min(peers.values(), key=lambda each: each.median_s)
-        row["fastest"], row["fastest_peer"] = fastest.name, peer.name
-        row["ratio"] = ratio(fastest, peer).value
-        row["ratio_text"] = str(ratio(fastest, peer))
-    return row
+
+
+def ours(
+    model: nn.Module, x: Tensor, path: Path, precision: Any, data: Sequence[Tensor] | None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return torchfuse's file, loaded, and what the delegate took of it."""
+    artifact = torchfuse.export(model, x, path, precision=precision, calibration=data)
+    facts = {"size_bytes": artifact.size_bytes, "delegation": taken(artifact)}
+    return torchfuse.load(path, threads=1), facts
+
+
+def taken(artifact: Artifact) -> dict[str, Any] | None:
+    """Return how much of the program the delegate runs; None: the runtime has no delegates."""
+    found = artifact.delegation
+    if found is None:
+        return None
+    return {
+        "macs_share": found.macs_share,
+        "values_share": found.values_share,
+        "pieces": found.partitions,
+        "conversions": len(found.conversions),
+        "left": {op.operator: op.left for op in found.left},
+        "reasons": sorted({reason for op in found.left for reason in op.reasons}),
+    }
+
+
+def judge(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    callables: dict[str, Callable[..., Any]],
+    files: dict[str, dict[str, Any]],
+) -> None:
+    """Add to each file's facts how far it is from the model on the samples.
+
+    The signal-to-noise ratio over all, of all outputs, and, of a classifier, the share of samples
+    that get the model's own class.
+    """
+    expected = [outputs(model, sample) for sample in samples]
+    for key, call in callables.items():
+        got = [outputs(call, sample) for sample in samples]
+        matched = (zip(a, b, strict=True) for a, b in zip(expected, got, strict=True))
+        pairs = [pair for each in matched for pair in each]
+        noise = sum(float((a - b).square().sum()) for a, b in pairs)
+        signal = sum(float(a.square().sum()) for a, _ in pairs)
+        files[key]["sqnr_db"] = float(10 * torch.tensor(signal / max(noise, 1e-30)).log10())
+        same = [bool(a.argmax() == b.argmax()) for a, b in pairs if a.dim() == 2]
+        files[key]["agreement"] = sum(same) / len(same) if len(same) == len(samples) else None
+
+
+def outputs(call: Callable[..., Any], sample: Tensor) -> list[Tensor]:
+    """Return the tensors that a model or a file returns."""
+    return [leaf.clone() for leaf in pytree.tree_leaves(call(sample))]
+
+
+def warm_up(given: argparse.Namespace) -> None:
+    """Import all that making files needs, which is no part of the time that the first takes."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in given.target or SUFFIXES:
+            for precision in given.precision or PRECISIONS:
+                data = [x] if precision == "int8" else None
+                ours(model, x, Path(folder) / f"{precision}{suffix}", precision, data)
+                if not given.ours:
+                    plain(suffix, model, x, data)
+
+
+def merged(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the file with this one among them, in the models' order."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    kept = {(each["model"], each["precision"]): each for each in [*rows, row]}
+    order = [(name, precision) for name in MODELS for precision in PRECISIONS]
+    return [kept[key] for key in sorted(kept, key=order.index)]
 
 
 def main() -> None:
-    """Print a block for each model and precision; write all of it as JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", action="append")
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--fp32", action="store_true")
-    parser.add_argument("--int8", action="store_true")
+    """Print a block for each model and precision, and write all as JSON after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what was measured, added to")
+    parser.add_argument("--only", action="append", choices=MODELS, help="repeatable")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="repeatable")
+    parser.add_argument("--target", action="append", choices=SUFFIXES, help="repeatable")
+    parser.add_argument("--ours", action="store_true", help="without the plain files")
+    parser.add_argument("--runs", type=int, default=30, help="timed calls of each file")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="images to be judged on")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="measure nothing")
     given = parser.parse_args()
+    if given.table:
+        rows = [row for path in given.table for row in json.loads(path.read_text())]
+        print("\n".join([*fastest_table(rows), "", *delegation_table(rows)]))
+        return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    precisions = [p for p in ("fp32", "int8") if getattr(given, p)] or ["fp32", "int8"]
+    warm_up(given)
     rows = []
-    for name, make in models().items():
-        if given.only and name not in given.only:
-            continue
-        for precision in precisions:
-            row = measured(name, as_if_trained(make()), precision, given.runs)
+    for name in given.only or MODELS:
+        for precision in given.precision or PRECISIONS:
+            row = measured(name, precision, given)
             rows.append(row)
-            print(f"{name}, {precision}")
-            for key, median in sorted(row["median_ms"].items(), key=lambda item: item[1]):
-                print(f"  {key:18} {median:9.2f} ms   {row['sqnr_db'][key]:6.1f} dB")
-            if "ratio" in row:
-                print(f"  {row['fastest']} / {row['fastest_peer']}: {row['ratio_text']}")
-            for suffix, text in row["own_runtime"].items():
-                print(f"  torchfuse {suffix} / plain {suffix}: {text}", flush=True)
+            print("\n".join(block(row)), flush=True)
             if given.json is not None:
-                given.json.write_text(json.dumps(rows, indent=2) + "\n")
-    ratios = torch.tensor([row["ratio"] for row in rows if "ratio" in row])
-    if len(ratios):
-        mean = ratios.log().mean().exp()
-        print(f"geometric mean of the fastest against the fastest plain file: {mean:.3f}")
+                text = json.dumps(merged(given.json, row), indent=1) + "\n"
+                write_atomically(given.json, text.encode())
+    print("\n".join(["", *fastest_table(rows), "", *delegation_table(rows)]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torchfuse.errors import (
 )
 from torchfuse.inputs import Case
 from torchfuse.quantizing import static
+from torchfuse.targets.opening import check
 from torchfuse.targets.target import Made
 
 
@@ -744,3 +745,64 @@ def test_keys_of_a_nested_dict_may_come_in_any_order(tmp_path: Path) -> None:
     torch.testing.assert_close(run({"b": b, "a": a}, shift=shift, scale=scale), expected)
     with pytest.raises(InputError, match="or other nesting"):
         run({"b": b, "c": a}, shift=shift, scale=scale)
+
+
+@pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
+def test_a_file_that_is_wrong_on_the_data_only_is_not_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(3, 8, 3).eval(), image(1, 3, 8, 8)
+    torchfuse.export(model, x, tmp_path / "small.pte", precision="fp16")
+    with pytest.raises(UnsupportedError, match=r"data, output: the candidate has NaN or Inf"):
+        torchfuse.export(model, x, tmp_path / "m.pte", precision="fp16", data=[x, x * 1e6])
+    assert not (tmp_path / "m.pte").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pte", ".pt"])
+def test_a_float_file_is_compared_on_the_data_and_says_so(
+    model: nn.Module, x: Tensor, suffix: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "inputs.npy", image(20, 3, 16, 16, seed=4).numpy())
+    artifact = torchfuse.export(
+        model, x, tmp_path / f"m{suffix}", data=tmp_path / "inputs.npy", random_examples=True
+    )
+    assert artifact.verified_on == "7 inputs of 'inputs.npy'"
+    assert "compared with the model on 7 inputs of 'inputs.npy':" in str(artifact)
+    assert artifact.equivalence is not None
+    assert [output.name for output in artifact.equivalence.outputs] == ["output", "data, output"]
+    metadata = check(artifact.path).metadata
+    assert metadata is not None
+    assert metadata["verified_on"] == artifact.verified_on
+
+
+def test_what_a_file_was_compared_on_is_said_in_words(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    def said(**options: Any) -> str | None:
+        examples = options.pop("examples", x)
+        return torchfuse.export(model, examples, tmp_path / "m.pt", **options).verified_on
+
+    assert said() == "the example"
+    assert said(examples=[x, x + 1]) == "2 examples"
+    assert said(random_examples=True) == "random inputs only"
+    assert said(data="random") == "the example and random inputs"
+    assert said(data="random", random_examples=True) == "random inputs only"
+    assert said(data=[x + 1]) == "the example and 1 input of 1 given case"
+
+
+def test_int8_is_compared_on_what_it_was_calibrated_on_unless_there_is_other_data(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    calibration = [image(1, 3, 16, 16, seed=seed) for seed in range(4)]
+    options: Any = {"precision": "int8", "calibration": calibration}
+    artifact = torchfuse.export(model, x, tmp_path / "m.pte", **options)
+    assert artifact.verified_on == "the example and 4 inputs of 4 given cases"
+    artifact = torchfuse.export(model, x, tmp_path / "m.pte", **options, data=calibration[:3])
+    assert artifact.verified_on == "the example and 3 inputs of 3 given cases"
+
+
+def test_data_of_which_nothing_has_the_examples_shape_is_an_error(
+    model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match=r"in the shape of the example, forward\(1×3×16×16"):
+        torchfuse.export(model, x, tmp_path / "m.pte", data=image(2, 3, 8, 8))
+    assert list(tmp_path.iterdir()) == []

@@ -47,6 +47,7 @@ class Artifact:
     batch_norms_left: int | None = None
     computes_in: str | None = None  # here, of what is not int8, by the runtime; None: not said
     beside: tuple[Path, ...] = ()  # its other files, in the same folder: an `.xml` has a `.bin`
+    verified_on: str | None = None  # what it was compared with the model on; None: not known
 
     def __str__(self) -> str:
         """What was written, in a few lines."""
@@ -57,7 +58,8 @@ class Artifact:
             what = "what is not in int8" if self.precision == "int8" else "everything"
             lines.append(f"computes {what} in {self.computes_in} on this CPU, as the runtime says")
         if self.equivalence is not None:
-            lines.append(f"compared with the model: {self.equivalence}")
+            where = "" if self.verified_on is None else f" on {self.verified_on}"
+            lines.append(f"compared with the model{where}: {self.equivalence}")
         if self.batch_norms:
             left = self.batch_norms_left or "none"
             lines.append(f"batch norms: {self.batch_norms} in the model, {left} in the file")

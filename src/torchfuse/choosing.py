@@ -83,6 +83,7 @@ def export_fastest(
     *,
     precision: Precision | None = None,
     calibration: Any = None,
+    random_examples: bool = False,
     dynamic_shapes: Any = None,
     max_drop: float | None = None,
     preprocessing: Preprocessing | None = None,
@@ -100,7 +101,8 @@ def export_fastest(
         example_inputs: as for `export`; the first case is what is timed.
         stem: the path without a suffix.
         precision: of all that are compared; None: as the model is.
-        calibration: for int8, as for `export`.
+        calibration: for int8, as for `export`; else what the files are compared on, its `data`.
+        random_examples: as for `export`.
         dynamic_shapes: as for `export`.
         max_drop: how many of 100 samples of the calibration data may get another class than the
             model gives them; None: whatever `export` lets pass.
@@ -129,7 +131,9 @@ def export_fastest(
                 example_inputs,
                 path,
                 precision=precision,
-                calibration=calibration,
+                calibration=calibration if precision == "int8" else None,
+                data=None if precision == "int8" else calibration,
+                random_examples=random_examples,
                 dynamic_shapes=dynamic_shapes,
                 preprocessing=preprocessing,
             ))

@@ -51,6 +51,7 @@ class Conversion:
 
     around: tuple[str, ...]  # the operators in between, each with the module that called it
     elements: int  # that are converted, in both directions
+    inside: bool = False  # in a piece: the delegate takes the operators, and computes in float
 
     def __str__(self) -> str:
         """As in "softplus (act), 2,048 values"."""
@@ -65,7 +66,7 @@ class Delegation:
     partitions: int  # pieces the program is cut into; 1 when everything is delegated
     operators: tuple[OperatorDelegation, ...]
     elements: int  # written by all operators
-    conversions: tuple[Conversion, ...]  # dequantize and quantize left between the pieces
+    conversions: tuple[Conversion, ...]  # of int8 to float and back, between pieces and inside
 
     @property
     def macs(self) -> int:
@@ -78,6 +79,11 @@ class Delegation:
         if not self.macs:
             return None
         return sum(op.macs_delegated for op in self.operators) / self.macs
+
+    @property
+    def values_share(self) -> float:
+        """Share of the values written that the delegate writes."""
+        return 1 - sum(op.elements_left for op in self.left) / max(self.elements, 1)
 
     @property
     def calls_delegated(self) -> int:
@@ -99,7 +105,7 @@ class Delegation:
         """A sentence on what runs outside the delegate; None: nothing that matters does."""
         if not self.left:
             return None
-        elements_share = sum(op.elements_left for op in self.left) / max(self.elements, 1)
+        elements_share = 1 - self.values_share
         macs_left_share = 1 - (1.0 if self.macs_share is None else self.macs_share)
         if self.calls_delegated and max(elements_share, macs_left_share) < _MATERIAL:
             return None
@@ -146,13 +152,14 @@ class Delegation:
         return "\n".join([line.rstrip() for line in lines] + [closing, *self._converting()])
 
     def _converting(self) -> list[str]:
-        if not self.conversions:
-            return []
-        count = len(self.conversions)
-        times = "once" if count == 1 else f"{count} times"
-        return [f"Between pieces int8 becomes float and int8 again {times}, around:"] + [
-            f"  {conversion}" for conversion in self.conversions
-        ]
+        lines = []
+        for inside, where in ((False, "Between pieces"), (True, "Inside the delegate")):
+            found = [str(each) for each in self.conversions if each.inside is inside]
+            if found:
+                times = "once" if len(found) == 1 else f"{len(found)} times"
+                lines.append(f"{where} int8 becomes float and int8 again {times}, around:")
+                lines += [f"  {conversion}" for conversion in found]
+        return lines
 
 
 def delegation_of(
@@ -195,7 +202,7 @@ def delegation_of(
         partitions=partitions,
         operators=operators,
         elements=sum(sum(map(_elements, nodes)) for nodes in calls.values()),
-        conversions=tuple(_conversions(graph_module)),
+        conversions=(*_conversions(graph_module), *_conversions_inside(graph_module)),
     )
 
 
@@ -218,6 +225,44 @@ def _conversions(graph_module: "torch.fx.GraphModule") -> "Iterator[Conversion]"
             named = [_named(node) for node in sorted(between, key=order.__getitem__)]
             elements = _elements(source) + sum(map(_elements, exits))
             yield Conversion(tuple(dict.fromkeys(named)), elements)
+
+
+def _conversions_inside(graph_module: "torch.fx.GraphModule") -> "Iterator[Conversion]":
+    """Yield each place within a piece where the delegate computes in float between int8."""
+    for call in _calls(graph_module):
+        if _operator(call) != "executorch_call_delegate":
+            continue
+        lowered = getattr(graph_module, str(call.args[0].target))  # type: ignore[union-attr]
+        graph = lowered.original_module.graph
+        order = {node: number for number, node in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            if not _converts(node, "quantize"):
+                continue
+            between: set[torch.fx.Node] = set()
+            exits: set[torch.fx.Node] = set()
+            ahead = list(node.all_input_nodes[:1])
+            while ahead:
+                source = ahead.pop()
+                if _converts(source, "dequantize"):
+                    exits.add(source)
+                elif (
+                    source.op == "call_function"
+                    and source not in between
+                    and "quantize_per" not in _operator(source)
+                ):
+                    between.add(source)
+                    ahead += source.all_input_nodes
+            if exits and between:
+                named = [_named(each) for each in sorted(between, key=order.__getitem__)]
+                elements = _elements(node) + sum(map(_elements, exits))
+                yield Conversion(tuple(dict.fromkeys(named)), elements, inside=True)
+
+
+def _converts(node: "torch.fx.Node", what: str) -> bool:
+    """Whether XNNPACK runs this node: those around what it computes in int8 are tagged implicit."""
+    if node.op != "call_function" or not _operator(node).startswith(f"{what}_per_tensor"):
+        return False
+    return not node.meta.get("IS_IMPLICIT_Q_DQ_TAG", False)
 
 
 def _is_of_piece(node: "torch.fx.Node") -> bool:

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +19,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import Artifact, Precision, check_destination, write_all_atomically
-from torchfuse.checking import Equivalence, run, verify
+from torchfuse.checking import Equivalence, OutputDifference, run, verify
 from torchfuse.delegation import DelegationWarning
 from torchfuse.errors import (
     ArtifactError,
+    CalibrationError,
     ExportWarning,
     InputError,
     UnsupportedError,
@@ -31,6 +32,7 @@ from torchfuse.errors import (
 from torchfuse.file_inputs import described
 from torchfuse.inputs import Case, cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import (
+    CalibrationData,
     read_calibration,
     require_converted,
     require_eval_mode,
@@ -75,6 +77,8 @@ def export(
     *,
     precision: Precision | None = None,
     calibration: Any = None,
+    data: Any = None,
+    random_examples: bool = False,
     dynamic_shapes: Any = None,
     optimize: bool = True,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
@@ -87,13 +91,16 @@ def export(
     Args:
         model: in eval mode; or what `quantize` returned as `.model`.
         example_inputs: a tensor, a tuple, a dict of keywords, or a list of such cases. The first
-            is what the model is exported for; all are compared, and a quantized model is judged
-            on some of `calibration` too.
+            is what the model is exported for; all are compared.
         path: ends in `.pte`, `.pt` or `.ptl`.
         precision: "fp32", "fp16" (arguments and results stay float32) or "int8"; None leaves the
             model as it is.
         calibration: for int8, the inputs on which the ranges of the activations are measured, as
             `quantize` takes them.
+        data: inputs as the model will see them, as `calibration` takes them; the file is compared
+            on some of them too. None: on some of the calibration inputs, if there are any.
+        random_examples: whether the examples are noise, of which the file and what is printed say
+            that nothing else was compared.
         dynamic_shapes: torch.export's, every size with a maximum; the file is run at several
             sizes. For `.pte` only: TorchScript takes any sizes.
         optimize: False leaves what is not fused as it is, to compare with. For `.pt` and `.ptl`
@@ -103,7 +110,8 @@ def export(
 
     Raises:
         ArtifactError: unknown suffix, or the file cannot be written.
-        CalibrationError: int8 without calibration data, or with useless data.
+        CalibrationError: int8 without calibration data, or with useless data; data that cannot be
+            read, or of which nothing has the example's shape.
         InputError: the model is in training mode, has weights that are NaN or Inf, or in another
             precision than float32 (float16 is exported as it is if it runs on the inputs), returns
             NaN, or cannot run on its inputs.
@@ -133,26 +141,35 @@ def export(
     require_forward(examples)
     for case in examples:
         _require_finite(model, case)
-    random = False
+    calibrating = None
     if precision == "int8":
-        read = read_calibration(
-            calibration,
-            examples[0],
-            preprocessing if isinstance(preprocessing, Preprocessing) else None,
-            as_pixels=isinstance(model, WithPreprocessing),
-            names=argument_names(model),
+        calibrating = _read(calibration, model, examples[0], preprocessing)
+    seen = calibrating if data is None else _read(data, model, examples[0], preprocessing)
+    judging = [] if seen is None else in_the_shape_of(examples[0], seen.cases, _MOST_CASES)
+    if data is not None and not judging:
+        raise CalibrationError(
+            f"Expected data in the shape of the example, {examples[0]}, got none in {seen.source}; "
+            "give samples of that size."
         )
-        calibration, random = read.cases, read.random
     with random_state_kept():
         made = target.make(
-            Request(model, examples, target.form, precision, calibration, dynamic_shapes, optimize)
+            Request(
+                model,
+                examples,
+                target.form,
+                precision,
+                None if calibrating is None else calibrating.cases,
+                dynamic_shapes,
+                optimize,
+            )
         )
+    verified_on = _verified_on(examples, seen, judging, random_examples=random_examples)
     examples = [*examples, *made.other_cases]
-    judging = in_the_shape_of(examples[0], calibration or (), _MOST_CASES)
     equivalence, suspicions = _compared(model, made, target.form, examples, judging)
     if made.delegation is not None and made.delegation.warning is not None:
         warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
-    notes = [*made.notes, *suspicions, *([_RANDOM] if random else [])]
+    calibrated_on_noise = calibrating is not None and calibrating.random
+    notes = [*made.notes, *suspicions, *([_RANDOM] if calibrated_on_noise else [])]
     for note in notes:
         warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=2)
     metadata = {
@@ -160,6 +177,7 @@ def export(
         "precision": made.precision,
         "torch": torch.__version__,
         "torchfuse": _own_version(),
+        "verified_on": verified_on,
         **made.metadata,
         **_kept("inputs", described(examples[0])),
         **_kept("preprocessing", _as_plain_data(preprocessing)),
@@ -180,7 +198,46 @@ def export(
         batch_norms_left=made.batch_norms_left,
         computes_in=made.computes_in,
         beside=tuple(paths[suffix] for suffix in target.beside),
+        verified_on=verified_on,
     )
+
+
+def _read(
+    data: Any,
+    model: nn.Module,
+    example: Case,
+    preprocessing: Preprocessing | Mapping[str, Any] | None,
+) -> CalibrationData:
+    if isinstance(data, CalibrationData):
+        return data
+    return read_calibration(
+        data,
+        example,
+        preprocessing if isinstance(preprocessing, Preprocessing) else None,
+        as_pixels=isinstance(model, WithPreprocessing),
+        names=argument_names(model),
+    )
+
+
+def _verified_on(
+    examples: Sequence[Case],
+    data: CalibrationData | None,
+    judging: Sequence[Case],
+    *,
+    random_examples: bool,
+) -> str:
+    """Return in words what a file is compared with its model on.
+
+    Noise is no picture: a detector that computes the same on it may find nothing on photos.
+    """
+    count = len(examples)
+    given = "the example" if count == 1 else f"{count} examples"
+    if data is None or not judging:
+        return "random inputs only" if random_examples else given
+    if data.random:
+        return "random inputs only" if random_examples else f"{given} and random inputs"
+    of_data = f"{len(judging)} input{'' if len(judging) == 1 else 's'} of {data.source}"
+    return of_data if random_examples else f"{given} and {of_data}"
 
 
 def _with_suffix(path: Path, target: Target, suffix: str) -> Path:
@@ -262,28 +319,43 @@ def _compared(
 ) -> tuple[Equivalence, list[str]]:
     """Return how far what was made is from `model`, and what is suspicious about it.
 
-    `data` are more cases for what is quantized to be judged by.
+    `data` are more cases to compare on, of which the worst of each output is kept.
 
     Raises:
         UnsupportedError: it is wrong.
     """
     notes: list[str] = []
-    if made.precision in ("int8", "int4"):
-        found = verify(model, made.run, examples, min_sqnr_db=-math.inf)
-        problems = list(found.problems)
-        if not problems:
-            problems, notes, asked = _judged(model, made, [*examples, *data])
-            found = replace(found, min_sqnr_db=asked)
-    else:
-        sqnr = _MIN_SQNR_DB.get(made.precision)
-        found = verify(model, made.run, examples, min_sqnr_db=sqnr)
-        problems = list(found.problems)
+    is_quantized = made.precision in ("int8", "int4")
+    sqnr = -math.inf if is_quantized else _MIN_SQNR_DB.get(made.precision)
+    found = verify(model, made.run, examples, min_sqnr_db=sqnr)
+    if data:
+        on_data = verify(model, made.run, data, min_sqnr_db=sqnr)
+        found = replace(found, outputs=(*found.outputs, *_worst(on_data, len(data))))
+    problems = list(found.problems)
+    if is_quantized and not problems:
+        problems, notes, asked = _judged(model, made, [*examples, *data])
+        found = replace(found, min_sqnr_db=asked)
     if problems:
         raise UnsupportedError(
             f"The '.{form}' made from {type(model).__name__} does not compute the same: "
             f"{' '.join(problems)} Nothing was written."
         )
     return found, notes
+
+
+def _worst(found: Equivalence, cases: int) -> list[OutputDifference]:
+    """Return of each output the case that is furthest off, over all of the data."""
+    by_name: dict[str, list[OutputDifference]] = {}
+    for output in found.outputs:
+        by_name.setdefault(output.name.split(": ", 1)[-1] if cases > 1 else output.name, []).append(
+            output
+        )
+    worst = []
+    for name, outputs in by_name.items():
+        furthest = min(outputs, key=lambda o: -math.inf if o.sqnr_db is None else o.sqnr_db)
+        failed = next((output for output in outputs if not output.passed), furthest)
+        worst.append(replace(failed, name=f"data, {name}"))
+    return worst
 
 
 def _judged(model: nn.Module, made: Made, data: list[Case]) -> tuple[list[str], list[str], float]:

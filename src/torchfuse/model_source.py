@@ -72,6 +72,7 @@ class LoadedModel:
     model: Any  # nn.Module or, if `exported`, torch.export.ExportedProgram
     example_inputs: Any  # as `torchfuse.plan` takes them
     exported: bool = False
+    random_inputs: bool = False  # they are noise of the sizes that were given
 
 
 def parse_source(text: str) -> ModelSource:
@@ -183,7 +184,7 @@ def load(
             raise InputError(f"'{text}' holds its own weights; leave out --weights {weights}.")
         program = _load_program(source.path)
         given = _example_inputs(text, specs, _saved_inputs(program))
-        return LoadedModel(text, program, given, exported=True)
+        return LoadedModel(text, program, given, exported=True, random_inputs=bool(specs))
     if weights is not None:
         _check_weights_file(weights)
     model, given = _build(text, source)
@@ -191,7 +192,8 @@ def load(
         _load_weights(model, weights)
     if given is None and not specs:
         specs = parse_inputs(otherwise)
-    return LoadedModel(text, model.eval(), _example_inputs(text, specs, given))
+    noise = bool(specs) or source.module == _TIMM
+    return LoadedModel(text, model.eval(), _example_inputs(text, specs, given), random_inputs=noise)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

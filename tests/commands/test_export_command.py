@@ -152,6 +152,20 @@ def test_int8_is_calibrated_on_data(folder: Path) -> None:
     assert check("m.pte").metadata["precision"] == "int8"
 
 
+def test_a_float_file_is_compared_on_data_too_and_the_file_says_so(folder: Path) -> None:
+    result = run("plain", "-o", "m.pte", "--data", "inputs.npy")
+    assert result.exit_code == 0, result.output
+    assert "compared with the model on the example and 8 inputs of 'inputs.npy':" in result.stdout
+    assert check("m.pte").metadata["verified_on"] == "the example and 8 inputs of 'inputs.npy'"
+
+
+def test_a_check_on_random_inputs_only_says_so(folder: Path) -> None:
+    for given in ((), ("--data", "random")):
+        result = run("plain", "-o", "m.pt", "--input", "1x3x8x8", *given)
+        assert result.exit_code == 0, result.output
+        assert "compared with the model on random inputs only:" in result.stdout
+
+
 def test_pictures_become_inputs_and_the_file_says_how(folder: Path) -> None:
     Path("pictures").mkdir()
     for number in range(8):
@@ -209,8 +223,6 @@ def test_sizes_are_parsed_into_places_and_bounds() -> None:
     ("arguments", "error", "message"),
     [
         ("-o m.pte --precision int8", InputError, "int8 needs --data: the inputs"),
-        ("-o m.pte --data inputs.npy", InputError, "data is for int8, .* ask for int8, or give no"),
-        ("-o m.pte --precision fp32 --data random", InputError, "but the precision is fp32"),
         ("-o m.pte --no-optimize", InputError, "so there is no non-fused '.pte'; compare with"),
         ("-o m.pt --precision fp16", UnsupportedError, r"'\.pt' has no fp16; use '\.pte'"),
         ("-o m.ptl --dynamic 0=1..4", InputError, "'.ptl' takes inputs of any size; leave the dy"),

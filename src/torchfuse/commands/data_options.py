@@ -14,6 +14,7 @@ from torchfuse.errors import CalibrationError, InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torchfuse.quantizing import CalibrationData
     from torchfuse.quantizing.preprocessing import Preprocessing
 
 __all__ = ["DataOptions", "data_options"]
@@ -41,7 +42,8 @@ def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
 _OPTIONS = (
     click.option(
         "--data", metavar="PATH",
-        help="Calibration data: .npy, .npz, a folder of pictures, or 'random' for a look at speed.",
+        help="Real inputs, to calibrate on and to compare on: .npy, .npz, a folder of pictures, or "
+        "'random' for a look at speed.",
     ),
     click.option(
         "--size", metavar="HxW",
@@ -163,6 +165,28 @@ class DataOptions:
 
         pixels = torch.randint(0, 256, (1, *preprocessing.size, _CHANNELS), dtype=torch.uint8)
         return WithPreprocessing(model, preprocessing), pixels, preprocessing
+
+    def read(
+        self, model: Any, example: Any, preprocessing: Preprocessing | None
+    ) -> CalibrationData | None:
+        """Return the data as checked cases for a model as `applied` returned it; None: none given.
+
+        Raises:
+            CalibrationError: it is unfit.
+        """
+        if self.data is None:
+            return None
+        from torchfuse.inputs import cases
+        from torchfuse.quantizing import read_calibration
+        from torchfuse.quantizing.static import argument_names
+
+        return read_calibration(
+            self.data,
+            cases(example)[0],
+            preprocessing,
+            as_pixels=self.preprocess_inside,
+            names=argument_names(model),
+        )
 
     def _require_size(self, preprocessing: Preprocessing, example: Any) -> None:
         shape = _picture(example)

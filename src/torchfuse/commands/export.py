@@ -96,7 +96,7 @@ def command(
         check_options(
             target_for(output),
             precision,
-            calibrated=given.data is not None,
+            calibrated=precision == "int8",
             dynamic=bool(parsed),
             optimize=not no_optimize,
         )
@@ -112,12 +112,10 @@ def command(
     import torchfuse
 
     network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
-    calibration: Any = given.data
-    kept: Any = preprocessing
-    if given.preprocess_inside:  # what the file says is not what pictures are read by
-        kept = given.kept(preprocessing)
-        if given.data not in (None, "random"):
-            calibration = _cases(given.data, network, example, preprocessing)
+    data = given.read(network, example, preprocessing)
+    # What the file says is not always what pictures are read by.
+    kept: Any = given.kept(preprocessing) if given.preprocess_inside else preprocessing
+    is_noise = loaded.random_inputs or given.preprocess_inside
     if fastest:
         with Progress() as shown:
             found = torchfuse.export_fastest(
@@ -125,7 +123,8 @@ def command(
                 example,
                 output,
                 precision=precision,
-                calibration=calibration,
+                calibration=data,
+                random_examples=is_noise,
                 dynamic_shapes=dynamic_shapes(parsed, network, example),
                 max_drop=max_drop,
                 preprocessing=kept,
@@ -142,21 +141,14 @@ def command(
             example,
             output,
             precision=precision,
-            calibration=calibration,
+            calibration=data if precision == "int8" else None,
+            data=None if precision == "int8" else data,
+            random_examples=is_noise,
             dynamic_shapes=dynamic_shapes(parsed, network, example),
             optimize=not no_optimize,
             preprocessing=kept,
         )
     click.echo(f"{artifact}\n\nWrote {artifact.path} ({artifact.size_bytes:,} bytes).")
-
-
-def _cases(data: Any, network: Any, example: Any, preprocessing: Any) -> Any:
-    from torchfuse.inputs import cases
-    from torchfuse.quantizing import read_calibration
-    from torchfuse.quantizing.static import argument_names
-
-    case, names = cases(example)[0], argument_names(network)
-    return read_calibration(data, case, preprocessing, as_pixels=True, names=names).cases
 
 
 def _check_fastest(

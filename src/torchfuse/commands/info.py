@@ -66,6 +66,7 @@ def _of_file(path: Path) -> dict[str, Any]:
         "size_bytes": len(file.data),
         "sha256": hashlib.sha256(file.data).hexdigest(),
         "checksum": "in the file, and right" if sealed else "none in the file",
+        "verified_on": sealed.get("verified_on"),
         "inputs": sealed.get("inputs"),
         "preprocessing": sealed.get("preprocessing"),
         "delegates": sealed.get("backends") or None,

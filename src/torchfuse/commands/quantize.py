@@ -135,7 +135,14 @@ def command(
     metadata = given.kept(preprocessing)
     if scheme == "fp16":
         _closing(
-            torchfuse.export(network, example, output, precision="fp16", preprocessing=metadata)
+            torchfuse.export(
+                network,
+                example,
+                output,
+                precision="fp16",
+                random_examples=loaded.random_inputs or given.preprocess_inside,
+                preprocessing=metadata,
+            )
         )
         return
     static = scheme in (None, "int8") and given.data is not None and backend == "xnnpack"
@@ -165,7 +172,14 @@ def command(
         with warnings.catch_warnings(), progress() as step:
             warnings.simplefilter("ignore", ExportWarning)  # the artifact's notes say it
             step(f"writing {output.name}")
-            artifact = torchfuse.export(result.model, example, output, preprocessing=metadata)
+            artifact = torchfuse.export(
+                result.model,
+                example,
+                output,
+                data=given.read(network, example, preprocessing),
+                random_examples=loaded.random_inputs or given.preprocess_inside,
+                preprocessing=metadata,
+            )
     if json_file is not None:
         _write_report(json_file, result.report, artifact)
     if artifact is not None and json_file != STDOUT:
@@ -202,6 +216,7 @@ def _write_report(path: str, report: QuantizationReport, artifact: Artifact | No
         "file": None if artifact is None else str(artifact.path),
         "size_bytes": None if artifact is None else artifact.size_bytes,
         "sha256": None if artifact is None else artifact.sha256,
+        "verified_on": None if artifact is None else artifact.verified_on,
         "versions": {name: version(name) for name in _PACKAGES},
     }
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"

@@ -292,6 +292,9 @@ class _Work:
             return
         assert built.artifact is not None
         self.notes.extend(built.notes)
+        verified = f"files were compared with the model on {built.artifact.verified_on}"
+        if verified not in self.notes:
+            self.notes.append(verified)
         self.artifacts[place] = built.artifact
         self.places.append(place)
 

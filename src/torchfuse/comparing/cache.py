@@ -61,6 +61,7 @@ class _File:
     notes: tuple[str, ...]
     batch_norms: int | None
     batch_norms_left: int | None
+    verified_on: str | None = None
 
     def artifact(
         self, path: Path, delegation: Delegation | None, equivalence: Equivalence | None

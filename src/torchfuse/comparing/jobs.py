@@ -35,7 +35,7 @@ from torchfuse.errors import (
     UnsupportedError,
     first_line,
 )
-from torchfuse.exporting import export, load
+from torchfuse.exporting import export, in_the_shape_of, load
 from torchfuse.inputs import Case
 from torchfuse.quantizing.preprocessing import Preprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
@@ -66,6 +66,7 @@ OnRound = Callable[[str], object]
 
 # Every turn has untimed calls of its own; what is left for the warm-up is what a model does once.
 _WARMUP_CALLS = 10
+_MOST_COMPARED = 8  # cases of the calibration data
 _SCORES_DIMENSIONS = 2
 
 
@@ -80,6 +81,14 @@ class Subject:
     validation: Samples | None
     evaluate: Evaluation | None
     preprocessing: Preprocessing | None
+
+    @property
+    def alike(self) -> list[Case] | None:
+        """The calibration cases of the example's shape, to compare files on; None: there are none.
+
+        Not all are: calibration takes other sizes too.
+        """
+        return in_the_shape_of(self.examples[0], self.calibration or (), _MOST_COMPARED) or None
 
     @cached_property
     def expected(self) -> list[list[torch.Tensor]]:
@@ -177,6 +186,7 @@ def build(job: Build, subject: Subject) -> Built:
                 place.path,
                 precision=place.precision,
                 calibration=subject.calibration if place.precision == "int8" else None,
+                data=None if place.precision == "int8" else subject.alike,
                 optimize=job.optimize,
                 preprocessing=subject.preprocessing,
             )

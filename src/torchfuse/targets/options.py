@@ -39,7 +39,7 @@ def check_options(
     if calibrated and precision != "int8":
         raise InputError(
             f"Calibration data is for int8, but the precision is {precision}; ask for int8, or "
-            "give no calibration data."
+            "give it as data, on which the file is compared."
         )
     if target.always_fused is not None and not optimize:
         raise InputError(target.always_fused)

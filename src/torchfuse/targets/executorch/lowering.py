@@ -14,6 +14,7 @@ from torchfuse.quieting import quiet
 from torchfuse.targets.capturing import signature_of
 from torchfuse.targets.executorch.fast_lowering import without_waste
 from torchfuse.targets.executorch.program import runtime
+from torchfuse.targets.executorch.rewrites import REWRITES_ONCE_QUANTIZED, rewrite
 
 __all__ = ["Lowered", "lower", "operators"]
 
@@ -34,7 +35,8 @@ class Lowered:
 def lower(program: torch.export.ExportedProgram) -> Lowered:
     """Return `program` as an ExecuTorch program that runs on XNNPACK as far as XNNPACK can.
 
-    What XNNPACK does not take runs on ExecuTorch's portable kernels.
+    What XNNPACK does not take runs on ExecuTorch's portable kernels. `program` is used up: it is
+    rewritten in place.
 
     Raises:
         InputError: a dynamic size without a maximum.
@@ -46,6 +48,7 @@ def lower(program: torch.export.ExportedProgram) -> Lowered:
                 f"Expected a maximum for every dynamic size, but {symbol} has none; ExecuTorch "
                 "plans memory for the largest: torch.export.Dim('batch', max=8)."
             )
+    rewrite(program, REWRITES_ONCE_QUANTIZED)
     with quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower

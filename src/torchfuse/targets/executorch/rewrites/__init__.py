@@ -2,21 +2,30 @@
 
 Each is a function of an exported program, which it changes in place, and says how often it did.
 All are exact in real arithmetic; the file that is made is compared with the model as any other is.
-`benchmarks/targets.py` measures that each makes files faster, or else it goes.
+`benchmarks/rewrites.py` measures what each buys: files are faster for it, or a program is in one
+piece that was in several.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from torchfuse.targets.executorch.rewrites.attention import write_attention_without_masking
 from torchfuse.targets.executorch.rewrites.depthwise import split_large_depthwise_kernels
+from torchfuse.targets.executorch.rewrites.group_norm import write_out_group_norms
+from torchfuse.targets.executorch.rewrites.hardsigmoid import write_out_hardsigmoids
+from torchfuse.targets.executorch.rewrites.layer_norm import write_out_layer_norms
 from torchfuse.targets.executorch.rewrites.matmul import write_matmul_as_bmm
-from torchfuse.targets.executorch.rewrites.mean import keep_dimensions_of_means
-from torchfuse.targets.executorch.rewrites.no_ops import remove_no_op_expands
+from torchfuse.targets.executorch.rewrites.maximum import write_maxima_as_poolings
+from torchfuse.targets.executorch.rewrites.mean import (
+    keep_dimensions_of_means,
+    write_means_over_channels_as_convolutions,
+)
+from torchfuse.targets.executorch.rewrites.padding import leave_padding_in_int8
 from torchfuse.targets.executorch.rewrites.selecting import write_selections_as_slices
+from torchfuse.targets.executorch.rewrites.softmax import write_softmax_of_rows
 
-__all__ = ["REWRITES", "Rewrite", "rewrite"]
+__all__ = ["REWRITES", "REWRITES_ONCE_QUANTIZED", "Rewrite", "rewrite"]
 
 Rewrite = Callable[[torch.export.ExportedProgram], int]
 
@@ -25,15 +34,28 @@ REWRITES: tuple[Rewrite, ...] = (
     write_attention_without_masking,
     write_matmul_as_bmm,
     write_selections_as_slices,
-    remove_no_op_expands,
     keep_dimensions_of_means,
+    write_maxima_as_poolings,
     split_large_depthwise_kernels,
 )
 
+# After quantizing: what stays in float whatever is quantized, so that no observer sees its parts
+# and takes them for layers; and what is about int8 itself.
+REWRITES_ONCE_QUANTIZED: tuple[Rewrite, ...] = (
+    write_out_layer_norms,
+    write_out_group_norms,
+    write_softmax_of_rows,
+    write_means_over_channels_as_convolutions,
+    write_out_hardsigmoids,
+    leave_padding_in_int8,
+)
 
-def rewrite(program: torch.export.ExportedProgram) -> dict[str, int]:
-    """Apply every rewrite to the program, in place; return how often each found something."""
-    counts = {each.__name__: each(program) for each in REWRITES}
+
+def rewrite(
+    program: torch.export.ExportedProgram, rewrites: Sequence[Rewrite] = REWRITES
+) -> dict[str, int]:
+    """Apply the rewrites to the program, in place; return how often each found something."""
+    counts = {each.__name__: each(program) for each in rewrites}
     if any(counts.values()):
         program.graph.eliminate_dead_code()
         program.graph_module.recompile()
