@@ -86,7 +86,7 @@ def _of_model(text: str, inputs: tuple[str, ...], weights: Path | None) -> dict[
     from torchfuse.file_inputs import described
     from torchfuse.inputs import cases
 
-    network = loaded.model.module() if loaded.exported else loaded.model
+    network = loaded.module
     case = cases(loaded.example_inputs)[0]
     counter = FlopCounterMode(display=False)
     with counter:
