@@ -30,12 +30,14 @@ from torchfuse.errors import (
 )
 from torchfuse.file_inputs import described
 from torchfuse.inputs import Case, cases, require_finite_tensors, require_float32
+from torchfuse.provenance import provenance
 from torchfuse.quantizing import (
     read_calibration,
     require_converted,
     require_eval_mode,
     require_forward,
 )
+from torchfuse.quantizing.calibration import sample_count
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
 from torchfuse.quantizing.static import argument_names
@@ -133,7 +135,7 @@ def export(
     require_forward(examples)
     for case in examples:
         _require_finite(model, case)
-    random = False
+    random, calibrated = False, None
     if precision == "int8":
         read = read_calibration(
             calibration,
@@ -143,6 +145,7 @@ def export(
             names=argument_names(model),
         )
         calibration, random = read.cases, read.random
+        calibrated = f"{read.source}, {sample_count(read.cases)} samples"
     with random_state_kept():
         made = target.make(
             Request(model, examples, target.form, precision, calibration, dynamic_shapes, optimize)
@@ -161,6 +164,7 @@ def export(
         "torch": torch.__version__,
         "torchfuse": _own_version(),
         **made.metadata,
+        **provenance(made.reference, model, examples, equivalence, calibrated),
         **_kept("inputs", described(examples[0])),
         **_kept("preprocessing", _as_plain_data(preprocessing)),
     }

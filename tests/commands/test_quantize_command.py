@@ -330,7 +330,8 @@ def test_labels_may_be_text(folder: Path, name: str) -> None:
         "--labels", folder / name,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert re.search(r"top-1: [\d.]+ % before, [\d.]+ % after, on the 12 calib", result.stdout)
+    said = r"top-1: [\d.]+ % before, [\d.]+ % after \(95 % interval .*\), on the 12 calibration"
+    assert re.search(said, result.stdout)
 
 
 def test_the_size_of_pictures_says_what_the_input_is_where_nothing_else_does(folder: Path) -> None:

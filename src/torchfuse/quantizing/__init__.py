@@ -12,6 +12,7 @@ from torchfuse.errors import InputError, QuantizationWarning
 from torchfuse.inputs import cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
+    CALIBRATED,
     CalibrationData,
     calibrate,
     read_calibration,
@@ -184,6 +185,8 @@ def quantize(
             notes.append(f"Only {left}; expect little gain in size and speed.")
     _warn(notes)
     calibrated = None if data is None else _calibrated(data, found.late_growth)
+    if calibrated is not None:
+        found.model.meta[CALIBRATED] = f"{calibrated.source}, {calibrated.samples} samples"
     has_settled = calibrated is not None and calibrated.settled is True
     report = QuantizationReport(
         scheme=chosen if backend == "xnnpack" else f"{chosen} for {backend}",

@@ -18,6 +18,7 @@ from torchfuse.quantizing.preprocessing import PICTURES, Preprocessing, pictures
 from torchfuse.restoring import put_back
 
 __all__ = [
+    "CALIBRATED",
     "CalibrationData",
     "calibrate",
     "checked_calibration",
@@ -28,6 +29,7 @@ __all__ = [
     "tensors_of",
 ]
 
+CALIBRATED = "torchfuse_calibrated"  # in a quantized graph's meta: on what data, in words
 RANDOM = "random"  # calibration on noise, for a look at speed; asked for by name only
 _RANDOM_SAMPLES = 16
 _ARRAYS = (".npy", ".npz")
