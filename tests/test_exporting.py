@@ -771,7 +771,7 @@ def test_a_float_file_is_compared_on_the_data_and_says_so(
     assert [output.name for output in artifact.equivalence.outputs] == ["output", "data, output"]
     metadata = check(artifact.path).metadata
     assert metadata is not None
-    assert metadata["verified_on"] == artifact.verified_on
+    assert metadata["verified"]["on"] == artifact.verified_on
 
 
 def test_what_a_file_was_compared_on_is_said_in_words(

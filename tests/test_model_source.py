@@ -214,6 +214,14 @@ def test_an_exported_program_is_loaded_with_the_inputs_it_was_saved_with(tmp_pat
         load(str(path), weights=Path("w.pt"))
 
 
+def test_weights_that_nothing_fills_in_are_the_same_each_time(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\ndef net(): return nn.Linear(2, 3)\n")
+    before = torch.get_rng_state()
+    first, second = (load(f"{tmp_path / 'net.py'}:net", ["1x2"]).model for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_damaged_exported_program_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "damaged.pt2"
     path.write_bytes(b"PK\x03\x04 not a program")

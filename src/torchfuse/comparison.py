@@ -7,6 +7,7 @@ from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence
 from torchfuse.noise import Caution
 from torchfuse.planning import FusionPlan
+from torchfuse.profiling import Profile
 from torchfuse.stats import Ratio, Share
 from torchfuse.timing import Measurement, ratio
 
@@ -113,6 +114,7 @@ class Comparison:
     after: tuple[Operation, ...] = ()  # of the fused one
     digest: str | None = None  # of the model, data, example, options and versions; None: unknown
     unfinished: str | None = None  # what was still to be done when it was interrupted
+    profiles: tuple[Profile, ...] = ()  # where the time of a run goes, by operator, on this machine
 
     @property
     def baseline(self) -> Row:

@@ -4,16 +4,18 @@ import copy
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.judging.attached import modules_in
+from torchfuse.quieting import quiet
 from torchfuse.restoring import MODULE_TABLES
 
 __all__ = ["calls_of", "copied", "own_tables", "shell"]
@@ -44,7 +46,9 @@ def copied(model: Model) -> Model:
                 memo[id(value)] = value.detach().clone()
     _copy_shared_memory(model, memo)
     try:
-        with torch.inference_mode(False):
+        # torch's own graphs hold what torch warns of when it is copied.
+        hushed = quiet() if isinstance(model, GraphModule) else nullcontext()
+        with torch.inference_mode(False), hushed:
             made = copy.deepcopy(model, memo)
             _require_apart(model, made)
             _Rebinding(model, made).rebind()

@@ -31,13 +31,14 @@ from torchfuse.errors import (
 )
 from torchfuse.file_inputs import described
 from torchfuse.inputs import Case, cases, require_finite_tensors, require_float32
+from torchfuse.provenance import provenance
 from torchfuse.quantizing import (
-    CalibrationData,
     read_calibration,
     require_converted,
     require_eval_mode,
     require_forward,
 )
+from torchfuse.quantizing.calibration import CalibrationData, sample_count
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
 from torchfuse.quantizing.static import argument_names
@@ -141,12 +142,14 @@ def export(
     require_forward(examples)
     for case in examples:
         _require_finite(model, case)
-    calibrating = None
+    calibrating: CalibrationData | None = None
+    calibrated: str | None = None
     if precision == "int8":
         calibrating = _read(calibration, model, examples[0], preprocessing)
+        calibrated = f"{calibrating.source}, {sample_count(calibrating.cases)} samples"
     seen = calibrating if data is None else _read(data, model, examples[0], preprocessing)
     judging = [] if seen is None else in_the_shape_of(examples[0], seen.cases, _MOST_CASES)
-    if data is not None and not judging:
+    if data is not None and seen is not None and not judging:
         raise CalibrationError(
             f"Expected data in the shape of the example, {examples[0]}, got none in {seen.source}; "
             "give samples of that size."
@@ -177,8 +180,8 @@ def export(
         "precision": made.precision,
         "torch": torch.__version__,
         "torchfuse": _own_version(),
-        "verified_on": verified_on,
         **made.metadata,
+        **provenance(made.reference, model, verified_on, equivalence, calibrated),
         **_kept("inputs", described(examples[0])),
         **_kept("preprocessing", _as_plain_data(preprocessing)),
     }

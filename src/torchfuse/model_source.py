@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torchfuse.errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     import torch
@@ -73,6 +74,25 @@ class LoadedModel:
     example_inputs: Any  # as `torchfuse.plan` takes them
     exported: bool = False
     random_inputs: bool = False  # they are noise of the sizes that were given
+
+    @property
+    def title(self) -> str | None:
+        """What reports call it; None: its class, which is the name that its author gave it."""
+        source = parse_source(self.name)
+        if self.exported:
+            return None if source.path is None else source.path.stem
+        return source.attribute if source.module == _TIMM else None
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, or the exported program as a module, without what guards its sizes.
+
+        Raises:
+            InputError: the program does not take the example inputs.
+        """
+        if self.exported:
+            return _module_of(self.name, self.model, self.example_inputs)
+        return self.model  # type: ignore[no-any-return]
 
 
 def parse_source(text: str) -> ModelSource:
@@ -216,13 +236,14 @@ def _build(text: str, source: ModelSource) -> tuple[nn.Module, Any]:
     from torch import nn
 
     given = None
-    if (made := _of_timm(text, source)) is not None:
-        return made
-    value = _attribute(text, source)
-    if not isinstance(value, nn.Module):
-        value = _call(text, value, source)
-    elif source.args or source.kwargs:
-        raise InputError(f"'{text}' is a module already, which takes no arguments here.")
+    with _same_random_numbers():
+        if (made := _of_timm(text, source)) is not None:
+            return made
+        value = _attribute(text, source)
+        if not isinstance(value, nn.Module):
+            value = _call(text, value, source)
+        elif source.args or source.kwargs:
+            raise InputError(f"'{text}' is a module already, which takes no arguments here.")
     if isinstance(value, tuple) and len(value) == 2:
         value, given = value
     if not isinstance(value, nn.Module):
@@ -231,6 +252,16 @@ def _build(text: str, source: ModelSource) -> tuple[nn.Module, Any]:
             f"got {type(value).__name__}."
         )
     return value, given
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Draw what no checkpoint fills in: the same model each time, so that runs can be compared."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _attribute(text: str, source: ModelSource) -> Any:
@@ -358,6 +389,31 @@ def _load_program(path: Path) -> ExportedProgram:
             f"'{path}' is not an exported program that torch {torch.__version__} can load "
             f"({type(error).__name__}: {first_line(error)}); save it with torch.export.save."
         ) from error
+
+
+def _module_of(text: str, program: ExportedProgram, example_inputs: Any) -> nn.Module:
+    """Return the program as a module that can be traced, exported and copied again.
+
+    It is run once with its guards, which say what sizes it was exported for: without them it might
+    run on others, and be wrong.
+    """
+    from torchfuse.inputs import cases
+    from torchfuse.quieting import quiet
+
+    for case in cases(example_inputs):
+        try:
+            with quiet():
+                program.module()(*case.args, **case.kwargs)
+        except Exception as error:
+            raise InputError(
+                f"'{text}' cannot run on {case}: {first_line(error).rstrip('.')}; give --input "
+                "with the sizes that it was exported for."
+            ) from error
+    with quiet():
+        module = program.module(check_guards=False)
+    for part in module.modules():
+        part.training = False  # it has no modes: it computes as it was exported
+    return module
 
 
 # ── example inputs ───────────────────────────────────────────────────────────────────────────────

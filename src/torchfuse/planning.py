@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Fusion", "FusionPlan", "Refusal", "Skip"]
+__all__ = ["Fusion", "FusionPlan", "Refusal", "Skip", "Whole"]
 
 _FORMAT = "torchfuse-plan-1"
 
@@ -40,6 +40,16 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What the model costs in all before fusing, in the first case."""
+
+    macs: int  # multiply-adds
+    traffic_bytes: int  # activations that are read or written
+    norms: int  # batch norms that ran
+    norms_merged: int  # of them, by the plan's fusions
+
+
+@dataclass(frozen=True)
 class FusionPlan:
     """Everything that was found in one model, and the scope it holds for."""
 
@@ -48,6 +58,7 @@ class FusionPlan:
     fusions: tuple[Fusion, ...]
     skips: tuple[Skip, ...]
     originals_bytes: int | None = None  # memory that kept originals take, once fused
+    whole: Whole | None = None  # what the savings are a share of; None: unknown
 
     @property
     def parameters_saved(self) -> int:

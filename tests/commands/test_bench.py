@@ -48,6 +48,16 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
+def test_an_exported_program_is_no_file_to_run_and_it_is_said_how_to_make_one(
+    bench: Bench, tmp_path: Path
+) -> None:
+    path = tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(2),)), path)
+    status, _, errors = bench(str(path))
+    assert status == 2
+    assert f"'torchfuse export {path} -o model.pte'" in errors
+
+
 def test_with_model_it_is_speed_benchmark_torch(bench: Bench, model_files: Files) -> None:
     status, printed, errors = bench(
         f"--model={model_files('third.pt')}", DIMS, "--input_type=float"

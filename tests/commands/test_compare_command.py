@@ -235,10 +235,17 @@ def test_what_is_wrong_is_known_before_the_model_is_made(
     assert not (folder / "was_run").exists()
 
 
-def test_an_exported_program_has_no_other_forms(folder: Path) -> None:
+def test_an_exported_program_is_compared_with_itself_fused(folder: Path) -> None:
     import torch
 
-    program = torch.export.export(torch.nn.ReLU(), (torch.ones(2),))
-    torch.export.save(program, folder / "net.pt2")
-    result = CliRunner().invoke(cli, ["compare", "net.pt2"])
-    assert "which has no other forms; give path/to/file.py:callable" in str(result.exception)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    program = torch.export.export(net, (torch.ones(1, 3, 8, 8),))
+    torch.export.save(program, folder / "mine.pt2")
+    result = CliRunner().invoke(
+        cli, ["compare", "mine.pt2", "--targets", "eager", "--runs", "2", "--json", "-"]
+    )
+    assert result.exit_code == 0, result.output
+    comparison = Comparison.from_json(result.stdout)
+    assert comparison.model == "mine"
+    assert [row.variant for row in comparison.rows] == [NOT_FUSED, "fused"]
+    assert [fusion.rule for fusion in comparison.plan.fusions] == ["conv_bn"]

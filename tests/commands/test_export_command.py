@@ -114,7 +114,7 @@ def test_the_files_that_bench_compares_are_made_by_three_commands(folder: Path) 
         result = run("net", "-o", out, *options)
         assert result.exit_code == 0, result.output
         assert f"\nWrote {out} ({(folder / out).stat().st_size:,} bytes).\n" in result.stdout
-        assert "compared with the model: output: max abs" in result.stdout
+        assert "compared with the model on the example: output: max abs" in result.stdout
         said[out] = result.stdout
     assert "batch norms: 2 in the model, 2 in the file" in said["not_fused.pt"]
     assert "batch norms: 2 in the model, none in the file" in said["fused.pt"]
@@ -156,7 +156,7 @@ def test_a_float_file_is_compared_on_data_too_and_the_file_says_so(folder: Path)
     result = run("plain", "-o", "m.pte", "--data", "inputs.npy")
     assert result.exit_code == 0, result.output
     assert "compared with the model on the example and 8 inputs of 'inputs.npy':" in result.stdout
-    assert check("m.pte").metadata["verified_on"] == "the example and 8 inputs of 'inputs.npy'"
+    assert check("m.pte").metadata["verified"]["on"] == "the example and 8 inputs of 'inputs.npy'"
 
 
 def test_a_check_on_random_inputs_only_says_so(folder: Path) -> None:
@@ -274,10 +274,27 @@ def test_a_size_that_the_model_has_not_is_one_sentence(
     assert not Path("m.pte").exists()
 
 
-def test_an_exported_program_is_refused_before_it_is_read(folder: Path) -> None:
-    result = CliRunner().invoke(cli, ["export", "none.pt2", "-o", "m.pte"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_exported_program_becomes_a_file_that_computes_the_same(
+    folder: Path, precision: str
+) -> None:
+    model, x = model_source.load("nets.py:net").model, torch.randn(1, 3, 8, 8)
+    torch.export.save(torch.export.export(model, (x,)), folder / "net.pt2")
+    arguments = ["export", "net.pt2", "-o", "m.pte", "--precision", precision]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    tolerance = {"fp32": 1e-5, "fp16": 1e-2}[precision]
+    torch.testing.assert_close(torchfuse.load("m.pte")(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+def test_an_exported_program_takes_only_the_sizes_that_it_was_exported_for(folder: Path) -> None:
+    program = torch.export.export(torch.nn.ReLU(), (torch.ones(2, 3),))
+    torch.export.save(program, folder / "relu.pt2")
+    result = CliRunner().invoke(cli, ["export", "relu.pt2", "-o", "m.pt", "--input", "2x4"])
     assert isinstance(result.exception, InputError)
-    assert "Expected a model, got the exported program 'none.pt2'" in str(result.exception)
+    with pytest.raises(InputError, match=r"'relu.pt2' cannot run on forward\(2×4\): .* --input"):
+        raise result.exception
+    assert not Path("m.pt").exists()
 
 
 def test_help_does_not_import_torch() -> None:

@@ -1,5 +1,6 @@
 """`torchfuse info`: what a file says of itself, and what a model is."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def test_a_file_is_told_as_it_was_sealed(folder: Path) -> None:
     assert (found["sha256"], found["size_bytes"]) == (made.sha256, made.size_bytes)
     assert found["preprocessing"] == preprocessing
     assert found["made_by"]["torch"] == torch.__version__
+
+
+def test_an_int8_file_says_what_it_was_made_of_and_compared_on(folder: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torchfuse.export(model, x, "a.pte", precision="int8", calibration=[x] * 10)
+    shown = info("a.pte").stdout
+    assert "precision by layer: 2 layers in int8, none in float\n" in shown
+    assert "calibrated on: 10 given cases, 10 samples\n" in shown
+    assert " dB, against Sequential on the example and 5 inputs of 10 given cases\n" in shown
+    quantized = torchfuse.quantize(model, x, [x] * 10).model
+    torchfuse.export(quantized, x, "b.pte")
+    shown = info("b.pte").stdout
+    assert "calibrated on: 10 given cases, 10 samples\n" in shown
+    assert "against the quantized model on the example\n" in shown
+
+
+def test_an_exported_program_is_told_by_its_operators_and_as_a_file(folder: Path) -> None:
+    program = torch.export.export(nn.Conv2d(3, 4, 3).eval(), (torch.ones(1, 3, 8, 8),))
+    torch.export.save(program, "a.pt2")
+    found = json.loads(info("a.pt2", "--json", "-").stdout)
+    assert found["layers"] == {"conv2d": 1}
+    assert found["sha256"] == hashlib.sha256(Path("a.pt2").read_bytes()).hexdigest()
 
 
 def test_a_damaged_file_is_an_error(folder: Path) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import torchfuse
+from torchfuse import model_source
 from torchfuse.cli import cli
 from torchfuse.errors import CalibrationError, InputError
 from torchfuse.targets.opening import check
@@ -91,6 +92,73 @@ def test_pictures_make_an_int8_file_and_a_report(folder: Path) -> None:
     assert f"Wrote {folder / 'out.pte'}" in result.stdout
     assert json.loads(report.read_text())["calibrated"]["samples"] == 12
     assert check(folder / "out.pte").metadata["preprocessing"]["size"] == [8, 8]
+
+
+def labelled(folder: Path) -> Path:
+    """Twelve samples with labels, eleven of them what the model says."""
+    model = model_source.load(f"{folder / 'net.py'}:net").model
+    x = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = model(x).argmax(1)
+    labels[0] = (labels[0] + 1) % 4
+    np.savez(folder / "samples.npz", x=x.numpy(), labels=labels.numpy())
+    return folder / "samples.npz"
+
+
+def test_labels_in_the_data_give_top_1_with_its_interval(folder: Path) -> None:
+    result = run(folder, "net", "--data", labelled(folder), "--no-recovery")
+    assert result.exit_code == 0, result.output
+    found = re.search(
+        r"top-1: 91.67 % before, .* % after \(95 % interval (.*) … (.*)\)", result.stdout
+    )
+    assert found is not None, result.stdout
+    assert float(found[1]) < 91 < float(found[2])
+
+
+def test_without_recovery_the_agreement_is_reported_all_the_same(folder: Path) -> None:
+    result = run(folder, "net", "--data", folder / "pictures", *PICTURES, "--no-recovery")
+    assert result.exit_code == 0, result.output
+    assert "outputs at" in result.stdout
+    assert "agreement: 100 % before" in result.stdout
+
+
+def test_folders_that_are_no_classes_of_the_model_are_calibration_data_and_a_note(
+    folder: Path,
+) -> None:
+    for name in ("cats", "dogs"):
+        (folder / "pictures" / name).mkdir()
+    for picture in (folder / "pictures").glob("*.png"):
+        place = "cats" if picture.stem < "5" else "dogs"
+        picture.rename(picture.parent / place / picture.name)
+    result = run(folder, "net", "--data", folder / "pictures", *PICTURES, "--no-recovery")
+    assert result.exit_code == 0, result.output
+    assert "Note: accuracy is not measured. Expected labels of the 4 classes" in result.stderr
+    assert "top-1" not in result.stdout
+
+
+def test_an_exported_program_is_quantized_in_the_batches_that_it_takes(folder: Path) -> None:
+    model, x = model_source.load(f"{folder / 'net.py'}:net").model, torch.randn(4, 3, 8, 8)
+    torch.export.save(torch.export.export(model, (x,)), folder / "net.pt2")
+    result = CliRunner().invoke(
+        cli,
+        ["quantize", str(folder / "net.pt2"), "-o", str(folder / "out.pte"), "--no-recovery",
+         "--data", str(labelled(folder))],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "top-1: 91.67 % before" in result.stdout
+    assert torchfuse.load(folder / "out.pte")(x).shape == (4, 4)
+
+
+def test_every_long_step_is_said_with_what_it_is(folder: Path) -> None:
+    result = run(folder, "net", "--data", folder / "pictures", *PICTURES)
+    assert result.exit_code == 0, result.output
+    steps = (
+        "reading the data", "capturing the model", "calibrating on 12 samples",
+        "trying careful_ranges", "trying equalization", "trying rounding",
+        "measuring what was lost", "writing out.pte",
+    )  # fmt: skip
+    places = [result.stderr.find(f"{step}\n") for step in steps]
+    assert -1 not in places, result.stderr
+    assert places == sorted(places)
 
 
 @pytest.mark.filterwarnings("ignore::torchfuse.DelegationWarning")
@@ -262,7 +330,8 @@ def test_labels_may_be_text(folder: Path, name: str) -> None:
         "--labels", folder / name,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert re.search(r"top-1: [\d.]+ % before, [\d.]+ % after, on the 12 calib", result.stdout)
+    said = r"top-1: [\d.]+ % before, [\d.]+ % after \(95 % interval .*\), on the 12 calibration"
+    assert re.search(said, result.stdout)
 
 
 def test_the_size_of_pictures_says_what_the_input_is_where_nothing_else_does(folder: Path) -> None:

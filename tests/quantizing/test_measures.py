@@ -69,9 +69,9 @@ def test_labels_that_do_not_fit_are_an_error(labels: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, r"Expected returned\(model\) to return a number, .* got NoneType"),
-        ("0.5 mAP", "to return a number, .* got str"),
-        (torch.ones(2), "to return a number, .* got Tensor"),
+        (None, r"Expected returned to return a number of which more is better, got NoneType"),
+        ("0.5 mAP", "to return a number of .* got str"),
+        (torch.ones(2), "to return a number of .* got Tensor"),
         (float("nan"), "to return a finite number, got nan"),
     ],
 )

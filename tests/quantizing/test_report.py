@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,13 @@ def test_figures_on_the_calibration_data_say_so():
         "map50: 0.5 before, 0.25 after",
         "agreement: 100 % before, 93.75 % after, on the 16 calibration samples themselves",
     ]
+
+
+def test_a_share_of_samples_has_its_interval():
+    share = Accuracy("top-1", 90.0, 85.0, "the 20 given samples", 20, 64.0, 94.8)
+    assert str(replace(REPORT, accuracy=(share,))).splitlines()[-1] == (
+        "top-1: 90 % before, 85 % after (95 % interval 64.0 … 94.8), on the 20 given samples"
+    )
 
 
 def test_outputs_that_are_equal_have_a_number_in_json():

@@ -131,8 +131,9 @@ def command(
       torchfuse compare timm:resnet18 --variants fused,int8 --targets pte --device adb
 
     MODEL is path/to/file.py:callable, package.module:callable, either with arguments in brackets,
-    or timm:NAME. The forms: eager as it is, in channels_last and fused; TorchScript; ExecuTorch in
-    fp32, fp16 and, with --data, int8. All are timed in the same rounds, in random order.
+    timm:NAME, or an exported program file.pt2. The forms: eager as it is, in channels_last and
+    fused; TorchScript; ExecuTorch in fp32, fp16 and, with --data, int8. All are timed in the same
+    rounds, in random order.
 
     --data is an .npy or .npz file, which may have an array "labels"; pictures in a folder for each
     class, or with a labels.csv in it; or a .csv or .txt with a picture and its label in each line.
@@ -161,13 +162,8 @@ def command(
 
     check_choices(chosen, wanted, devices)
     loaded = model_source.load(model, inputs, weights, given.inputs())
-    if loaded.exported:
-        raise InputError(
-            "Expected a model, got an exported program, which has no other forms; give "
-            "path/to/file.py:callable."
-        )
     function = None if evaluate is None else model_source.load_function(evaluate)
-    network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
+    network, example, preprocessing = given.applied(loaded.module, loaded.example_inputs)
     import torchfuse
     from torchfuse.runner.allocator import keep_freed_memory
 
@@ -198,6 +194,7 @@ def command(
             cache=None if no_cache else default_folder(),
             earlier=earlier,
             command=_again(),
+            name=loaded.title,
             progress=step,
             partial=so_far.append,
         )

@@ -82,7 +82,8 @@ def command(
       torchfuse export net.py:build -o int8.onnx --precision int8 --data inputs.npy
       torchfuse export net.py:build -o model --fastest
 
-    MODEL is path/to/file.py:callable or package.module:callable.
+    MODEL is path/to/file.py:callable, package.module:callable, timm:NAME, or an exported program
+    file.pt2.
     """  # noqa: D301  # \b keeps click from re-filling the next paragraph
     parsed = parse_sizes(sizes)
     if fastest:
@@ -103,15 +104,10 @@ def command(
     if precision == "int8" and given.data is None:
         raise InputError("int8 needs --data: the inputs that its ranges are measured on.")
     given.check()
-    if model_source.parse_source(model).attribute is None:
-        raise InputError(
-            f"Expected a model, got the exported program '{model}': a file is made of and compared "
-            "with the model itself; give path/to/file.py:callable."
-        )
     loaded = model_source.load(model, inputs, weights, given.inputs())
     import torchfuse
 
-    network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
+    network, example, preprocessing = given.applied(loaded.module, loaded.example_inputs)
     data = given.read(network, example, preprocessing)
     # What the file says is not always what pictures are read by.
     kept: Any = given.kept(preprocessing) if given.preprocess_inside else preprocessing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torchfuse.commands.status import STDOUT
 from torchfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torchfuse.inputs import Case
 
@@ -66,11 +67,13 @@ def _of_file(path: Path) -> dict[str, Any]:
         "size_bytes": len(file.data),
         "sha256": hashlib.sha256(file.data).hexdigest(),
         "checksum": "in the file, and right" if sealed else "none in the file",
-        "verified_on": sealed.get("verified_on"),
         "inputs": sealed.get("inputs"),
         "preprocessing": sealed.get("preprocessing"),
         "delegates": sealed.get("backends") or None,
-        "operators_outside": operators,
+        "operators_outside": operators or None,
+        "precision_by_layer": sealed.get("layers"),
+        "calibrated_on": sealed.get("calibrated_on"),
+        "verified": sealed.get("verified"),
         "made_by": {
             name: sealed[name] for name in ("torchfuse", "torch", "executorch") if name in sealed
         }
@@ -87,18 +90,19 @@ def _of_model(text: str, inputs: tuple[str, ...], weights: Path | None) -> dict[
     from torchfuse.file_inputs import described
     from torchfuse.inputs import cases
 
-    network = loaded.model.module() if loaded.exported else loaded.model
+    network = loaded.module
     case = cases(loaded.example_inputs)[0]
     counter = FlopCounterMode(display=False)
     with counter:
         outputs = run(network, case)
-    kinds: dict[str, int] = {}
-    for module in network.modules():
-        if not any(True for _ in module.children()):
-            kinds[type(module).__name__] = kinds.get(type(module).__name__, 0) + 1
+    kinds = Counter(
+        _operators(network)
+        if loaded.exported
+        else (type(m).__name__ for m in network.modules() if not any(True for _ in m.children()))
+    )
     return {
         "model": text,
-        "class": type(network).__name__,
+        **(_as_file(Path(text)) if loaded.exported else {"class": type(network).__name__}),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "parameter_bytes": sum(p.numel() * p.element_size() for p in network.parameters()),
         "macs": counter.get_total_flops() // 2,
@@ -113,15 +117,42 @@ def _of_model(text: str, inputs: tuple[str, ...], weights: Path | None) -> dict[
     }
 
 
+def _as_file(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _operators(graph: Any) -> Iterator[str]:
+    """Yield the operators of an exported program's module: it has no modules of its own."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            yield str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
+
+
 def _shown(name: str, value: Any) -> str:
     if name == "inputs":
         return _inputs(value)
+    if name == "verified":
+        return _verified(value)
+    if name == "precision_by_layer":
+        return _precisions(value)
     if isinstance(value, dict):
         pairs = (f"{key} {_shown('', item)}" for key, item in value.items())
         return ", ".join(pairs)
     if isinstance(value, list | tuple):
         return ", ".join(str(item) for item in value)
     return f"{value:,}" if isinstance(value, int) and name != "format" else str(value)
+
+
+def _precisions(kept: Mapping[str, Any]) -> str:
+    names = ", ".join(name or "the model itself" for name in kept.get("in_float", ()))
+    in_float = f"{kept['float']} in float" + (f": {names}" if names else "")
+    return f"{kept['int8']} layers in int8, {in_float if kept['float'] else 'none in float'}"
+
+
+def _verified(kept: Mapping[str, Any]) -> str:
+    found = "equal" if kept["sqnr_db"] is None else f"at {kept['sqnr_db']:.1f} dB"
+    return f"outputs {found}, against {kept['against']} on {kept['on']}"
 
 
 def _inputs(kept: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,8 @@ def command(
 ) -> None:
     """Quantize MODEL in evaluation mode, check what comes out, and write it to OUT.
 
-    MODEL is path/to/file.py:callable or package.module:callable.
+    MODEL is path/to/file.py:callable, package.module:callable, timm:NAME, or an exported program
+    file.pt2. Labels in --data, as for compare, give top-1.
     """
     _check_suffix(output, backend)
     check_destinations({"-o": output, "--json": None if json_file == STDOUT else json_file})
@@ -124,14 +126,9 @@ def command(
         )
     given.check()
     loaded = model_source.load(model, inputs, weights, given.inputs())
-    if loaded.exported:
-        raise InputError(
-            "Expected a model, got an exported program: batch norms are folded and ranges measured "
-            "on the model itself; give path/to/file.py:callable."
-        )
     import torchfuse
 
-    network, example, preprocessing = given.applied(loaded.model, loaded.example_inputs)
+    network, example, preprocessing = given.applied(loaded.module, loaded.example_inputs)
     metadata = given.kept(preprocessing)
     if scheme == "fp16":
         _closing(
@@ -149,11 +146,16 @@ def command(
     steps = () if no_recovery or not static else (recover or _STEPS)
     with warnings.catch_warnings(), progress() as step:
         warnings.simplefilter("ignore", QuantizationWarning)  # the report's notes say it
-        step("quantizing")
+        step("reading the data")
+        data = (
+            given.data
+            if given_labels is not None or backend != "xnnpack"
+            else _with_labels(given.data, network, example, preprocessing, loaded.exported)
+        )
         result = torchfuse.quantize(
             network,
             example,
-            given.data,
+            data,
             scheme=scheme,
             backend=backend,
             preprocessing=preprocessing,
@@ -162,6 +164,8 @@ def command(
             labels=given_labels,
             evaluate=None if evaluate is None else model_source.load_function(evaluate),
             explain=explain,
+            measure=static,
+            progress=step,
         )
     if json_file != STDOUT:
         _show(result.report)
@@ -193,6 +197,38 @@ def command(
             err=True,
         )
         sys.exit(GATE)
+
+
+def _with_labels(
+    given: str | None, network: Any, example: Any, preprocessing: Any, one_size: bool
+) -> Any:
+    """Return --data with the labels that it has; as it was given where there are none.
+
+    With `one_size` it is put into batches as large as the example's.
+    """
+    if given in (None, "random"):
+        return given
+    from torchfuse.comparing.jobs import check_labels
+    from torchfuse.comparing.samples import all_of, read_samples
+    from torchfuse.inputs import cases
+    from torchfuse.quantizing.preprocessing import WithPreprocessing
+    from torchfuse.quantizing.static import argument_names
+
+    case = cases(example)[0]
+    samples = read_samples(
+        given,
+        case,
+        preprocessing,
+        as_pixels=isinstance(network, WithPreprocessing),
+        names=argument_names(network),
+    )
+    if samples.classes is not None:
+        try:
+            check_labels(network, samples, case)
+        except InputError as error:  # pictures in folders are calibration data all the same
+            click.echo(f"Note: accuracy is not measured. {error}", err=True)
+            samples = replace(samples, labels=None)
+    return given if samples.labels is None and not one_size else all_of(samples, case)
 
 
 def _show(report: QuantizationReport) -> None:

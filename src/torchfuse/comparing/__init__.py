@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.ao.quantization import QuantStub
 
 from torchfuse.artifacts import Artifact, Precision, check_folder
@@ -33,6 +33,7 @@ from torchfuse.comparing.jobs import (
 )
 from torchfuse.comparing.jobs import evaluate as evaluated
 from torchfuse.comparing.operations import operations
+from torchfuse.comparing.profiles import profiled, worth_profiling
 from torchfuse.comparing.samples import (
     Samples,
     batch_size,
@@ -59,9 +60,13 @@ from torchfuse.quantizing.calibration import (
     sample_count,
     tensors_of,
 )
+from torchfuse.quantizing.measures import name_of
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.quantizing.static import argument_names
 from torchfuse.timing import Measurement, check_counts, ratio
+
+if TYPE_CHECKING:
+    from torchfuse.profiling import Profile
 
 __all__ = ["check_choices", "compare"]
 
@@ -93,6 +98,7 @@ def compare(
     cache: str | Path | None = None,
     earlier: Comparison | None = None,
     command: str | None = None,
+    name: str | None = None,
     progress: Progress = lambda _: None,
     partial: Callable[[Callable[[], Comparison | None]], object] = lambda _: None,
 ) -> Comparison:
@@ -125,11 +131,12 @@ def compare(
         folder: where the artifacts are left; None: nowhere.
         threads: of torch and of ExecuTorch's runtime.
         runs: timed runs of each variant.
-        explain: measure the noise of each layer in int8.
+        explain: measure the noise of each layer in int8, and profile the operators.
         cache: a folder in which files are kept by their content: what was made before of the same
             model, data and versions is not made again. None: nothing is kept.
         earlier: an interrupted comparison of the same content, whose rounds are not repeated.
         command: what makes this comparison again in a shell, for the report.
+        name: what the report calls the model; None: its class.
         progress: called with a description before each long step.
         partial: called once, with a function that returns what there is so far: for whoever is
             interrupted.
@@ -154,14 +161,13 @@ def compare(
                          "data and validation.")  # fmt: skip
     require_eval_mode(model)
     examples = cases(example_inputs)
-    name = type(model).__name__
+    name = name or type(model).__name__
     if (method := _only_method(examples)) != "forward":
         model, name = _Method(model, method), f"{name}.{method}"
         examples = [Case(case.args, case.kwargs) for case in examples]
     require_forward(examples)
-    notes: list[str] = []
-    cases_, samples, told = _data(
-        model, examples, data, validation, calibration, preprocessing, notes
+    cases_, samples, told, calibrated = _data(
+        model, examples, data, validation, calibration, preprocessing
     )
     if samples is not None:
         check_labels(model, samples, examples[0])
@@ -171,7 +177,8 @@ def compare(
     progress("fusing")
     plan = None
     if fused is None:
-        result = fuse(model, examples)
+        is_graph = _is_graph(model)
+        result = fuse(model, examples[:1] if is_graph else examples, graph=is_graph)
         fused, plan = {"fused": result.model}, result.plan
     inside = isinstance(model, WithPreprocessing)  # then nobody who calls it has to do it
     kept = None if inside else preprocessing
@@ -192,7 +199,7 @@ def compare(
             Comparison(
                 model=name,
                 rows=(),
-                notes=tuple(notes),
+                notes=(),
                 architecture=platform.machine(),
                 inputs=str(examples[0]),
                 validation=told,
@@ -207,15 +214,27 @@ def compare(
         )
         partial(work.so_far)
         work.build(chosen, in_process, files)
+        if calibrated is not None and any(p.precision == "int8" for p in work.places):
+            work.notes.insert(0, calibrated)
         work.draw()
         if explain and cases_ is not None and any(p.precision == "int8" for p in work.places):
             work.explain()
         work.evaluate()
         for device in places:
             work.measure(device, runs, threads)
+        if explain and LOCAL in places:
+            work.profile(threads)
         found = work.so_far()
     assert found is not None
     return found
+
+
+def _is_graph(model: nn.Module) -> bool:
+    """Whether it is an exported program's module, which calls no modules that could be fused."""
+    inner = model.model if isinstance(model, WithPreprocessing) else model
+    if not isinstance(inner, fx.GraphModule):
+        return False
+    return not any(node.op == "call_module" for node in inner.graph.nodes)
 
 
 class _Method(nn.Module):
@@ -385,6 +404,18 @@ class _Work:
         if (error := self.measured[device].error) is not None:
             self.notes.append(f"left out: {device}: {error}")
 
+    def profile(self, threads: int) -> None:
+        """Find out which operators take the time."""
+        found: list[Profile] = []
+        places = worth_profiling(self.places)
+        for number, place in enumerate(places, 1):
+            self.progress(f"profiling, {number} of {len(places)}")
+            try:
+                found.append(profiled(place, self.subject, threads))
+            except TorchfuseError as error:  # the row is there all the same
+                self.notes.append(f"there is no profile of {place}: {error}")
+            self.known["profiles"] = tuple(found)
+
     def evaluate(self) -> None:
         """Compare what each row returns with what the model does."""
         for place in self.places:
@@ -468,9 +499,8 @@ def _data(
     validation: Any,
     calibration: Any,
     preprocessing: Preprocessing | None,
-    notes: list[str],
-) -> tuple[list[Case] | None, Samples | None, str | None]:
-    """Return calibration cases, validation samples and what the latter are; say so in `notes`."""
+) -> tuple[list[Case] | None, Samples | None, str | None, str | None]:
+    """Return calibration cases, validation samples, and what each is in words, the latter first."""
     case = examples[0]
     as_pixels = isinstance(model, WithPreprocessing)
     names = argument_names(model)
@@ -480,25 +510,26 @@ def _data(
 
     validating = None if validation is None else read(validation)
     cases_: list[Case] | None = None
+    calibrated: str | None = None
     if calibration is not None or (isinstance(data, str) and data == "random"):
         given = calibration if calibration is not None else data
         found = read_calibration(given, case, preprocessing, as_pixels=as_pixels, names=names)
-        notes.append(_calibrated(found, examples))
+        calibrated = _calibrated(found, examples)
         cases_ = found.cases
     elif data is not None:
         calibrating = read(data)
         if validating is None:
             calibrating, validating = held_out(calibrating)
         cases_ = calibration_cases(calibrating, case, _MOST_CALIBRATION)
-        notes.append(_calibrated(CalibrationData(cases_, calibrating.source), examples))
+        calibrated = _calibrated(CalibrationData(cases_, calibrating.source), examples)
     if validating is None:
-        return cases_, None, None
+        return cases_, None, None, calibrated
     if len(validating) < (size := batch_size(case)):
         raise CalibrationError(
             f"Expected at least {size} validation samples, as many as the example's batch, got "
             f"{len(validating)}, {validating.source}; give more data, or a smaller example."
         )
-    return cases_, validating, validating.source
+    return cases_, validating, validating.source, calibrated
 
 
 def _calibrated(data: CalibrationData, examples: list[Case]) -> str:
@@ -527,7 +558,7 @@ def _holds(given: Case, example: Case) -> bool:
 
 def _accuracy_of(evaluate: Evaluation | None, samples: Samples | None) -> str | None:
     if evaluate is not None:
-        return getattr(evaluate, "__name__", type(evaluate).__name__)
+        return name_of(evaluate)
     return "top-1" if samples is not None and samples.labels is not None else None
 
 

@@ -5,7 +5,6 @@ wherever they run. Any number of builds and evaluations may run at the same time
 a measurement runs alone on its device.
 """
 
-import copy
 import itertools
 import time
 import warnings
@@ -23,6 +22,7 @@ from torchfuse.artifacts import Artifact, Precision
 from torchfuse.checking import run, verify
 from torchfuse.comparing.samples import Samples, batch_size
 from torchfuse.comparison import LOCAL, Answers, ChangedAnswer
+from torchfuse.copying import copied
 from torchfuse.devices.benching import Settings
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.local import Local
@@ -33,10 +33,10 @@ from torchfuse.errors import (
     InputError,
     QuantizationWarning,
     UnsupportedError,
-    first_line,
 )
 from torchfuse.exporting import export, in_the_shape_of, load
 from torchfuse.inputs import Case
+from torchfuse.quantizing.measures import name_of, number_from
 from torchfuse.quantizing.preprocessing import Preprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
 from torchfuse.stats import Share, share_of
@@ -271,8 +271,7 @@ def _call(place: Place, subject: Subject) -> Callable[..., Any]:
     module = subject.module(place.variant)
     if place.target != "channels_last":
         return module
-    copied: nn.Module = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    return copied
+    return copied(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # torch's stub lacks it
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────
@@ -363,25 +362,15 @@ def accuracy_from(evaluation: Evaluation, call: Callable[..., Any]) -> Share:
     Raises:
         InputError: it raises, or returns something else than an accuracy.
     """
-    name = getattr(evaluation, "__name__", type(evaluation).__name__)
-    try:
-        value: Any = evaluation(call)
-    except Exception as error:
-        raise InputError(
-            f"{name} ended in {type(error).__name__}: {first_line(error)}. It is called with what "
-            "takes the model's inputs and returns its outputs: a module, or a function that runs a "
-            "file."
-        ) from error
-    try:
-        accuracy = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"Expected {name} to return an accuracy, a number from 0 to 1, got "
-            f"{type(value).__name__}."
-        ) from error
+    takes = (
+        "what takes the model's inputs and returns its outputs (a module, or a function that runs "
+        "a file)"
+    )
+    returns = "an accuracy, a number from 0 to 1"
+    accuracy = number_from(evaluation, call, takes=takes, returns=returns)
     if not 0 <= accuracy <= 1:  # nor NaN
         raise InputError(
-            f"Expected {name} to return an accuracy from 0 to 1, got {accuracy:g}; divide "
-            "percentages by 100."
+            f"Expected {name_of(evaluation)} to return an accuracy from 0 to 1, got {accuracy:g}; "
+            "divide percentages by 100."
         )
     return Share(accuracy)

@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 from torchfuse.errors import CalibrationError
 from torchfuse.inputs import Case
 from torchfuse.quantizing.calibration import (
+    CalibrationData,
     checked_calibration,
     read_calibration,
     tensors_of,
 )
 from torchfuse.quantizing.preprocessing import Preprocessing, pictures_in
 
-__all__ = ["Samples", "batch_size", "calibration_cases", "held_out", "read_samples"]
+__all__ = ["Samples", "all_of", "batch_size", "calibration_cases", "held_out", "read_samples"]
 
 _LISTS = (".csv", ".txt")
 _LABELS = ("labels", "label", "targets", "y")  # names of the array of labels in an .npz
@@ -283,6 +284,24 @@ def _without_labels(
             f"{', '.join(wanted)}."
         )
     return tuple(arrays[argument] for argument in wanted), numbers
+
+
+def all_of(samples: Samples, example: Case) -> CalibrationData:
+    """Return all samples, in batches as large as the example's, with their labels.
+
+    Raises:
+        CalibrationError: they are unfit, or fewer than a batch.
+    """
+    size = batch_size(example)
+    used = len(samples) // size * size
+    if not used:
+        raise CalibrationError(
+            f"Expected at least {size} samples to calibrate on, as many as the example's batch, "
+            f"got {len(samples)} of {samples.source}."
+        )
+    labels = None if samples.labels is None else torch.tensor(samples.labels[:used])
+    cases = checked_calibration(list(samples.batches(example)), example)
+    return CalibrationData(cases, samples.source, samples.random, labels)
 
 
 def calibration_cases(samples: Samples, example: Case, most: int) -> list[Case]:

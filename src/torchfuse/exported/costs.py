@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import SymInt, Tensor
+from torch.fx.node import map_arg
+
+from torchfuse.exported.memory import is_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Cost", "cost"]
+    from torch.export import ExportedProgram
+
+__all__ = ["Cost", "cost", "program_cost"]
 
 aten = torch.ops.aten
 
@@ -67,6 +72,29 @@ def cost(target: Any, args: Sequence[Any], read: Sequence[Tensor], made: Any, vi
         return Cost(0, 0)
     moved = sum(_numel(tensor) * tensor.element_size() for tensor in (*read, made))
     return Cost(_macs(target, args, read, made), moved)
+
+
+def program_cost(program: ExportedProgram) -> Cost:
+    """Return what a whole program costs; what its tensors are is read and not computed."""
+    signature = program.graph_signature
+    stored = {
+        *signature.inputs_to_parameters,
+        *signature.inputs_to_buffers,
+        *signature.inputs_to_lifted_tensor_constants,
+    }
+    total = Cost(0, 0)
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        read = [
+            given.meta["val"]
+            for given in node.all_input_nodes
+            if isinstance(given.meta.get("val"), Tensor) and given.name not in stored
+        ]
+        args = map_arg(node.args, lambda given: given.meta.get("val"))
+        made = node.meta.get("val")
+        total += cost(node.target, args, read, made, views=is_view(node.target))
+    return total
 
 
 def _macs(target: Any, args: Sequence[Any], read: Sequence[Tensor], made: Tensor) -> int:

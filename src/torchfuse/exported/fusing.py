@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from torchfuse.capture.exported import module_path
 from torchfuse.capture.kinds import kind_of
 from torchfuse.errors import FusionError, InputError
+from torchfuse.exported.costs import program_cost
 from torchfuse.exported.edited_program import EditedProgram, copied_graph
 from torchfuse.exported.judging import judge
 from torchfuse.exported.proving import Pair, pair_differences, whole_difference
@@ -33,7 +34,7 @@ from torchfuse.exported.rewrites import REWRITES
 from torchfuse.exported.rewriting import rewrite
 from torchfuse.fusing import FusionResult
 from torchfuse.inputs import check_finite
-from torchfuse.planning import Fusion, FusionPlan
+from torchfuse.planning import Fusion, FusionPlan, Whole
 from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
@@ -372,7 +373,13 @@ class _Edit(EditedProgram):
     def folded(self) -> Folded:
         """Return the new program with its plan."""
         old, program = self.old, self.program()
-        plan = FusionPlan("ExportedProgram", _scope(old), tuple(self.fusions), tuple(self.skips))
+        plan = FusionPlan(
+            "ExportedProgram",
+            _scope(old),
+            tuple(self.fusions),
+            tuple(self.skips),
+            whole=_whole(old, len(self.norms)),
+        )
         key_map = {
             key: key if key in self.state else self.taken_in.get(key) for key in old.state_dict
         }
@@ -435,6 +442,12 @@ def _weight_and_bias(layer: Node) -> tuple[Node, Node | None]:
 def _elements(node: Node) -> int | None:
     shape = node.meta["val"].shape
     return prod(shape) if all(isinstance(size, int) for size in shape) else None
+
+
+def _whole(program: ExportedProgram, merged: int) -> Whole:
+    found = program_cost(program)
+    norms = sum(node.target is aten.batch_norm.default for node in program.graph.nodes)
+    return Whole(found.macs, found.traffic_bytes, norms, merged)
 
 
 def _scope(program: ExportedProgram) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torchfuse.judging.dataflow import origin, owner_path
 from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.judging.other_ways import breaks_on_some_way
 from torchfuse.judging.sources import functions_of, is_setup, names_in
+from torchfuse.judging.whole import whole
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 from torchfuse.surgery import is_folded
@@ -89,6 +90,10 @@ class Found:
                 for rule, match in self.matches
             ),
             skips=tuple(self.skips),
+            whole=whole(
+                self.subject.graph,
+                {match.second for rule, match in self.matches if rule.merge is None},
+            ),
         )
 
 

@@ -12,6 +12,7 @@ from torchfuse.errors import InputError, QuantizationWarning
 from torchfuse.inputs import cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
+    CALIBRATED,
     CalibrationData,
     calibrate,
     read_calibration,
@@ -92,6 +93,8 @@ def quantize(
     labels: Any = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     explain: bool = False,
+    measure: bool = False,
+    progress: Callable[[str], object] = lambda _: None,
 ) -> QuantizationResult:
     """Return `model` quantized, every layer's precision, and a report; `model` is unchanged.
 
@@ -119,6 +122,9 @@ def quantize(
         labels: the class of each calibration sample, integers `[samples]`.
         evaluate: takes a model, returns a measure of which more is better.
         explain: measure each layer's error, and its likely cause.
+        measure: say what was lost on the calibration data, as is done unasked where something is
+            won back, explained or labelled.
+        progress: called with a description before each long step.
 
     Raises:
         CalibrationError: the calibration data is missing, empty, constant, or holds NaN or Inf, or
@@ -136,13 +142,14 @@ def quantize(
     require_finite_tensors(model)
     example = cases(example_inputs, "example_inputs")[0]
     chosen, notes = _chosen_scheme(model, scheme, calibration)
-    wanted = _Wanted(tuple(recovery), max_drop, labels, evaluate, explain)
+    wanted = _Wanted(tuple(recovery), max_drop, labels, evaluate, explain, measure)
     if backend != "xnnpack":
         _require_plain(chosen, backend, wanted)
     if chosen != "int8":
         _require_no_ranges(chosen, calibration, wanted)
     data = None
     if chosen == "int8" or calibration is not None:
+        progress("reading the calibration data")
         data = read_calibration(
             calibration,
             example,
@@ -158,12 +165,13 @@ def quantize(
     with quiet(), random_state_kept():
         if backend != "xnnpack":
             assert data is not None
+            progress(_calibrating(data))
             made = legacy.quantized(model, example, data.cases, backend)
             found = Recovered(made.model, made.late_growth)
             layers = made.layers
             notes += made.notes
         else:
-            found = _for_xnnpack(model, example, data, chosen, dynamic_shapes, wanted)
+            found = _for_xnnpack(model, example, data, chosen, dynamic_shapes, wanted, progress)
             layers = tuple(static.layers_of(found.model))
     notes += found.warnings
     if chosen == "int4":
@@ -177,6 +185,8 @@ def quantize(
             notes.append(f"Only {left}; expect little gain in size and speed.")
     _warn(notes)
     calibrated = None if data is None else _calibrated(data, found.late_growth)
+    if calibrated is not None:
+        found.model.meta[CALIBRATED] = f"{calibrated.source}, {calibrated.samples} samples"
     has_settled = calibrated is not None and calibrated.settled is True
     report = QuantizationReport(
         scheme=chosen if backend == "xnnpack" else f"{chosen} for {backend}",
@@ -202,6 +212,7 @@ class _Wanted:
     labels: Any
     evaluate: Callable[[nn.Module], float] | None
     explain: bool
+    measure: bool
 
     @property
     def nothing(self) -> bool:
@@ -211,6 +222,7 @@ class _Wanted:
             and self.labels is None
             and self.evaluate is None
             and not self.explain
+            and not self.measure
         )
 
 
@@ -221,18 +233,22 @@ def _for_xnnpack(
     scheme: str,
     dynamic_shapes: Any,
     wanted: _Wanted,
+    progress: Callable[[str], object],
 ) -> Recovered:
+    progress("capturing the model")
     if scheme != "int8":
         given = [] if data is None else data.cases
         traced, dynamic_shapes = static.widest(model, example, given, dynamic_shapes)
         made = dynamic.quantized(model, traced, scheme, dynamic_shapes)
         if not given:
             return Recovered(made.model, None)
+        progress("measuring what was lost")
         return measured(
             made.model, made.reference, given, wanted.labels, wanted.evaluate, wanted.explain
         )
     assert data is not None
     graph = static.float_graph(model, example, data.cases, dynamic_shapes)
+    progress(_calibrating(data))
     if wanted.nothing:
         observed = static.prepared(graph)
         growth = calibrate(observed, data.cases)
@@ -245,7 +261,13 @@ def _for_xnnpack(
         labels=wanted.labels,
         evaluate=wanted.evaluate,
         explain=wanted.explain,
+        progress=progress,
     )
+
+
+def _calibrating(data: CalibrationData) -> str:
+    count = sample_count(data.cases)
+    return f"calibrating on {count} sample{'' if count == 1 else 's'}"
 
 
 def _require_plain(scheme: str, backend: str, wanted: _Wanted) -> None:

@@ -18,6 +18,7 @@ from torchfuse.quantizing.preprocessing import PICTURES, Preprocessing, pictures
 from torchfuse.restoring import put_back
 
 __all__ = [
+    "CALIBRATED",
     "CalibrationData",
     "calibrate",
     "checked_calibration",
@@ -28,6 +29,7 @@ __all__ = [
     "tensors_of",
 ]
 
+CALIBRATED = "torchfuse_calibrated"  # in a quantized graph's meta: on what data, in words
 RANDOM = "random"  # calibration on noise, for a look at speed; asked for by name only
 _RANDOM_SAMPLES = 16
 _ARRAYS = (".npy", ".npz")
@@ -60,12 +62,15 @@ def read_calibration(
     `.npy` or `.npz` file with samples along the first axis (in an `.npz`, one array per argument,
     by name), a folder of pictures, for which `preprocessing` says how they become inputs, or
     "random". With `as_pixels` pictures are left as uint8 `[1, height, width, 3]`, for a model that
-    normalises them itself. `names` are those of forward's arguments.
+    normalises them itself. `names` are those of forward's arguments. What was read before is
+    returned as it is.
 
     Raises:
         CalibrationError: the data is missing, empty, constant, unreadable, of another dtype than
             the example, or holds NaN or Inf.
     """
+    if isinstance(calibration, CalibrationData):
+        return calibration
     if isinstance(calibration, str) and calibration == RANDOM:
         return CalibrationData(_random_like(example), f"{_RANDOM_SAMPLES} random inputs", True)
     if isinstance(calibration, (str, os.PathLike)):

@@ -20,11 +20,20 @@ if TYPE_CHECKING:
 
     from torchfuse.inputs import Case
 
-__all__ = ["Measure", "Outputs", "measures", "outputs_of", "sqnr_of_outputs"]
+__all__ = [
+    "POINTS",
+    "Measure",
+    "Outputs",
+    "measures",
+    "name_of",
+    "number_from",
+    "outputs_of",
+    "sqnr_of_outputs",
+]
 
 Outputs = list[list[Tensor]]  # per case, the tensors that the model returns
 
-_POINTS = 100.0
+POINTS = 100.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Measure:
 
     name: str
     of: Callable[[nn.Module, Outputs], float]
+    samples: int | None = None  # that it is a share of, in percent; None: it is the user's own
 
 
 def measures(
@@ -56,33 +66,48 @@ def measures(
         found.append(_top_1(labels, list(data), expected))
     if _are_scores(expected):
         wanted = _classes(expected)
-        found.append(Measure("agreement", lambda _, outputs: _share(_classes(outputs), wanted)))
+        found.append(_same_as("agreement", wanted))
     return found
 
 
 def _evaluation(evaluate: Callable[[nn.Module], float]) -> Measure:
-    name = getattr(evaluate, "__name__", type(evaluate).__name__)
-
     def measured(model: nn.Module, _: Outputs) -> float:
-        try:
-            value: Any = evaluate(model)
-        except Exception as error:
-            raise InputError(
-                f"{name} ended in {type(error).__name__}: {first_line(error)}. It is called with "
-                "the model, and returns a number of which more is better."
-            ) from error
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"Expected {name}(model) to return a number, of which more is better, got "
-                f"{type(value).__name__}."
-            ) from error
+        returns = "a number of which more is better"
+        number = number_from(evaluate, model, takes="the model", returns=returns)
         if not math.isfinite(number):
-            raise InputError(f"Expected {name}(model) to return a finite number, got {number}.")
+            raise InputError(
+                f"Expected {name_of(evaluate)} to return a finite number, got {number}."
+            )
         return number
 
-    return Measure(name, measured)
+    return Measure(name_of(evaluate), measured)
+
+
+def name_of(evaluate: Callable[..., Any]) -> str:
+    """Return what reports call a user's function."""
+    return getattr(evaluate, "__name__", type(evaluate).__name__)
+
+
+def number_from(evaluate: Callable[[Any], Any], subject: Any, *, takes: str, returns: str) -> float:
+    """Return what a user's function says of `subject`; `takes` and `returns` in words.
+
+    Raises:
+        InputError: it raises, or returns no number.
+    """
+    name = name_of(evaluate)
+    try:
+        value = evaluate(subject)
+    except Exception as error:
+        raise InputError(
+            f"{name} ended in {type(error).__name__}: {first_line(error)}. It is called with "
+            f"{takes}, and returns {returns}."
+        ) from error
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Expected {name} to return {returns}, got {type(value).__name__}."
+        ) from error
 
 
 def _top_1(labels: Any, data: list[Case], expected: Outputs) -> Measure:
@@ -106,7 +131,11 @@ def _top_1(labels: Any, data: list[Case], expected: Outputs) -> Measure:
             f"Expected labels of 0 to {classes - 1}, since the model tells {classes} classes "
             f"apart, got {int(wanted.min())} to {int(wanted.max())}."
         )
-    return Measure("top-1", lambda _, outputs: _share(_classes(outputs), wanted))
+    return _same_as("top-1", wanted)
+
+
+def _same_as(name: str, wanted: Tensor) -> Measure:
+    return Measure(name, lambda _, outputs: _share(_classes(outputs), wanted), len(wanted))
 
 
 def outputs_of(model: nn.Module, data: Sequence[Case]) -> Outputs:
@@ -145,4 +174,4 @@ def _classes(outputs: Outputs) -> Tensor:
 
 
 def _share(a: Tensor, b: Tensor) -> float:
-    return _POINTS * float((a == b).double().mean())
+    return POINTS * float((a == b).double().mean())

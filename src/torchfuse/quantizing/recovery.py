@@ -25,6 +25,7 @@ from torchfuse.quantizing import static
 from torchfuse.quantizing.calibration import calibrate, sample_count
 from torchfuse.quantizing.equalization import equalize
 from torchfuse.quantizing.measures import (
+    POINTS,
     Measure,
     Outputs,
     measures,
@@ -34,6 +35,7 @@ from torchfuse.quantizing.measures import (
 from torchfuse.quantizing.report import Accuracy, LayerError, MaxDrop, RecoveryStep
 from torchfuse.quantizing.rounding import correct
 from torchfuse.quantizing.sensitivity import errors_by_node, layer_errors
+from torchfuse.stats import share_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,6 +83,7 @@ def recovered(
     labels: Any,
     evaluate: Callable[[nn.Module], float] | None,
     explain: bool,
+    progress: Callable[[str], object] = lambda _: None,
 ) -> Recovered:
     """Return `graph` in int8 with the steps that help; its measures are on `data`."""
     expected = outputs_of(graph, data)
@@ -91,12 +94,15 @@ def recovered(
             "evaluate, a function that takes a model and returns a number."
         )
     before = [measure.of(graph, expected) for measure in wanted]
-    work = _Work(graph, data, expected, hold_out=bool(steps))
+    work = _Work(graph, data, expected, hold_out=bool(steps), progress=progress)
     work.try_steps(steps)
     work.fit_to_all()
     growth = work.late_growth
     kept = None if max_drop is None else work.keep_float(wanted[0], before[0], max_drop)
+    progress("measuring what was lost")
     outputs = outputs_of(work.int8, data)
+    if explain:
+        progress("measuring the error of each layer")
     return Recovered(
         model=work.int8,
         late_growth=growth,
@@ -135,8 +141,20 @@ def _accuracy(
     wanted: list[Measure], before: list[float], model: nn.Module, outputs: Outputs
 ) -> tuple[Accuracy, ...]:
     return tuple(
-        Accuracy(measure.name, was, measure.of(model, outputs))
+        _beside(measure, was, measure.of(model, outputs))
         for measure, was in zip(wanted, before, strict=True)
+    )
+
+
+def _beside(measure: Measure, before: float, after: float) -> Accuracy:
+    if measure.samples is None:
+        return Accuracy(measure.name, before, after)
+    share = share_of(round(after / POINTS * measure.samples), measure.samples)
+    assert share.low is not None
+    assert share.high is not None
+    low, high = POINTS * share.low, POINTS * share.high
+    return Accuracy(
+        measure.name, before, after, samples=measure.samples, after_low=low, after_high=high
     )
 
 
@@ -173,9 +191,16 @@ class _Work:
     """The best int8 graph so far, and what it is judged by."""
 
     def __init__(
-        self, graph: fx.GraphModule, data: list[Case], expected: Outputs, *, hold_out: bool
+        self,
+        graph: fx.GraphModule,
+        data: list[Case],
+        expected: Outputs,
+        *,
+        hold_out: bool,
+        progress: Callable[[str], object],
     ) -> None:
         self.data = data
+        self.progress = progress
         self.fitted, judged = _held_out(data) if hold_out else (data, data)
         self.judged = _spread(judged)
         self.expected = _spread(_held_out(expected)[1] if hold_out else expected)
@@ -222,6 +247,7 @@ class _Work:
             self._undo_careful_ranges_if_vain()
 
     def _begin_with_careful_ranges(self) -> None:
+        self.progress("trying careful_ranges")
         self.settings = replace(self.settings, careful=True)
         self.int8 = self._quantized(self.settings)
         self.sqnr_db = self._sqnr_db(self.int8)
@@ -234,6 +260,7 @@ class _Work:
         for settings in dict.fromkeys((replace(self.settings, careful=False), self.plain)):
             if settings == self.plain and self.plain_db < self.sqnr_db:
                 continue
+            self.progress("trying the rest without careful_ranges")
             growth, candidate = self.late_growth, self._quantized(settings)
             sqnr_db = self._sqnr_db(candidate)
             if sqnr_db < self.sqnr_db:
@@ -245,6 +272,7 @@ class _Work:
 
     def _try_step(self, name: str) -> None:
         """Apply one step, and keep it if the outputs come closer to the float ones."""
+        self.progress(f"trying {name}")
         before, growth, candidate = self.sqnr_db, self.late_growth, None
         if name == "equalization":
             settings = replace(self.settings, reference=copy.deepcopy(self.reference))
@@ -273,6 +301,7 @@ class _Work:
             f"Recovery was judged on {sample_count(self.judged)} of the {sample_count(self.data)} "
             "samples, which its steps were not fitted to; what was kept is fitted to all."
         )
+        self.progress("fitting what helps to all of the data")
         self.fitted = self.data
         self.int8 = self._quantized(self.settings)
         self.sqnr_db = self._sqnr_db(self.int8)
@@ -288,6 +317,7 @@ class _Work:
         sqnr_before = self.sqnr_db
         while drop > max_drop and len(self.kept_float) < len(layers):
             self.kept_float += by_loss[len(self.kept_float) :][:at_a_time]
+            self.progress(f"keeping layers in float, {len(self.kept_float)} of {len(layers)}")
             self.int8 = self._quantized(self.settings)
             drop = before - measure.of(self.int8, outputs_of(self.int8, self.data))
         self.sqnr_db = self._sqnr_db(self.int8)

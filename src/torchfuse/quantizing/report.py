@@ -73,6 +73,9 @@ class Accuracy:
     before: float  # in percent for agreement and top-1
     after: float
     data: str | None = None  # what it is on, in words; None: whatever the user's function takes
+    samples: int | None = None  # that the share is of; None: it is the user's own measure
+    after_low: float | None = None  # bounds of the 95 % interval of `after`
+    after_high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torchfuse.planning import Fusion, FusionPlan, Skip
 
-__all__ = ["renderable", "text"]
+__all__ = ["renderable", "shares", "text"]
 
 _MOST_NAMES = 4  # of modules that are skipped for one reason; --json has all
 
@@ -33,6 +33,8 @@ def renderable(plan: FusionPlan) -> RenderableType:
     parts: list[RenderableType] = [Text(_headline(plan), style="bold"), Text()]
     if plan.fusions:
         parts.append(_fused(plan))
+        if said := shares(plan):
+            parts += [Text(said), Text()]
     if plan.skips:
         parts.append(_not_fused(plan.skips))
     parts.append(_scope(plan))
@@ -61,6 +63,27 @@ def _fused(plan: FusionPlan) -> Table:
     for fusion in plan.fusions:
         table.add_row(fusion.rule, _modules(fusion), *_savings(fusion))
     return table
+
+
+def shares(plan: FusionPlan) -> str:
+    """Return what part of the model is merged and saved, in a sentence; "" where it is unknown."""
+    if (whole := plan.whole) is None:
+        return ""
+    said = []
+    if whole.norms:
+        norms = "batch norm" if whole.norms == 1 else "batch norms"
+        said.append(f"{whole.norms_merged} of {whole.norms} {norms} merged")
+    saved = [
+        f"{100 * part / total:.1f} % of the {what}"
+        for what, part, total in (
+            ("memory traffic", plan.traffic_saved_bytes, whole.traffic_bytes),
+            ("MACs", plan.macs_saved, whole.macs),
+        )
+        if total
+    ]
+    if saved:
+        said.append(f"{' and '.join(saved)} saved")
+    return f"Of the whole model: {', '.join(said)}." if said else ""
 
 
 def _savings(fusion: Fusion) -> tuple[str, str, str]:

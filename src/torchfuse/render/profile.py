@@ -8,7 +8,7 @@ from torchfuse.profiling import OperatorTime, Profile
 from torchfuse.render.tables import markdown_row, without_lines
 from torchfuse.render.units import duration
 
-__all__ = ["markdown", "table"]
+__all__ = ["lines", "markdown", "table"]
 
 _MOST_EXPENSIVE = 10
 
@@ -32,7 +32,13 @@ def markdown(profiles: Sequence[Profile], count: int = _MOST_EXPENSIVE) -> str:
     return "".join(f"{markdown_row(row)}\n" for row in [headings, rule, *rows])
 
 
-def _cells(profiles: Sequence[Profile], count: int) -> tuple[list[str], list[list[str]]]:
+def lines(
+    profiles: Sequence[Profile], count: int = _MOST_EXPENSIVE
+) -> list[tuple[str, list[OperatorTime | None]]]:
+    """Return the most expensive operators, each with what it is in every profile, and the others.
+
+    None: it is not in that profile.
+    """
     by_name = [{_label(row): row for row in profile.operators} for profile in profiles]
     # An operator counts by where it takes longest: gone from one side is what one looks for.
     longest_s: dict[str, float] = {}
@@ -40,20 +46,22 @@ def _cells(profiles: Sequence[Profile], count: int) -> tuple[list[str], list[lis
         for label, row in rows.items():
             longest_s[label] = max(row.self_s, longest_s.get(label, 0.0))
     labels = sorted(longest_s, key=lambda label: (-longest_s[label], label))
+    found = [(label, [rows.get(label) for rows in by_name]) for label in labels[:count]]
+    if others := labels[count:]:
+        together = [_together([rows[label] for label in others if label in rows])
+                    for rows in by_name]  # fmt: skip
+        found.append((f"{len(others)} others", together))
+    return found
+
+
+def _cells(profiles: Sequence[Profile], count: int) -> tuple[list[str], list[list[str]]]:
     headings = ["operator"]
     for profile in profiles:
         headings += [f"{profile.name}\ncalls", "time", "share"]
     cells = [
-        [label, *(cell for rows in by_name for cell in _of_operator(rows.get(label)))]
-        for label in labels[:count]
+        [label, *(cell for row in rows for cell in _of_operator(row))]
+        for label, rows in lines(profiles, count)
     ]
-    if others := labels[count:]:
-        cells.append(
-            [
-                f"{len(others)} others",
-                *(cell for rows in by_name for cell in _of_others(rows, others)),
-            ]
-        )
     cells.append(
         ["a run", *(cell for p in profiles for cell in ("", duration(p.run_s), "100.0 %"))]
     )
@@ -72,15 +80,12 @@ def _of_operator(row: OperatorTime | None) -> tuple[str, str, str]:
     return f"{row.calls:g}", duration(row.self_s), f"{100 * row.share:.1f} %"
 
 
-def _of_others(rows: dict[str, OperatorTime], labels: Sequence[str]) -> tuple[str, str, str]:
-    others = [rows[label] for label in labels if label in rows]
-    if not others:
-        return "–", "–", "–"
-    return _of_operator(
-        OperatorTime(
-            "",
-            sum(row.calls for row in others),
-            sum(row.self_s for row in others),
-            sum(row.share for row in others),
-        )
+def _together(rows: Sequence[OperatorTime]) -> OperatorTime | None:
+    if not rows:
+        return None
+    return OperatorTime(
+        "",
+        sum(row.calls for row in rows),
+        sum(row.self_s for row in rows),
+        sum(row.share for row in rows),
     )

@@ -57,7 +57,10 @@ def _headline(report: QuantizationReport) -> str:
 def _accuracy(found: Accuracy) -> str:
     on = "" if found.data is None else f", on {found.data}"
     unit = " %" if found.measure in _IN_PERCENT else ""
-    return f"{found.measure}: {found.before:.4g}{unit} before, {found.after:.4g}{unit} after{on}"
+    after = f"{found.after:.4g}{unit} after"
+    if found.after_low is not None and found.after_high is not None:
+        after += f" (95 % interval {found.after_low:.1f} … {found.after_high:.1f})"
+    return f"{found.measure}: {found.before:.4g}{unit} before, {after}{on}"
 
 
 def _calibrated(calibrated: Calibrated, scheme: str) -> str:

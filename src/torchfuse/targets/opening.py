@@ -14,6 +14,7 @@ from torchfuse.targets.target import CheckedFile
 
 __all__ = ["check", "first_load"]
 
+_PROGRAM, _COMPILED = ".pt2", ".aoti.pt2"
 _FIRST_LOAD_TIMEOUT_S = 120  # importing torch on a slow disk takes most of it
 
 
@@ -29,6 +30,12 @@ def check(path: str | os.PathLike[str]) -> CheckedFile:
         UnsupportedError: the file is whole, and what would load it is not installed.
     """
     path = Path(path)
+    if path.name.endswith(_PROGRAM) and not path.name.endswith(_COMPILED):
+        raise ArtifactError(
+            f"Expected a file that a runtime runs, got '{path}': an exported program is a model, "
+            f"and no runtime's file; make one of it ('torchfuse export {path} -o model.pte'; "
+            "'torchfuse targets' lists others), or see all of them with 'torchfuse compare'."
+        )
     target = target_for(path)
     files = {target.suffix: _read(path, "a model file")}
     for suffix in target.beside:

@@ -109,6 +109,8 @@ def nested_as(loaded: Callable[..., Any], spec: pytree.TreeSpec) -> Callable[...
 def _half_inside(model: nn.Module) -> nn.Module:
     """Return a copy that computes in half precision, with arguments and results in float32."""
     half = copied(model).half()
+    if isinstance(half, fx.GraphModule):
+        half = _Calling(half)
 
     def to(source: torch.dtype, target: torch.dtype) -> Callable[[Any], Any]:
         def convert(value: Any) -> Any:
@@ -124,6 +126,18 @@ def _half_inside(model: nn.Module) -> nn.Module:
     )
     half.register_forward_hook(lambda _, __, output: pytree.tree_map(widen, output))
     return half
+
+
+class _Calling(nn.Module):
+    """A module that calls a graph: torch.export interprets a graph, and runs no hooks of it."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 def _precision(program: torch.export.ExportedProgram, lacking: str) -> Precision:

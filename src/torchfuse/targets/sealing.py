@@ -24,6 +24,7 @@ from torchfuse.errors import ArtifactError
 __all__ = [
     "CLOSING",
     "OPENING",
+    "ZipSeal",
     "check_form",
     "check_zip",
     "damaged",
@@ -82,6 +83,20 @@ def seal_zip(archive: bytes, metadata: Mapping[str, Any]) -> bytes:
     assert length <= _ZIP_COMMENT_LIMIT, "metadata is a few lines"
     archive = archive[:-2] + struct.pack("<H", length)
     return archive + _trailer(archive, metadata)
+
+
+class ZipSeal:
+    """For targets whose file is one zip archive: a seal as its comment."""
+
+    suffix: str
+
+    def seal(self, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> dict[str, bytes]:
+        """Return the archive with a seal as its comment."""
+        return {self.suffix: seal_zip(files[self.suffix], metadata)}
+
+    def unseal(self, path: Path, files: Mapping[str, bytes]) -> Mapping[str, Any] | None:
+        """Return what is in the seal in the archive's comment."""
+        return unseal_binary(path, files[self.suffix])
 
 
 def _trailer(payload: bytes, metadata: Mapping[str, Any]) -> bytes:

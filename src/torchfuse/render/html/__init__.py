@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import html
 import json
+import re
+from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from torchfuse.profiling import OperatorTime
 from torchfuse.render.comparison import (
     answer_lines,
     caution_lines,
@@ -21,15 +24,23 @@ from torchfuse.render.html.charts import charts, pareto, row_name
 from torchfuse.render.html.figures import figures
 from torchfuse.render.html.picture import legend, picture
 from torchfuse.render.libraries import require_libraries
+from torchfuse.render.plan import shares
+from torchfuse.render.profile import lines
 from torchfuse.render.skips import grouped
 from torchfuse.render.units import duration, size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torchfuse.comparison import Comparison
+    from torchfuse.profiling import Profile
 
 __all__ = ["fragment", "page"]
 
 _VEGA = "window.vegaEmbed = vegaEmbed;"
+_MOST_OPERATORS = 12
+_UNIT = re.compile(r"(?<=\d) (?=(%|[mµn]?s|[kMG]?B|bytes|dB)(?!\w))")
+_TYPES = re.compile(r", [A-Z]{1,3}\d+[A-Z]*(?=[,)])")  # ", QS8, QC8W" of an XNNPACK kernel
 _MOST_MODULES = 12  # of a group of skips, shown without opening it
 
 
@@ -52,6 +63,7 @@ def page(comparison: Comparison) -> str:
         loader=FunctionLoader(text), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["unbroken"] = _unbroken
     plan = comparison.plan
     rows = [
         {"cells": cells(row, row is comparison.baseline), "precision": row.precision}
@@ -66,10 +78,12 @@ def page(comparison: Comparison) -> str:
         charts=made,
         specs=_json({chart.name: [chart.wide, chart.narrow] for chart in made}),
         pareto=[row_name(row) for row in pareto(comparison.rows)],
-        answers=answer_lines(comparison),
-        delegation=delegation_lines(comparison),
+        answers=_without_name(answer_lines(comparison), comparison),
+        delegation=_without_name(delegation_lines(comparison), comparison),
+        profiles=_side_by_side(comparison.profiles),
         cautions=caution_lines([comparison]),
         plan=plan,
+        shares="" if plan is None else shares(plan),
         skips=[] if plan is None else grouped(plan.skips),
         most_modules=_MOST_MODULES,
         graph=_json(picture(comparison)) if comparison.before else None,
@@ -82,6 +96,46 @@ def page(comparison: Comparison) -> str:
         duration=duration,
         size=size,
     )
+
+
+def _unbroken(text: str) -> str:
+    """Return the text with no line break between a number and its unit."""
+    return _UNIT.sub("\u00a0", text)
+
+
+def _without_name(lines: Iterable[str], comparison: Comparison) -> list[str]:
+    """Return the lines without the model's name, which stands above them."""
+    found = [line.removeprefix(f"{comparison.model}, ") for line in lines]
+    return [f"{line[0].upper()}{line[1:]}" for line in found]
+
+
+def _side_by_side(profiles: Iterable[Profile]) -> list[dict[str, Any]]:
+    """Return a table for each profiler: operators of one have other names than those of another."""
+    found = []
+    titles = {"torch.profiler": "In eager mode", "ETDump": "In ExecuTorch"}
+    for source, title in titles.items():
+        of_source = [_without_types(profile) for profile in profiles if profile.source == source]
+        if of_source:
+            rows = lines(of_source, _MOST_OPERATORS)
+            found.append({"title": title, "profiles": of_source, "rows": rows})
+    return found
+
+
+def _without_types(profile: Profile) -> Profile:
+    """Return the profile by kind of kernel, so that fp32 and int8 stand in one line."""
+    kinds: dict[tuple[str, bool], OperatorTime] = {}
+    for row in profile.operators:
+        key = _TYPES.sub("", row.operator), row.in_delegate
+        known = kinds.get(key)
+        kinds[key] = OperatorTime(
+            key[0],
+            row.calls + (known.calls if known else 0),
+            row.self_s + (known.self_s if known else 0),
+            row.share + (known.share if known else 0),
+            row.in_delegate,
+            row.delegate,
+        )
+    return replace(profile, operators=tuple(kinds.values()))
 
 
 def fragment(comparison: Comparison) -> str:

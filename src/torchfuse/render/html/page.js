@@ -106,7 +106,7 @@ if (graphs) {
     view.batch(() => view.nodes().forEach((element) => {
       const node = graphs[which][Number(element.id())];
       // Values and not removeData, after which a node keeps its colour.
-      element.data({ share: mode === "time" && node.share !== null ? node.share : -1, state: node.states[mode] || "" });
+      element.data({ share: node.shares[mode] ?? -1, state: node.states[mode] || "" });
     }));
     const entry = legends.find(([name]) => name === mode);
     const legend = document.querySelector(".legend");

@@ -26,6 +26,9 @@ _OPERATORS = {
 }
 
 
+_WITH_WEIGHTS = ("conv", "conv_transpose", "linear", "matmul")
+
+
 def picture(comparison: Comparison) -> dict[str, Any]:
     """Return the graph before and after, for each node its state in each way of colouring."""
     return {
@@ -49,7 +52,14 @@ def legend(comparison: Comparison) -> list[tuple[str, str, list[tuple[str, str]]
     if any(op.time_s is not None for op in comparison.before):
         states = [("share", "darker: more of the time in eager mode")]
         found.append(("time", "Where the time goes", states))
+    if comparison.layers:
+        states = [("share", f"darker: more noise, from {_QUIET_DB:g} dB down")]
+        found.append(("noise", "Where int8 makes noise", states))
     return found
+
+
+_QUIET_DB = 50.0  # above, nobody looks
+_DARKEST = 0.12  # of what is shown darkest: an eighth of all the time
 
 
 def _delegation(comparison: Comparison) -> Delegation | None:
@@ -79,18 +89,20 @@ def _nodes(operations: Sequence[Operation], comparison: Comparison) -> list[dict
         elif module in skipped:
             states["fusing"] = "skipped"
             facts.append(("not fused", skipped[module]))
-        if in_int8 and operation.kind in ("conv", "conv_transpose", "linear", "matmul"):
+        if in_int8 and operation.kind in _WITH_WEIGHTS:
             states["precision"] = "int8" if module in in_int8 else "float"
         if delegation is not None:
             name = _OPERATORS.get(operation.kind, operation.kind)
             states["delegate"] = "outside" if name in left else "inside"
-        if module in noise:
+        shares = {}
+        if module in noise and operation.kind in _WITH_WEIGHTS:
             facts.append(("noise in int8", f"{noise[module]:.1f} dB"))
+            quiet = max(0.0, min(noise[module], _QUIET_DB)) / _QUIET_DB
+            shares["noise"] = round((1 - quiet) * _DARKEST, 4)
         if operation.time_s is not None and total_s:
             share = operation.time_s / total_s
             facts.append(("time", f"{duration(operation.time_s)}, {100 * share:.1f} %"))
-        else:
-            share = None
+            shares["time"] = round(share, 4)
         nodes.append(
             {
                 "id": index,
@@ -98,7 +110,7 @@ def _nodes(operations: Sequence[Operation], comparison: Comparison) -> list[dict
                 "module": module,
                 "inputs": list(operation.inputs),
                 "states": states,
-                "share": share,
+                "shares": shares,
                 "facts": facts,
             }
         )

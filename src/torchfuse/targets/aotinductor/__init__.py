@@ -3,14 +3,13 @@
 import os
 import platform
 import shutil
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torchfuse.errors import ArtifactError
 from torchfuse.targets.aotinductor.cpu import this_cpu, what_lacks
-from torchfuse.targets.sealing import check_zip, damaged, seal_zip, unseal_binary
+from torchfuse.targets.sealing import ZipSeal, check_zip, damaged
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["AotInductor"]
 
 
-class AotInductor(Target):
+class AotInductor(ZipSeal, Target):
     """A package of machine code that torch loads; its weights are frozen into it."""
 
     name = "AOTInductor"
@@ -48,14 +47,6 @@ class AotInductor(Target):
         from torchfuse.targets.aotinductor.making import made
 
         return made(request)
-
-    def seal(self, files: Files, metadata: Mapping[str, Any]) -> Files:
-        """Return the package, which is a zip archive, with a seal as its comment."""
-        return {self.suffix: seal_zip(files[self.suffix], metadata)}
-
-    def unseal(self, path: Path, files: Files) -> Mapping[str, Any] | None:
-        """Return what is in the seal in the archive's comment."""
-        return unseal_binary(path, files[self.suffix])
 
     def check(self, path: Path, files: Files) -> None:
         """Raise ArtifactError unless the archive is whole and holds compiled code."""

@@ -1,12 +1,12 @@
 """TorchScript (`.pt`) and its lite interpreter (`.ptl`): the legacy mobile targets."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchfuse.errors import ArtifactError
-from torchfuse.targets.sealing import check_zip, seal_zip, unseal_binary
+from torchfuse.targets.sealing import ZipSeal, check_zip
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 __all__ = ["TorchScript"]
@@ -14,7 +14,7 @@ __all__ = ["TorchScript"]
 _LITE = ".ptl"
 
 
-class TorchScript(Target):
+class TorchScript(ZipSeal, Target):
     """A scripted module, for the full or for the lite interpreter."""
 
     modules = ("torch",)
@@ -37,14 +37,6 @@ class TorchScript(Target):
         from torchfuse.targets.torchscript.making import made
 
         return made(request)
-
-    def seal(self, files: Files, metadata: Mapping[str, Any]) -> Files:
-        """Return the archive with a seal as its comment."""
-        return {self.suffix: seal_zip(files[self.suffix], metadata)}
-
-    def unseal(self, path: Path, files: Files) -> Mapping[str, Any] | None:
-        """Return what is in the seal in the archive's comment."""
-        return unseal_binary(path, files[self.suffix])
 
     def check(self, path: Path, files: Files) -> None:
         """Raise ArtifactError unless the archive is whole and holds a module."""
