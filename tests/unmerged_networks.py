@@ -75,6 +75,7 @@ class _Writing:
         self.lines: list[str] = []
         self.count = 0
         self.dims = random.choice([1, 2, 2, 2, 3])
+        self.smallest = 0  # of the sizes of what the next layer is given
 
     def integers(self, *shape: int, high: int = 2) -> Tensor:
         values = torch.randint(-high, high + 1, shape, generator=self.generator).double()
@@ -188,7 +189,7 @@ class _Writing:
         kinds = ["smaller", "same"]
         if stride == 1 and into == out and shape.padding == kernel // 2:
             kinds += ["identity", "norm", "scaled"]
-        if into == out and kernel == 3 and self.dims in (2, 3):
+        if into == out and kernel == 3 and self.dims in (2, 3) and self.smallest >= kernel:
             kinds.append("average")
         for _ in range(self.random.randrange(1, 4)):
             kind = self.random.choice(kinds)
@@ -259,6 +260,7 @@ def unmerged(random: Random, seed: int) -> Unmerged:
     x, layers, others = "input", 0, 0
     for _ in range(random.randrange(1, 4)):
         out = random.choice(CHANNELS)
+        writing.smallest = min(sizes)
         groups = random.choice([1, 1, 2, 4])
         kernel, stride = random.choice([(1, 1), (3, 1), (3, 2), (5, 1)])
         pads = random.random() < 0.6 or min(sizes) < kernel

@@ -150,7 +150,8 @@ def fuse(
     plan_ = replace(
         plan_,
         scope=(*plan_.scope, *_sizes_compared(tried), *scope),
-        originals_bytes=sum(f.originals_bytes for f in (*done.folded, *done.blocks)),
+        originals_bytes=sum(f.originals_bytes for f in done.folded)
+        + sum(block.originals_bytes for block in done.blocks),
     )
     return FusionResult(target, plan_, check, key_map(old_keys, done))
 

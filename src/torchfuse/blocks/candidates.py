@@ -78,7 +78,11 @@ def _back(graph: Graph, operand: Operand, reader: Call) -> dict[int, list[Call]]
             if role in ("weight", "bias", "running_mean", "running_var"):
                 continue
             calls = [*passed, maker]
-            if given.value not in found:
+            if given.value == value:  # a view, or a change in place
+                pending.append((value, maker.index, passed))
+            elif given.value in found:  # by another branch, which may have the layer
+                found[given.value] = list(dict.fromkeys([*found[given.value], *calls]))
+            else:
                 found[given.value] = calls
                 pending.append((given.value, maker.index, calls))
     return found
@@ -102,7 +106,11 @@ def may_be_edited(subject: Subject, path: str, merge: Merge) -> Refusal | None:
     block = subject.modules[path]
     changed = [*merge.layers, *merge.absorbed]
     paths = [f"{path}.{below}" if below else path for below in changed]
-    inner = [f"{path}.{below}" for below in (*changed, *merge.inlined) if below]
+    inner = [
+        f"{path}.{below}"
+        for below, _ in block.named_modules()
+        if below and not any(f"{below}.".startswith(f"{kept}.") for kept in merge.kept)
+    ]
     refusal = _is_plain(block, path)
     for inside in inner:
         refusal = refusal or _can_go(subject, inside)

@@ -250,4 +250,4 @@ def _digest(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "meta"
     values = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tensor.device} {hashlib.sha256(values).hexdigest()}"
+    return f"{tensor.dtype} {tensor.device} {hashlib.sha256(values.tobytes()).hexdigest()}"

@@ -69,11 +69,12 @@ def _merged(
     axis: int,
 ) -> NewCall | Node | Refusal:
     # Flattening repeats each channel; one value for all of them stays one.
-    scale, shift = (
-        values if values.numel() == 1 else values.repeat_interleave(repeats)
-        for values in (affine.scale, affine.shift)
+    wide = Affine(
+        *(
+            values if values.numel() == 1 else values.repeat_interleave(repeats)
+            for values in (affine.scale, affine.shift)
+        )
     )
-    wide = Affine(scale, shift)
     merged = before(layer.exact, wide)
     only_scale = len(calls) > 1 and affine.shifts and bool((affine.scale != 0).all())
     if isinstance(merged, Refusal) and only_scale and bool((affine.scale != 1).any()):
