@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from torchfuse.blocks.replacing import take_block_back
 from torchfuse.surgery import (
     Fusions,
     fold_in,
@@ -51,6 +52,8 @@ def apply(
 
 def undo(target: nn.Module, done: Fusions) -> None:
     """Takes back what was done."""
+    for block in reversed(done.blocks):
+        take_block_back(target, block)
     for merged in reversed(done.merged):
         separate(target, merged)
     for folded in reversed(done.folded):

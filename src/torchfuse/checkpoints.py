@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.blocks.replacing import blocks_loaded
 from torchfuse.copying import shell
 from torchfuse.errors import FusionError, InputError, first_line
 from torchfuse.inputs import check_model
@@ -37,7 +38,7 @@ def load_unfused_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
         raise InputError(
             f"Expected a state_dict, from key to tensor, got {type(state_dict).__name__}."
         )
-    with separated(model):
+    with blocks_loaded(model), separated(model):
         _load_unfused(model, state_dict)
 
 
@@ -161,4 +162,9 @@ def key_map(old_keys: list[str], done: Fusions) -> dict[str, str | None]:
             for key, target in new.items():
                 if target is not None and target.startswith(f"{path}."):
                     new[key] = f"{path}.0.{target[len(path) + 1 :]}"
+    for block in done.blocks:
+        for key, target in new.items():
+            if target is not None and target.startswith(f"{block.path}."):
+                below = block.key_map.get(target[len(block.path) + 1 :])
+                new[key] = None if below is None else f"{block.path}.{below}"
     return {key: new[key] for key in old_keys}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from torchfuse.applying import apply, undo
+from torchfuse.blocks.candidates import BLOCK_RULES, candidates
+from torchfuse.blocks.replacing import blocks_checked, without_originals
 from torchfuse.checking import run
 from torchfuse.checkpoints import key_map
 from torchfuse.copying import calls_of, copied
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from torchfuse.equivalence import Equivalence
+    from torchfuse.judging.finding import Found
     from torchfuse.planning import FusionPlan
 
 __all__ = [
@@ -69,8 +72,7 @@ def plan(
     """
     check_model(model)
     require_finite_tensors(model)
-    found = find(model, cases(example_inputs), _chosen(rules), strict=strict)
-    return found.plan()
+    return _found(model, cases(example_inputs), rules, strict=strict).plan()
 
 
 @traced_once()
@@ -106,7 +108,7 @@ def fuse(
         )
     require_finite_tensors(model)
     given = cases(example_inputs)
-    found = find(model, given, _chosen(rules), strict=strict)
+    found = _found(model, given, rules, strict=strict)
     old_keys = list(model.state_dict())
     tried: list[Case] = []
     if verify:
@@ -131,14 +133,33 @@ def fuse(
             if not inplace:
                 run(target, given[0])
             done = apply(target, found.subject.graph, found.matches, keep=keep_originals)
+        if found.blocks:
+            from torchfuse.blocks import planned
+
+            if check is None:
+                done.blocks = planned.merge_all(target, found, given)
+            else:
+                check, done.blocks, decided = planned.merge_what_agrees(
+                    target, found, given, tried, expected, watch=inplace or proof.wrote
+                )
+                scope = scope if decided else (*scope, _BLOCKS_NOT_IN_FLOAT64)
+            if not keep_originals:
+                done.blocks = tuple(map(without_originals, done.blocks))
     attach(target, done)
     plan_ = found.plan()
     plan_ = replace(
         plan_,
         scope=(*plan_.scope, *_sizes_compared(tried), *scope),
-        originals_bytes=sum(f.originals_bytes for f in done.folded),
+        originals_bytes=sum(f.originals_bytes for f in done.folded)
+        + sum(block.originals_bytes for block in done.blocks),
     )
     return FusionResult(target, plan_, check, key_map(old_keys, done))
+
+
+_BLOCKS_NOT_IN_FLOAT64 = (
+    "Each merged block was compared on its own: the whole model differs by more than rounding in "
+    "one layer explains, and does not run in float64, which would tell."
+)
 
 
 def _fused_graph(
@@ -190,23 +211,43 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             "unfused: there is nothing to undo."
         )
     target = model if inplace else _copy(model)
-    check_unchanged(target)  # all of it first: a refusal leaves the model as it is
+    with blocks_checked(target):  # all of it first: a refusal leaves the model as it is
+        check_unchanged(target)
     for done in reversed(fusions_of(target)):
         undo(target, done)
     forget_fusions(target)
     return target
 
 
-def _chosen(names: Sequence[str] | None) -> tuple[Rule, ...]:
+def _found(
+    model: nn.Module, given: Sequence[Case], names: Sequence[str] | None, *, strict: bool
+) -> Found:
+    """What can be fused: pairs first, then blocks, in which pairs are folded already."""
+    rules, for_blocks = _chosen(names)
+    found = find(model, given, rules, strict=strict)
+    if for_blocks and candidates(found.subject.graph):
+        # Imported here: most models have no such blocks, and torch.export takes a while.
+        from torchfuse.blocks.planned import find_blocks
+
+        find_blocks(found, for_blocks)
+    return found
+
+
+def _chosen(names: Sequence[str] | None) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
+    """The rules for pairs of modules, and the names of those for blocks."""
     if names is None:
-        return tuple(rule for rule in RULES if not rule.on_request)
+        return tuple(rule for rule in RULES if not rule.on_request), BLOCK_RULES
     if isinstance(names, str):
         names = [names]
     known = {rule.name: rule for rule in RULES}
     for name in names:
-        if name not in known:
-            raise InputError(f"There is no rule {name!r}; the rules are {', '.join(known)}.")
-    return tuple(rule for rule in RULES if rule.name in names)
+        if name not in known and name not in BLOCK_RULES:
+            known_names = ", ".join((*known, *BLOCK_RULES))
+            raise InputError(f"There is no rule {name!r}; the rules are {known_names}.")
+    return (
+        tuple(rule for rule in RULES if rule.name in names),
+        tuple(name for name in BLOCK_RULES if name in names),
+    )
 
 
 def _copy(model: nn.Module) -> nn.Module:

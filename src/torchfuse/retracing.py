@@ -34,9 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
 __all__ = [
+    "class_of",
+    "code_of",
     "is_retraced",
     "leaves_it_to_torch",
     "operations",
+    "recipe_of",
+    "retraced_class",
     "traced",
     "traced_once",
     "without_batch_norm",
@@ -178,13 +182,13 @@ def traced(norm: nn.Module) -> Traced:
     if seen is not None and key in seen:
         return seen[key]
     graph, _ = _traced(shell(type(norm), vars(norm)), norm)
-    source = _code(graph)[0]
+    source = code_of(graph)[0]
     shared = key is not None and source == _of_another(norm)
-    if not shared and source != _code(_traced(shell(type(norm), vars(norm)), norm)[0])[0]:
+    if not shared and source != code_of(_traced(shell(type(norm), vars(norm)), norm)[0])[0]:
         raise UnsupportedError("does something else at every call")
     functions, children = _operations(graph)
     _take_out(graph)
-    known = Traced(functions, children, *_code(graph))
+    known = Traced(functions, children, *code_of(graph))
     if seen is not None and shared:
         seen[key] = known
     return known
@@ -208,7 +212,7 @@ def _of_another(norm: nn.Module) -> str | None:
         graph, reads_width = _traced(stand_in, norm)
     except UnsupportedError:
         return None
-    return None if reads_width else _code(graph)[0]
+    return None if reads_width else code_of(graph)[0]
 
 
 def _traced(stand_in: nn.Module, norm: nn.Module) -> tuple[fx.Graph, bool]:
@@ -281,7 +285,7 @@ def _holds_symbols(value: Any) -> bool:
     return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
-def _code(graph: fx.Graph) -> tuple[str, _Names]:
+def code_of(graph: fx.Graph) -> tuple[str, _Names]:
     """The source of a forward that does what the graph says, and the names that it knows."""
     code = graph.python_code("self")
     words = frozenset(re.findall(r"\w+", code.src))
@@ -341,6 +345,22 @@ class _Names:
 
 def _names(modules: dict[str, str], others: dict[str, Any]) -> _Names:
     return _Names({**{k: importlib.import_module(v) for k, v in modules.items()}, **others})
+
+
+def retraced_class(class_: Any, source: str, names: _Names) -> Any:
+    """The subclass whose forward is this code; of what `class_` was made from, if it is one."""
+    return _class(recipe_of(class_)[0], source, names)
+
+
+def recipe_of(class_: Any) -> tuple[Any, ...]:
+    """What can be pickled of a class: itself, or what `class_of` makes it again from."""
+    recipe: tuple[Any, ...] = vars(class_).get("_torchfuse_retraced", (class_,))
+    return recipe
+
+
+def class_of(recipe: tuple[Any, ...]) -> Any:
+    """The class that `recipe_of` was given."""
+    return recipe[0] if len(recipe) == 1 else _class(*recipe)
 
 
 def _object(base: Any, source: str, names: _Names) -> nn.Module:

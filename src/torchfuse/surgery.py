@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from torchfuse.rules import Rule
 
 __all__ = [
+    "HOOK_TABLES",
     "Folded",
     "Fusions",
     "Merged",
+    "MergedBlock",
     "attach",
     "check_unchanged",
     "fold_in",
@@ -42,11 +44,15 @@ __all__ = [
     "fusions_of",
     "is_folded",
     "merge_in",
+    "on_meta",
     "plain_layer",
+    "put",
     "separate",
     "separated",
     "take_back",
     "was_fused",
+    "without_memory",
+    "without_norm",
 ]
 
 _ATTRIBUTE = "_torchfuse_fusions"  # on the model itself; a plain object, so never in state_dict
@@ -83,11 +89,41 @@ class Merged:
 
 
 @dataclass
+class MergedBlock:
+    """A module whose branches became one layer: what it takes to check it, and to undo it."""
+
+    path: str
+    base: tuple[Any, ...]  # of its class before, as `recipe_of` gives it
+    source: str  # of its forward now
+    args: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shapes and dtypes it was called with
+    rules: tuple[str, ...]
+    layers: tuple[str, ...]  # paths below it of the layers that came
+    # By path below it: those whose place another one took, without their memory (on meta)
+    modules: dict[str, nn.Module]
+    tensors: dict[str, Tensor]  # by key below it: those that went from modules that stayed; on meta
+    key_map: dict[str, str | None]  # keys below it
+    written: dict[str, str]  # digests of the layers' tensors, by key below it
+    original_modules: dict[str, nn.Module] | None  # None: not kept
+    original_tensors: dict[str, Tensor] | None
+
+    @property
+    def originals_bytes(self) -> int:
+        """Memory of the originals, if they are kept."""
+        if self.original_modules is None or self.original_tensors is None:
+            return 0
+        tensors = [*self.original_tensors.values()]
+        for module in self.original_modules.values():
+            tensors += [*module._parameters.values(), *module._buffers.values()]  # type: ignore[list-item]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass
 class Fusions:
-    """What one call of a fusing verb did: all folds, then all merges."""
+    """What one call of a fusing verb did: all folds, then all merges, then all blocks."""
 
     folded: list[Folded] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
+    blocks: tuple[MergedBlock, ...] = ()
 
 
 def fusions_of(model: nn.Module) -> list[Fusions]:
@@ -130,8 +166,8 @@ def fold_in(
         rule=rule.name,
         first=tuple(first),
         second=tuple(second),
-        layer=_on_meta(layer),
-        norm=_on_meta(norm),
+        layer=on_meta(layer),
+        norm=on_meta(norm),
         original_layer=(type(layer), own_tables(vars(layer))) if keep else None,
         original_norm=norm if keep else None,
     )
@@ -140,7 +176,7 @@ def fold_in(
     with torch.inference_mode(False):
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
         layer._parameters["bias"] = nn.Parameter(bias, requires_grad=bias_trains)
-    _put(model, second, _without_norm(norm))
+    put(model, second, without_norm(norm))
     return folded
 
 
@@ -178,11 +214,11 @@ def folded_while_called(
         layer.register_forward_pre_hook(fold),
         layer.register_forward_hook(put_back, always_call=True),
     )
-    _put(model, second, _without_norm(norm))
+    put(model, second, without_norm(norm))
     try:
         yield
     finally:
-        _put(model, second, norm)
+        put(model, second, norm)
         put_back()
         for handle in handles:
             handle.remove()
@@ -194,18 +230,18 @@ def merge_in(model: nn.Module, rule: Rule, first: Sequence[str], second: Sequenc
     one, other = model.get_submodule(first[0]), model.get_submodule(second[0])
     merged = rule.merge(one, other)
     merged.training = one.training  # the flag of the new module only, not those inside
-    _put(model, first, merged)
+    put(model, first, merged)
     identity = nn.Identity()
     identity.training = other.training
-    _put(model, second, identity)
+    put(model, second, identity)
     return Merged(tuple(first), tuple(second))
 
 
 def separate(model: nn.Module, merged: Merged) -> None:
     """Undoes `merge_in`."""
     one, other = model.get_submodule(merged.first[0]).children()
-    _put(model, merged.first, one)
-    _put(model, merged.second, other)
+    put(model, merged.first, one)
+    put(model, merged.second, other)
 
 
 @contextmanager
@@ -220,8 +256,8 @@ def separated(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for merged, one, other in zip(merges, ones, others, strict=True):
-            _put(model, merged.first, one)
-            _put(model, merged.second, other)
+            put(model, merged.first, one)
+            put(model, merged.second, other)
 
 
 def check_unchanged(model: nn.Module) -> None:
@@ -271,16 +307,16 @@ def take_back(model: nn.Module, folded: Folded) -> None:
         (layer.weight.requires_grad, layer.bias.requires_grad),
         _trains(folded.layer, folded.norm),
     )
-    hooks = {name: table for name, table in vars(layer).items() if name in _HOOK_TABLES}
+    hooks = {name: table for name, table in vars(layer).items() if name in HOOK_TABLES}
     for name, table in hooks.items():
         _keep_hooks_of_today(table, attributes[name])
     layer.__class__ = class_
     vars(layer).clear()
     vars(layer).update({**own_tables(attributes), **hooks}, training=training)
     norm.training = placeholder.training
-    for name in _HOOK_TABLES:
+    for name in HOOK_TABLES:
         vars(norm)[name].update(vars(placeholder)[name])
-    _put(model, folded.second, norm)
+    put(model, folded.second, norm)
     for index, of_bias in enumerate((False, True)):
         if now[index] != then[index]:  # frozen, or made trainable, while it was fused
             for module in (layer, norm):
@@ -290,7 +326,7 @@ def take_back(model: nn.Module, folded: Folded) -> None:
 
 
 # Dictionaries of hooks that every module has; handles refer to them, so they stay the same objects.
-_HOOK_TABLES = MODULE_TABLES - {"_parameters", "_buffers", "_modules"}
+HOOK_TABLES = MODULE_TABLES - {"_parameters", "_buffers", "_modules"}
 
 
 def _keep_hooks_of_today(table: dict[int, Any], original: dict[int, Any]) -> None:
@@ -335,7 +371,7 @@ def folded_layer(
     folded = shell(type(layer), vars(layer))
     folded._forward_hooks.clear()
     if child is not None:
-        _put(folded, (child,), _without_norm(layer.get_submodule(child)))
+        put(folded, (child,), without_norm(layer.get_submodule(child)))
     folded._forward_pre_hooks.clear()
     folded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     folded._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
@@ -346,7 +382,8 @@ def _identical(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def _put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+def put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Make `module` the child at each of these paths."""
     for path in paths:
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent)._modules[name] = module
@@ -376,7 +413,7 @@ def _bake(layer: nn.Module) -> None:
             vars(layer).pop("weight", None)
 
 
-def _on_meta(layer: nn.Module) -> nn.Module:
+def on_meta(layer: nn.Module) -> nn.Module:
     """A copy of the layer without its memory, hooks included."""
     if not layer._modules:
         empty = shell(type(layer), vars(layer))
@@ -384,20 +421,21 @@ def _on_meta(layer: nn.Module) -> nn.Module:
         for table in tables:
             for name, tensor in table.items():
                 if isinstance(tensor, Tensor):
-                    table[name] = _without_memory(tensor)
+                    table[name] = without_memory(tensor)
         return empty
     memo: dict[int, Any] = {}
     for module in layer.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                memo[id(tensor)] = _without_memory(tensor)
+                memo[id(tensor)] = without_memory(tensor)
         for value in vars(module).values():
             if isinstance(value, Tensor):
-                memo[id(value)] = _without_memory(value)
+                memo[id(value)] = without_memory(value)
     return copy.deepcopy(layer, memo)
 
 
-def _without_memory(tensor: Tensor) -> Tensor:
+def without_memory(tensor: Tensor) -> Tensor:
+    """The same on the meta device."""
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
@@ -429,7 +467,7 @@ def is_folded(module: nn.Module) -> bool:
     return isinstance(module, _Passing) or is_retraced(module)
 
 
-def _without_norm(norm: nn.Module) -> nn.Module:
+def without_norm(norm: nn.Module) -> nn.Module:
     """What stays where the batch norm was: an Identity, or what its subclass adds."""
     if not isinstance(norm, _BatchNorm) or type(norm).forward in (
         _BatchNorm.forward,

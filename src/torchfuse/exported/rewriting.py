@@ -54,6 +54,7 @@ def rewrite(
     prove: bool,
     rules: Collection[str] | None = None,
     refuted: dict[tuple[str | None, str], str] | None = None,
+    at_example: bool = False,
 ) -> Rewritten:
     """Return `program` after each exact edit that `rules` (None: all) allow and that costs less.
 
@@ -61,7 +62,8 @@ def rewrite(
     the calls that each edit replaced are compared with those that came, on what the program's own
     example inputs give; one that differs is left out and becomes a skip. `refuted` are those of an
     earlier time (rule, value), each with how it differs, and takes up new ones; without a rule, no
-    rule may touch what gives that value.
+    rule may touch what gives that value. What is saved is known where all sizes are, or with
+    `at_example` as it is at the sizes of the example.
 
     Raises:
         InputError: `prove`, there was something to do, and the program has no example inputs.
@@ -69,7 +71,7 @@ def rewrite(
     refuted = {} if refuted is None else refuted
     chosen = [rule for rule in REWRITES if rules is None or rule.name in rules]
     while True:
-        rewriting = _Rewriting(program, chosen, refuted, keep=prove)
+        rewriting = _Rewriting(program, chosen, refuted, keep=prove, at_example=at_example)
         if not rewriting.done:
             return Rewritten(program, (), rewriting.skips, {key: key for key in program.state_dict})
         if not prove:
@@ -105,9 +107,11 @@ class _Rewriting(EditedProgram):
         refuted: Mapping[tuple[str | None, str], str],
         *,
         keep: bool,
+        at_example: bool,
     ) -> None:
         super().__init__(program)
         self.rules, self.refuted, self.keep = rules, refuted, keep
+        self.at_example = at_example
         self.names = {node.name for node in self.graph.nodes}
         self.done: list[_Done] = []
         # By the rule and the calls that would go: another pass need not compute them again.
@@ -298,7 +302,7 @@ class _Rewriting(EditedProgram):
             saved = Cost(
                 before.macs - values.cost.macs, before.traffic_bytes - values.cost.traffic_bytes
             )
-            known = all(isinstance(size, int) for size in like.shape)
+            known = self.at_example or all(isinstance(size, int) for size in like.shape)
             fusion = Fusion(
                 rule.name,
                 paths,

@@ -23,6 +23,7 @@ from torchfuse.surgery import is_folded
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torchfuse.blocks.planned import Block
     from torchfuse.graph import Call, Graph
     from torchfuse.inputs import Case
     from torchfuse.proving.pairs import PairDifference
@@ -40,6 +41,7 @@ class Found:
         self.subject = subject
         self.matches: list[tuple[Rule, Match]] = []
         self.skips: list[Skip] = []
+        self.blocks: list[Block] = []  # whose branches are to be merged
         self.max_rel: dict[str, float] = {}
 
     def skip(self, modules: tuple[str, ...], refusal: Refusal, rule: str | None) -> None:
@@ -84,11 +86,12 @@ class Found:
         """The plan as plain data."""
         return FusionPlan(
             model=self.subject.graph.model,
-            scope=(*_scope(self.subject), *_parts(self), *_in_bulk(self)),
+            scope=(*_scope(self.subject), *_parts(self), *_rewritten(self), *_in_bulk(self)),
             fusions=tuple(
                 _fusion(self.subject, rule, match, self.max_rel.get(match.second))
                 for rule, match in self.matches
-            ),
+            )
+            + tuple(fusion for block in self.blocks for fusion in block.fusions),
             skips=tuple(self.skips),
             whole=whole(
                 self.subject.graph,
@@ -132,6 +135,18 @@ def _parts(found: Found) -> tuple[str, ...]:
     return (
         "Inner methods as the model itself calls them; called from outside, "
         f"{', '.join(parts[:3])}{more} would see a folded layer.",
+    )
+
+
+def _rewritten(found: Found) -> tuple[str, ...]:
+    """The sentence that names modules whose forward is written anew."""
+    if not found.blocks:
+        return ()
+    paths = [block.path for block in found.blocks]
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return (
+        f"Blocks whose forward is written anew ({', '.join(paths[:3])}{more}) as the model itself "
+        "calls them, and as their attributes were here; what was inside of them is gone.",
     )
 
 

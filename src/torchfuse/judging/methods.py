@@ -37,12 +37,17 @@ if TYPE_CHECKING:
 __all__ = ["parts_of_forward", "reached_apart"]
 
 
-def reached_apart(subject: Subject, match: Match) -> Refusal | None:
-    """None if no method reaches one of the two without the other, or asks what folding changes."""
+def reached_apart(subject: Subject, match: Match, *, outside: str | None = None) -> Refusal | None:
+    """None if no method reaches one of the two without the other, or asks what folding changes.
+
+    With `outside`, methods of the module at that path, and of those in it, are not looked at.
+    """
     pair = Pair(subject, match)
     if (refusal := _reached_by_attached(subject, pair)) is not None:
         return refusal
     for path in _ancestors(match):
+        if outside is not None and f"{path}.".startswith(f"{outside}."):
+            continue
         module = subject.modules[path]
         if (refusal := _reached_by_descriptors(path, module, pair)) is not None:
             return refusal
@@ -76,7 +81,11 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
             if ran and both and not _may_be_asked_otherwise(subject, path, function):
                 continue  # recorded with both: what it does with them is in the graph
             if _is_explored(subject, match, path, function) or (
-                not ran and _only_hands_on(path, function, pair)
+                not ran
+                and (
+                    _only_hands_on(path, function, pair)
+                    or _only_past_the_model(subject, path, function)
+                )
             ):
                 continue
             how = "a method that can be called by itself" if ran else "which did not run here"
@@ -179,8 +188,7 @@ def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
 
     `as_sequential()` makes a sequence of them, `fuse()` folds them itself.
     """
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    if any(parameter.default is parameter.empty for parameter in parameters):
+    if not _takes_nothing(function):
         return False
     mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
     if _changes_the_model(function):
@@ -208,6 +216,29 @@ def _changes_the_model(function: FunctionType) -> bool:
         or (isinstance(value, ast.Name) and value.id == owner)
         for value in returned
     )
+
+
+def _only_past_the_model(
+    subject: Subject, path: str, function: FunctionType, seen: frozenset[CodeType] = frozenset()
+) -> bool:
+    """Whether a method of an inner module is called by others that nothing in the model calls.
+
+    `fuse_bn_tensor(self, branch)`, which `get_kernel_bias(self)` calls, which only those call that
+    re-parameterise the block themselves.
+    """
+    seen |= {function.__code__}
+    callers = {c.__code__: (p, c) for p, c in subject.mentions.get(function.__name__, ())}
+    return path != "" and all(
+        code not in seen
+        and not _ran(subject, code, where)
+        and _only_past_the_model(subject, where, caller, seen)
+        for code, (where, caller) in callers.items()
+    )
+
+
+def _takes_nothing(function: FunctionType) -> bool:
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return all(parameter.default is not parameter.empty for parameter in parameters)
 
 
 def parts_of_forward(subject: Subject, match: Match) -> Iterator[str]:

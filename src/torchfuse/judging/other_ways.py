@@ -61,7 +61,7 @@ def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bo
 
 
 def _can_be_judged(subject: Subject, match: Match) -> bool:
-    return bool(subject.cases) and match.seconds[0].kind == "batch_norm"
+    return bool(subject.cases and match.seconds) and match.seconds[0].kind == "batch_norm"
 
 
 def _as_entry(subject: Subject, method: str) -> Subject | None:

@@ -60,6 +60,14 @@ TAKES_IN: dict[str, tuple[dict[str, int], Callable[[Model, Tensor], object]]] = 
     ),
     "through a mean": ({"mean": 1, "linear": 1}, lambda m, x: m.head(m.bn(x).mean((2, 3)))),
     "through flattening": ({"flatten": 1, "linear": 1}, lambda m, x: m.wide(m.bn(x).flatten(1))),
+    "a shift alone, through flattening": (
+        {"flatten": 1, "linear": 1},
+        lambda m, x: m.wide((x + m.norm.mean).flatten(1)),
+    ),
+    "a scale alone, through flattening": (
+        {"flatten": 1, "linear": 1},
+        lambda m, x: m.wide((x * m.norm.std).flatten(1)),
+    ),
     "through a view": ({"view": 1, "linear": 1}, lambda m, x: m.wide(m.bn(x).view(2, -1))),
     "through channels last": (
         {"permute": 1, "linear": 1},

@@ -68,9 +68,13 @@ def _merged(
     x: Any,
     axis: int,
 ) -> NewCall | Node | Refusal:
-    wide = Affine(affine.scale.repeat_interleave(repeats), affine.shift.repeat_interleave(repeats))
-    if affine.scale.numel() == 1:
-        wide = affine
+    # Flattening repeats each channel; one value for all of them stays one.
+    wide = Affine(
+        *(
+            values if values.numel() == 1 else values.repeat_interleave(repeats)
+            for values in (affine.scale, affine.shift)
+        )
+    )
     merged = before(layer.exact, wide)
     only_scale = len(calls) > 1 and affine.shifts and bool((affine.scale != 0).all())
     if isinstance(merged, Refusal) and only_scale and bool((affine.scale != 1).any()):

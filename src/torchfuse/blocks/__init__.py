@@ -1,0 +1,1 @@
+"""Modules whose branches are merged into one layer, and whose forward is then written anew."""
