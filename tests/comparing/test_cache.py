@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.artifacts import Artifact
-from torchfuse.comparing.cache import Cache
+from torchfuse.comparing.cache import Cache, Folder
 from torchfuse.comparing.jobs import Build, Built, Place
 
 
@@ -39,7 +39,7 @@ def never(job: Build) -> Built:
 def test_an_artifact_of_two_files_is_found_again_with_both(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
-    cache = Cache(tmp_path / "cache", "digest")
+    cache = Cache(Folder(tmp_path / "cache"), "digest")
     first = cache.built(job_in(tmp_path / "first"), made)
     second = cache.built(job_in(tmp_path / "second"), never)
     assert first.artifact is not None
@@ -52,7 +52,7 @@ def test_an_artifact_of_two_files_is_found_again_with_both(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("damage", ["graph", "weights", "missing"])
 def test_what_is_not_whole_any_more_is_made_again(tmp_path: Path, damage: str) -> None:
-    cache = Cache(tmp_path / "cache", "digest")
+    cache = Cache(Folder(tmp_path / "cache"), "digest")
     cache.built(job_in(tmp_path), made)
     suffix = ".xml" if damage == "graph" else ".bin"
     (kept,) = (tmp_path / "cache").glob(f"*{suffix}")
@@ -67,5 +67,5 @@ def test_what_is_not_whole_any_more_is_made_again(tmp_path: Path, damage: str) -
 
 def test_a_cache_that_cannot_be_written_makes_no_build_fail(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, no folder")
-    cache = Cache(tmp_path / "cache", "digest")
+    cache = Cache(Folder(tmp_path / "cache"), "digest")
     assert cache.built(job_in(tmp_path), made).artifact is not None

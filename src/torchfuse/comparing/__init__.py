@@ -15,7 +15,7 @@ from torch import nn
 from torch.ao.quantization import QuantStub
 
 from torchfuse.artifacts import Artifact, Precision, check_folder
-from torchfuse.comparing.cache import Cache, digest_of
+from torchfuse.comparing.cache import Cache, Folder, digest_of
 from torchfuse.comparing.jobs import (
     Build,
     Built,
@@ -161,7 +161,7 @@ def compare(
             evaluate=evaluate,
             threads=threads,
             runs=runs,
-            cache=None if cache is None else lambda digest: Cache(Path(cache), digest),
+            cache=None if cache is None else lambda digest: Cache(Folder(Path(cache)), digest),
             command=command,
             progress=progress,
         )
@@ -260,6 +260,7 @@ def begin(
         files,
         runs,
         threads,
+        digest,
     )
 
 
@@ -305,6 +306,7 @@ class Work:
     files: Sequence[FileTarget]
     runs: int
     threads: int
+    digest: str | None  # of the content alone
     earlier: Mapping[str, Measurement] = field(default_factory=dict)  # of this machine, by row
     places: list[Place] = field(default_factory=list)
     artifacts: dict[Place, Artifact] = field(default_factory=dict)
@@ -336,7 +338,7 @@ class Work:
                 self.places.append(Place(NOT_FUSED, "channels_last", "fp32", None))
             if "fused" in self.chosen:
                 self.places += [Place(n, "eager", "fp32", None) for n in self.subject.variants]
-        jobs = list(self._builds())
+        jobs = list(self.jobs())
         for job in jobs[part * len(jobs) // parts : (part + 1) * len(jobs) // parts]:
             assert job.place.path is not None
             self.progress(f"saving {job.place.path.name}")
@@ -358,7 +360,8 @@ class Work:
         self.artifacts[place] = built.artifact
         self.places.append(place)
 
-    def _builds(self) -> Iterator[Build]:
+    def jobs(self) -> Iterator[Build]:
+        """Yield all files that can be made; what cannot is noted."""
         chosen, files = self.chosen, self.files
         variants = {NOT_FUSED: self.subject.model, **self.subject.variants}
         has_stubs = any(isinstance(module, QuantStub) for module in self.subject.model.modules())

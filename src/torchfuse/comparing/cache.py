@@ -14,7 +14,7 @@ import platform
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -30,12 +30,12 @@ from torchfuse.render.json import from_json, to_json
 from torchfuse.targets import TARGETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from torchfuse.comparing.jobs import Subject
     from torchfuse.inputs import Case
 
-__all__ = ["Cache", "default_folder", "digest_of"]
+__all__ = ["Cache", "Folder", "Store", "default_folder", "digest_of", "makers"]
 
 _T = TypeVar("_T")
 _FORM = "torchfuse-cache-2"
@@ -95,11 +95,63 @@ class _Kept:
         return cls(_File.of(made), made.delegation, made.equivalence, built.notes, None)
 
 
+class Store(Protocol):
+    """Where bytes are kept by name."""
+
+    def get(self, name: str) -> bytes | None:
+        """Return what is kept under a name; None: nothing."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep bytes under a name, all of them or none.
+
+        Raises:
+            OSError, ArtifactError: there is no room, or no permission.
+        """
+
+    def prune(self) -> None:
+        """Let go of what was kept longest ago, where there is too much."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, which is made when something is kept in it."""
+
+    path: Path
+
+    def get(self, name: str) -> bytes | None:
+        """Return what is kept under a name; None: nothing."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            return None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep bytes under a name.
+
+        Raises:
+            OSError, ArtifactError: there is no room, or no permission.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, data)
+
+    def prune(self) -> None:
+        """Let go of the oldest files, where there are too many bytes."""
+        entries = []
+        for path in self.path.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process prunes too
+                entries.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = 0
+        for _, size_bytes, path in sorted(entries, reverse=True):
+            total += size_bytes
+            if total > _MOST_BYTES:
+                path.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Cache:
     """Files and results of one content."""
 
-    folder: Path
+    store: Store
     digest: str  # of the content: `digest_of`
 
     def built(self, job: Build, make: Callable[[Build], Built]) -> Built:
@@ -107,9 +159,7 @@ class Cache:
         found = self.find(job)
         if found is None:
             found = make(job)
-            with contextlib.suppress(
-                OSError, ArtifactError
-            ):  # a full disk makes no comparison fail
+            with contextlib.suppress(OSError, ArtifactError):  # a full disk fails nothing
                 self.keep(job, found)
         return found
 
@@ -137,9 +187,9 @@ class Cache:
         key = self._key_of(job)
         if built.artifact is not None:
             for path in (built.artifact.path, *built.artifact.beside):
-                self._put(key + path.suffix, path.read_bytes())
+                self.store.put(key + path.suffix, path.read_bytes())
         self._write(key, _Kept.of(built))
-        self._prune()
+        self.store.prune()
 
     def result(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
         """Return a result of that name, found before or found now."""
@@ -157,9 +207,9 @@ class Cache:
 
         Of an artifact of several files the first holds the checksums of the others.
         """
-        files = {}
+        files: dict[str | os.PathLike[str], bytes] = {}
         for path in (artifact.path, *artifact.beside):
-            data = self._get(key + path.suffix)
+            data = self.store.get(key + path.suffix)
             if data is None:
                 return False
             files[path] = data
@@ -177,7 +227,7 @@ class Cache:
         return hashlib.sha256("\0".join((self.digest, *parts)).encode()).hexdigest()[:40]
 
     def _read(self, key: str, kind: type[_T]) -> _T | None:
-        data = self._get(f"{key}.json")
+        data = self.store.get(f"{key}.json")
         if data is None:
             return None
         try:
@@ -186,29 +236,7 @@ class Cache:
             return None
 
     def _write(self, key: str, value: Any) -> None:
-        self._put(f"{key}.json", to_json(value, _FORM).encode())
-
-    def _get(self, name: str) -> bytes | None:
-        """Return what is kept under a name; None: nothing."""
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError:
-            return None
-
-    def _put(self, name: str, data: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / name, data)
-
-    def _prune(self) -> None:
-        entries = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process prunes too
-                entries.append((path.stat().st_mtime, path.stat().st_size, path))
-        total = 0
-        for _, size_bytes, path in sorted(entries, reverse=True):
-            total += size_bytes
-            if total > _MOST_BYTES:
-                path.unlink(missing_ok=True)
+        self.store.put(f"{key}.json", to_json(value, _FORM).encode())
 
 
 def digest_of(subject: Subject) -> str | None:
@@ -219,7 +247,11 @@ def digest_of(subject: Subject) -> str | None:
         for value in values:
             digest.update(f"{value}\0".encode())
 
-    take(platform.machine(), platform.python_version(), *_versions())
+    take(
+        platform.machine(),
+        platform.python_version(),
+        *(f"{name} {found}" for name, found in makers().items()),
+    )
     take(subject.preprocessing)
     try:
         for name, module in {"": subject.model, **subject.variants}.items():
@@ -235,12 +267,15 @@ def digest_of(subject: Subject) -> str | None:
     return digest.hexdigest()
 
 
-def _versions() -> Iterable[str]:
+def makers() -> dict[str, str | None]:
+    """Return the versions of all that makes files, by distribution; None: it is not installed."""
+    found: dict[str, str | None] = {}
     for name in _MAKERS:
         try:
-            yield f"{name} {version(name)}"
+            found[name] = version(name)
         except PackageNotFoundError:
-            yield f"no {name}"
+            found[name] = None
+    return found
 
 
 def _take_model(
