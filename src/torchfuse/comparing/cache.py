@@ -108,6 +108,9 @@ class Store(Protocol):
             OSError, ArtifactError: there is no room, or no permission.
         """
 
+    def remove(self, name: str) -> None:
+        """Keep nothing under a name any more."""
+
     def prune(self) -> None:
         """Let go of what was kept longest ago, where there is too much."""
 
@@ -133,6 +136,10 @@ class Folder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / name, data)
+
+    def remove(self, name: str) -> None:
+        """Keep nothing under a name any more."""
+        (self.path / name).unlink(missing_ok=True)
 
     def prune(self) -> None:
         """Let go of the oldest files, where there are too many bytes."""
