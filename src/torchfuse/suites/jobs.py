@@ -116,7 +116,6 @@ class Outcome:
     began_s: float  # of the epoch
     ended_s: float
     waited_s: float  # of it, for others on the machine
-    worker: str = ""  # its address
 
 
 class _GoneError(Exception):

@@ -207,23 +207,22 @@ class Suite:
     def _job(self, state: _State, **more: Any) -> Job:
         return Job(run=self.run_id, entry=state.entry, store=self.store, salt=self.salt, **more)
 
-    def _submit(self, job: Job, attempt: int = 1, deaths: int = 0, beside: str = "") -> None:
-        """Give a job to Dask; `beside` is a worker that has the model already."""
+    def _submit(self, job: Job, attempt: int = 1, deaths: int = 0) -> None:
+        """Give a job to Dask.
+
+        A worker is not preferred, though one has the model already: where that one is gone, Dask
+        would place the job without looking at resources.
+        """
         kind = "make" if job.device is None else "time"
         key = f"{kind} {job.entry.name} {self.run_id}-{next(self._numbers)}"
-        needs = self._needs(job)
-        preferred = {}
-        if beside and needs.keys() <= self._resources().get(beside, {}).keys():
-            preferred = {"workers": [beside], "allow_other_workers": True}
         future = self.client.submit(
             _work_on,
             job,
             key,
             key=key,
             pure=False,
-            resources=needs,
+            resources=self._needs(job),
             priority=_THEN if job.device is None else _FIRST,
-            **preferred,
         )
         self.running[key] = _Running(job, future, attempt, deaths)
         future.add_done_callback(lambda _: self._events.put(("done", key)))
@@ -335,13 +334,13 @@ class Suite:
         if isinstance(outcome.value, Made):
             state.parts[job.part] = outcome.value
             if len(state.parts) == state.wanted_parts:
-                self._made(state, outcome.worker)
+                self._made(state)
         elif outcome.value is not None and job.device is not None:
             state.comparisons[job.device] = outcome.value
             state.machines[job.device] = outcome.machine
             self.on_result()
 
-    def _made(self, state: _State, worker: str) -> None:
+    def _made(self, state: _State) -> None:
         """Have what was made timed, where it is not known already."""
         made, *others = (state.parts[part] for part in sorted(state.parts))
         for other in others:
@@ -358,7 +357,7 @@ class Suite:
                 self.on_result()
         for device in state.entry.devices:
             if device not in state.comparisons and not self._is_running(state, device):
-                self._submit(self._job(state, device=device, made=made), beside=worker)
+                self._submit(self._job(state, device=device, made=made))
 
     def _failed(self, job: Job, reason: str) -> None:
         self.done += 1
@@ -474,8 +473,7 @@ def _work_on(job: Job, key: str) -> Outcome:
             say("step", step)
 
     say("began", job.what)
-    outcome = perform(job, tell, partial(say, "outran", job.what))
-    return replace(outcome, worker=worker.address)
+    return perform(job, tell, partial(say, "outran", job.what))
 
 
 def _state(entry: Entry, earlier: SuiteResult | None) -> _State:
