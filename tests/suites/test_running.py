@@ -179,7 +179,7 @@ def test_what_fails_or_takes_too_long_is_named_and_the_others_go_on(
     dask: Cluster, folder: Path
 ) -> None:
     models = (
-        f'{TWO}devices = ["local", "adb:none"]\n'
+        f'{TWO}devices = ["local", "adb:none"]\ntargets = ["pt"]\n'
         '[models.c]\nsource = "net.py:broken"\n'
         '[models.d]\nsource = "net.py:net"\nevaluate = "net.py:endless"\ntime-limit-s = 2\n'
     )

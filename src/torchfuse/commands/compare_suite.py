@@ -112,8 +112,8 @@ def compare_suite(
             "--scheduler needs --cache, a folder or a URL that all workers see: the files go from "
             "one machine to another by it."
         )
-    entries = read_suite(given.suite)
     earlier = _earlier(files["--json"]) if given.resume else None
+    entries = read_suite(given.suite)
     from torchfuse.comparing.cache import default_folder
     from torchfuse.suites.running import Suite
     from torchfuse.suites.store import check_store

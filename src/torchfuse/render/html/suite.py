@@ -76,13 +76,18 @@ def page(suite: SuiteResult) -> str:
 def _rows(result: Result) -> list[list[dict[str, Any]]]:
     """Return the cells of the table of every form, each with what it is sorted by."""
     comparison = result.comparison
-    return [] if comparison is None else [_cells(result, row) for row in comparison.rows]
+    if comparison is None:
+        return []
+    first = {row.device: row for row in reversed(comparison.rows)}
+    return [_cells(result, row, row is first[row.device]) for row in comparison.rows]
 
 
-def _cells(result: Result, row: Row) -> list[dict[str, Any]]:
+def _cells(result: Result, row: Row, is_baseline: bool) -> list[dict[str, Any]]:
     words = [result.name, row.variant, row.target, row.precision, _where(result, row.device)]
     accuracy, sqnr_db = row.accuracy, row.difference.sqnr_db
     speed = f"{row.speedup.value:.2f}×" if row.speedup.measurable else "not measurable"
+    if is_baseline:
+        speed = "baseline"
     numbers: list[tuple[str, float | None]] = [
         (duration(row.latency.median_s), row.latency.median_s),
         (speed, row.speedup.value),
