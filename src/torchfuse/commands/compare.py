@@ -11,10 +11,16 @@ import click
 
 from torchfuse import model_source
 from torchfuse.artifacts import check_destinations, check_folder, write_atomically
+from torchfuse.commands.compare_suite import (
+    SuiteOptions,
+    compare_suite,
+    refuse_other_options,
+    suite_options,
+)
 from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.gates import Gates
 from torchfuse.commands.interruption import saving_what_there_is
-from torchfuse.commands.model_options import model_options
+from torchfuse.commands.model_options import optional_model_options
 from torchfuse.commands.status import STDOUT
 from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError
@@ -31,7 +37,7 @@ __all__ = ["command"]
 
 
 @click.command("compare", short_help="Your model in every form: how fast, how large, how exact.")
-@model_options
+@optional_model_options
 @data_options
 @click.option(
     "--validation", metavar="PATH",
@@ -100,8 +106,9 @@ __all__ = ["command"]
     "--markdown", "markdown_file", metavar="FILE",
     help="Save the table there as Markdown; '-' prints it instead.",
 )  # fmt: skip
+@suite_options
 def command(
-    model: str,
+    model: str | None,
     inputs: tuple[str, ...],
     weights: Path | None,
     given: DataOptions,
@@ -122,6 +129,10 @@ def command(
     json_file: str | None,
     html_file: str | None,
     markdown_file: str | None,
+    suite: Path | None,
+    scheduler: str | None,
+    workers: int | None,
+    cache: str | None,
 ) -> None:
     """Make, check and time every form of MODEL, and say what each step buys.
 
@@ -129,6 +140,7 @@ def command(
       torchfuse compare net.py:build --data photos/ --mean … --std …
       torchfuse compare "net.py:build(width=0.5)" --data samples.npz --html report.html
       torchfuse compare timm:resnet18 --variants fused,int8 --targets pte --device adb
+      torchfuse compare --suite suite.toml --html report.html
 
     MODEL is path/to/file.py:callable, package.module:callable, either with arguments in brackets,
     timm:NAME, or an exported program file.pt2. The forms: eager as it is, in channels_last and
@@ -148,6 +160,15 @@ def command(
     if folder is not None:
         check_folder(folder)
     gates = Gates.read(conditions, baseline, slower_by, fail_on_noise=fail_on_noise)
+    refuse_other_options()
+    if suite is not None:
+        asked = SuiteOptions(suite, scheduler, workers, cache, no_cache, resume)
+        compare_suite(asked, files, gates, _again())
+        return
+    if model is None:
+        raise click.MissingParameter(
+            ctx=click.get_current_context(), param_hint="'MODEL'", param_type="argument"
+        )
     earlier = _earlier(json_file) if resume else None
     given.check()
     if validation is not None:

@@ -14,6 +14,8 @@ from torchfuse.errors import InputError
 from torchfuse.gates import Condition, failures, parse_condition, parse_share, slower
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torchfuse.comparison import Comparison
 
 __all__ = ["Gates"]
@@ -58,19 +60,27 @@ class Gates:
 
     def judge(self, comparison: Comparison) -> None:
         """Say what failed, and end with the status of that; return if nothing did."""
-        failed = [text for c in self.conditions for text in failures(c, comparison)]
-        if self.baseline is not None and self.slower_by is not None:
-            late, doubts = slower(comparison, self.baseline, self.slower_by)
-            failed += late
-            for doubt in doubts:
-                click.echo(f"Warning: {doubt}.", err=True)
+        self.judge_all({"": comparison})
+
+    def judge_all(self, comparisons: Mapping[str, Comparison]) -> None:
+        """Do so of several, by their names; "" needs none."""
+        failed, noisy = [], 0
+        for name, comparison in comparisons.items():
+            where = f"{name}: " if name else ""
+            found = [text for c in self.conditions for text in failures(c, comparison)]
+            if self.baseline is not None and self.slower_by is not None:
+                late, doubts = slower(comparison, self.baseline, self.slower_by)
+                found += late
+                for doubt in doubts:
+                    click.echo(f"Warning: {where}{doubt}.", err=True)
+            failed += [f"{where}{text}" for text in found]
+            noisy += sum(caution.fails for caution in comparison.cautions)
         for text in failed:
             click.echo(f"torchfuse: failed: {text}", err=True)
-        noisy = [caution for caution in comparison.cautions if caution.fails]
         # Times that are not to be trusted are no ground to fail or to pass.
         if self.fail_on_noise and noisy:
             click.echo(
-                f"torchfuse: {len(noisy)} of the warnings above make these figures worth little "
+                f"torchfuse: {noisy} of the warnings above make these figures worth little "
                 "(--fail-on-noise).",
                 err=True,
             )

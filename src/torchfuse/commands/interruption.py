@@ -16,10 +16,14 @@ _LIKE_CTRL_C = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def saving_what_there_is(save: Callable[[], object], json_path: Path | None) -> Iterator[None]:
+def saving_what_there_is(
+    save: Callable[[], object],
+    json_path: Path | None,
+    what: str = "the rounds until then are",
+) -> Iterator[None]:
     """Save when the block ends early; on Ctrl-C, SIGTERM or SIGHUP end with one line.
 
-    `save` returns False where there is nothing yet.
+    `save` returns False where there is nothing yet; `what` is said to be in the file.
 
     Those two are what a CI job and a closed terminal send: without this, the command would be gone
     before it could tell a device to stop.
@@ -32,7 +36,7 @@ def saving_what_there_is(save: Callable[[], object], json_path: Path | None) -> 
         yield
     except KeyboardInterrupt:
         is_saved = save() is not False and json_path is not None
-        kept = f"; the rounds until then are in '{json_path}'" if is_saved else ""
+        kept = f"; {what} in '{json_path}'" if is_saved else ""
         advice = ", and --resume goes on with them" if is_saved else ""
         click.echo(f"torchfuse: interrupted{kept}{advice}.", err=True)
         raise SystemExit(INTERRUPTED) from None

@@ -10,13 +10,28 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["input_option", "model_options", "rule_option", "strict_option"]
+__all__ = [
+    "input_option",
+    "model_options",
+    "optional_model_options",
+    "rule_option",
+    "strict_option",
+]
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add MODEL, --input and --weights to a command, in this order of its help."""
+    return _with_options(function, required=True)
+
+
+def optional_model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do so to a command that takes something else in place of MODEL."""
+    return _with_options(function, required=False)
+
+
+def _with_options(function: Callable[..., Any], *, required: bool) -> Callable[..., Any]:
     options = (
-        click.argument("model"),
+        click.argument("model", required=required),
         input_option("An example input"),
         click.option(
             "--weights", type=click.Path(path_type=Path), metavar="FILE",

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.ao.quantization import QuantStub
 
 from torchfuse.artifacts import Artifact, Precision, check_folder
-from torchfuse.comparing.cache import Cache, digest_of
+from torchfuse.comparing.cache import Cache, Folder, digest_of
 from torchfuse.comparing.jobs import (
     Build,
     Built,
@@ -68,7 +68,7 @@ from torchfuse.timing import Measurement, check_counts, ratio
 if TYPE_CHECKING:
     from torchfuse.profiling import Profile
 
-__all__ = ["check_choices", "compare"]
+__all__ = ["Work", "begin", "check_choices", "compare"]
 
 Progress = Callable[[str], None]
 
@@ -148,14 +148,76 @@ def compare(
             fit, there is no such variant or target, or there is nothing to time.
     """
     check_choices(variants, targets, devices)
-    chosen = VARIANTS if variants is None else tuple(variants)
-    in_process, files = chosen_targets(targets)
     places = list(dict.fromkeys(devices))
     if folder is not None:
         check_folder(folder)
-    check_counts(runs, threads, None, {NOT_FUSED: model})
     if not places:
         raise InputError("Expected a device to measure on, got none; 'local' is this machine.")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = begin(
+            model,
+            example_inputs,
+            folder=Path(folder or temporary),
+            variants=variants,
+            targets=targets,
+            data=data,
+            validation=validation,
+            fused=fused,
+            calibration=calibration,
+            preprocessing=preprocessing,
+            evaluate=evaluate,
+            threads=threads,
+            runs=runs,
+            cache=None if cache is None else lambda digest: Cache(Folder(Path(cache)), digest),
+            command=command,
+            name=name,
+            progress=progress,
+        )
+        if earlier is not None:
+            work.go_on_with(earlier)
+        partial(work.so_far)
+        work.build()
+        work.draw()
+        if explain:
+            work.explain()
+        work.evaluate()
+        for device in places:
+            work.measure(device)
+        if explain and LOCAL in places:
+            work.profile()
+        found = work.so_far()
+    assert found is not None
+    return found
+
+
+def begin(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    folder: Path,
+    variants: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    data: Any = None,
+    validation: Any = None,
+    fused: Mapping[str, nn.Module] | None = None,
+    calibration: Any = None,
+    preprocessing: Preprocessing | None = None,
+    evaluate: Evaluation | None = None,
+    threads: int = 1,
+    runs: int = 50,
+    cache: Callable[[str], Cache] | None = None,
+    command: str | None = None,
+    name: str | None = None,
+    progress: Progress = lambda _: None,
+) -> "Work":
+    """Return the work of a comparison, of which nothing is done but what all of it needs.
+
+    The arguments are those of `compare`, and raise what they do there; `folder` is where the files
+    are made, and `cache` makes a cache of what is known by a digest.
+    """
+    chosen = VARIANTS if variants is None else tuple(variants)
+    in_process, files = chosen_targets(targets)
+    check_counts(runs, threads, None, {NOT_FUSED: model})
     if data is not None and calibration is not None:
         raise InputError("Expected data or calibration, got both; data is split, or give both "
                          "data and validation.")  # fmt: skip
@@ -186,47 +248,32 @@ def compare(
     progress("looking for what was made before")
     digest = digest_of(subject)
     settings = None if digest is None else _digest_with(digest, runs, threads, chosen, targets)
-    if earlier is not None and (settings is None or earlier.digest != settings):
-        raise InputError(
-            "The earlier comparison cannot be gone on with: its model, data, example, options or "
-            "versions are not these; leave it out to measure anew."
-        )
-    with tempfile.TemporaryDirectory() as temporary:
-        work = _Work(
-            subject,
-            None if cache is None or digest is None else Cache(Path(cache), digest),
-            _make(Path(folder or temporary)),
-            Comparison(
-                model=name,
-                rows=(),
-                notes=(),
-                architecture=platform.machine(),
-                inputs=str(examples[0]),
-                validation=told,
-                accuracy_of=_accuracy_of(evaluate, samples),
-                versions=_versions(),
-                command=command,
-                plan=plan,
-                digest=settings,
-            ),
-            progress,
-            {} if earlier is None else _latencies(earlier),
-        )
-        partial(work.so_far)
-        work.build(chosen, in_process, files)
-        if calibrated is not None and any(p.precision == "int8" for p in work.places):
-            work.notes.insert(0, calibrated)
-        work.draw()
-        if explain and cases_ is not None and any(p.precision == "int8" for p in work.places):
-            work.explain()
-        work.evaluate()
-        for device in places:
-            work.measure(device, runs, threads)
-        if explain and LOCAL in places:
-            work.profile(threads)
-        found = work.so_far()
-    assert found is not None
-    return found
+    return Work(
+        subject,
+        None if cache is None or digest is None else cache(digest),
+        _make(folder),
+        Comparison(
+            model=name,
+            rows=(),
+            notes=(),
+            architecture=platform.machine(),
+            inputs=str(examples[0]),
+            validation=told,
+            accuracy_of=_accuracy_of(evaluate, samples),
+            versions=_versions(),
+            command=command,
+            plan=plan,
+            digest=settings,
+        ),
+        progress,
+        chosen,
+        in_process,
+        files,
+        runs,
+        threads,
+        digest,
+        calibrated,
+    )
 
 
 def _is_graph(model: nn.Module) -> bool:
@@ -266,15 +313,22 @@ class _Noise:
 
 
 @dataclass
-class _Work:
-    """What has been done of a comparison so far."""
+class Work:
+    """What is to be done for a comparison, and what has been so far."""
 
     subject: Subject
     cache: Cache | None
     folder: Path
     base: Comparison  # what is known without rows
     progress: Progress
-    earlier: Mapping[str, Measurement]  # of this machine, by the row's name
+    chosen: Sequence[str]  # variants
+    in_process: Sequence[str]  # targets
+    files: Sequence[FileTarget]
+    runs: int
+    threads: int
+    digest: str | None  # of the content alone
+    calibrated: str | None  # on what int8 is, in words
+    earlier: Mapping[str, Measurement] = field(default_factory=dict)  # of this machine, by row
     places: list[Place] = field(default_factory=list)
     artifacts: dict[Place, Artifact] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -284,16 +338,29 @@ class _Work:
     known: dict[str, Any] = field(default_factory=dict)  # more fields of the result
     unfinished: str | None = None
 
-    def build(
-        self, chosen: Sequence[str], in_process: Sequence[str], files: Sequence[FileTarget]
-    ) -> None:
-        """Make the files, one job each."""
-        self.places.append(Place(NOT_FUSED, "eager", "fp32", None))
-        if "channels_last" in in_process:
-            self.places.append(Place(NOT_FUSED, "channels_last", "fp32", None))
-        if "fused" in chosen:
-            self.places += [Place(n, "eager", "fp32", None) for n in self.subject.variants]
-        for job in self._builds(chosen, files):
+    def go_on_with(self, earlier: Comparison) -> None:
+        """Take over the rounds of an interrupted comparison.
+
+        Raises:
+            InputError: it was of something else.
+        """
+        if self.base.digest is None or earlier.digest != self.base.digest:
+            raise InputError(
+                "The earlier comparison cannot be gone on with: its model, data, example, options "
+                "or versions are not these; leave it out to measure anew."
+            )
+        self.earlier = _latencies(earlier)
+
+    def build(self, part: int = 0, parts: int = 1) -> None:
+        """Make the files, one job each; or one of `parts` shares of them, in the rows' order."""
+        if part == 0:
+            self.places.append(Place(NOT_FUSED, "eager", "fp32", None))
+            if "channels_last" in self.in_process:
+                self.places.append(Place(NOT_FUSED, "channels_last", "fp32", None))
+            if "fused" in self.chosen:
+                self.places += [Place(n, "eager", "fp32", None) for n in self.subject.variants]
+        jobs = list(self.jobs())
+        for job in jobs[part * len(jobs) // parts : (part + 1) * len(jobs) // parts]:
             assert job.place.path is not None
             self.progress(f"saving {job.place.path.name}")
             self._take(job.place, self._built(job))
@@ -317,7 +384,9 @@ class _Work:
         self.artifacts[place] = built.artifact
         self.places.append(place)
 
-    def _builds(self, chosen: Sequence[str], files: Sequence[FileTarget]) -> Iterator[Build]:
+    def jobs(self) -> Iterator[Build]:
+        """Yield all files that can be made; what cannot is noted."""
+        chosen, files = self.chosen, self.files
         variants = {NOT_FUSED: self.subject.model, **self.subject.variants}
         has_stubs = any(isinstance(module, QuantStub) for module in self.subject.model.modules())
         if self.subject.calibration is None and "int8" in chosen:
@@ -359,7 +428,9 @@ class _Work:
         self.known["after"] = operations(last, case)
 
     def explain(self) -> None:
-        """Measure the noise of each layer in int8."""
+        """Measure the noise of each layer in int8, where there is a row in int8."""
+        if self.subject.calibration is None or all(p.precision != "int8" for p in self.places):
+            return
         self.progress("measuring the noise of each layer")
         try:
             noise = (
@@ -386,7 +457,7 @@ class _Work:
             tuple(layer.module for layer in made.layers if layer.int8),
         )
 
-    def measure(self, device: str, runs: int, threads: int) -> None:
+    def measure(self, device: str) -> None:
         """Time everything that can run on a device."""
         places = [p for p in self.places if device == LOCAL or p.path is not None]
         if not places:
@@ -397,21 +468,21 @@ class _Work:
         def take(found: Measured) -> None:
             self.measured[device] = found
 
-        job = Measure(device, tuple(places), runs, threads)
+        job = Measure(device, tuple(places), self.runs, self.threads)
         self.unfinished = f"timing on {device}"
         take(measure(job, self.subject, self.progress, take, self.earlier))
         self.unfinished = None
         if (error := self.measured[device].error) is not None:
             self.notes.append(f"left out: {device}: {error}")
 
-    def profile(self, threads: int) -> None:
+    def profile(self) -> None:
         """Find out which operators take the time."""
         found: list[Profile] = []
         places = worth_profiling(self.places)
         for number, place in enumerate(places, 1):
             self.progress(f"profiling, {number} of {len(places)}")
             try:
-                found.append(profiled(place, self.subject, threads))
+                found.append(profiled(place, self.subject, self.threads))
             except TorchfuseError as error:  # the row is there all the same
                 self.notes.append(f"there is no profile of {place}: {error}")
             self.known["profiles"] = tuple(found)
@@ -450,10 +521,12 @@ class _Work:
                 )
         if not rows:
             return None
+        has_int8 = any(place.precision == "int8" for place in self.places)
+        on = [self.calibrated] if has_int8 and self.calibrated is not None else []
         return replace(
             self.base,
             rows=tuple(rows),
-            notes=(*self.base.notes, *self.notes),
+            notes=(*on, *self.notes),
             devices=tuple(found.device for found in self.measured.values()),
             unfinished=self.unfinished,
             **self.known,

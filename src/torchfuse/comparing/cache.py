@@ -14,13 +14,13 @@ import platform
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchfuse.artifacts import Artifact, write_atomically
+from torchfuse.artifacts import Artifact, write_all_atomically, write_atomically
 from torchfuse.capture.recorded_run import record
 from torchfuse.comparing.jobs import Build, Built
 from torchfuse.delegation import Delegation  # noqa: TC001  # msgspec reads annotations
@@ -30,15 +30,15 @@ from torchfuse.render.json import from_json, to_json
 from torchfuse.targets import TARGETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from torchfuse.comparing.jobs import Subject
     from torchfuse.inputs import Case
 
-__all__ = ["Cache", "default_folder", "digest_of"]
+__all__ = ["Cache", "Folder", "Store", "default_folder", "digest_of", "makers"]
 
 _T = TypeVar("_T")
-_FORM = "torchfuse-cache-1"
+_FORM = "torchfuse-cache-2"
 _MOST_BYTES = 4_000_000_000  # beyond which the oldest entries go
 _MAKERS = ("torchfuse", "torchao", *sorted({target.distribution for target in TARGETS}))
 _PLAIN = (bool, int, float, str, type(None))
@@ -61,12 +61,20 @@ class _File:
     notes: tuple[str, ...]
     batch_norms: int | None
     batch_norms_left: int | None
-    verified_on: str | None = None
+    verified_on: str | None
+    computes_in: str | None
+    beside: tuple[str, ...]  # suffixes of its other files
+
+    @classmethod
+    def of(cls, made: Artifact) -> _File:
+        named = {entry.name: getattr(made, entry.name) for entry in fields(cls)}
+        return cls(**{**named, "beside": tuple(path.suffix for path in made.beside)})
 
     def artifact(
         self, path: Path, delegation: Delegation | None, equivalence: Equivalence | None
     ) -> Artifact:
         plain: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        plain["beside"] = tuple(path.with_suffix(suffix) for suffix in self.beside)
         return Artifact(path=path, delegation=delegation, equivalence=equivalence, **plain)
 
 
@@ -85,38 +93,111 @@ class _Kept:
         made = built.artifact
         if made is None:
             return cls(None, None, None, built.notes, built.left_out)
-        file = _File(**{entry.name: getattr(made, entry.name) for entry in fields(_File)})
-        return cls(file, made.delegation, made.equivalence, built.notes, None)
+        return cls(_File.of(made), made.delegation, made.equivalence, built.notes, None)
+
+
+class Store(Protocol):
+    """Where bytes are kept by name."""
+
+    def get(self, name: str) -> bytes | None:
+        """Return what is kept under a name; None: nothing."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep bytes under a name, all of them or none.
+
+        Raises:
+            OSError, ArtifactError: there is no room, or no permission.
+        """
+
+    def remove(self, name: str) -> None:
+        """Keep nothing under a name any more."""
+
+    def prune(self) -> None:
+        """Let go of what was kept longest ago, where there is too much."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, which is made when something is kept in it."""
+
+    path: Path
+
+    def get(self, name: str) -> bytes | None:
+        """Return what is kept under a name; None: nothing."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            return None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep bytes under a name.
+
+        Raises:
+            OSError, ArtifactError: there is no room, or no permission.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, data)
+
+    def remove(self, name: str) -> None:
+        """Keep nothing under a name any more."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def prune(self) -> None:
+        """Let go of the oldest files, where there are too many bytes."""
+        entries = []
+        for path in self.path.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process prunes too
+                entries.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = 0
+        for _, size_bytes, path in sorted(entries, reverse=True):
+            total += size_bytes
+            if total > _MOST_BYTES:
+                path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Cache:
     """Files and results of one content."""
 
-    folder: Path
+    store: Store
     digest: str  # of the content: `digest_of`
 
     def built(self, job: Build, make: Callable[[Build], Built]) -> Built:
         """Return the file of a job, made before or made now."""
+        found = self.find(job)
+        if found is None:
+            found = make(job)
+            with contextlib.suppress(OSError, ArtifactError):  # a full disk fails nothing
+                self.keep(job, found)
+        return found
+
+    def find(self, job: Build) -> Built | None:
+        """Return the file of a job, put where it is wanted; None: it was not made before."""
         place = job.place
         assert place.path is not None
-        key = self._key("build", *map(str, (place, job.optimize)))
-        kept = self.folder / f"{key}{place.target}"
-        found = self._read(key, _Kept)
-        if found is not None and found.file is None:
-            return Built(None, found.notes, found.left_out, 0.0)
-        if found is not None and found.file is not None:
-            artifact = found.file.artifact(place.path, found.delegation, found.equivalence)
-            if self._copied(kept, artifact):
-                return Built(artifact, found.notes, None, 0.0)
-        built = make(job)
-        with contextlib.suppress(OSError, ArtifactError):  # a full disk makes no comparison fail
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if built.artifact is not None:
-                write_atomically(kept, place.path.read_bytes())
-            self._write(key, _Kept.of(built))
-            self._prune()
-        return built
+        key = self._key_of(job)
+        kept = self._read(key, _Kept)
+        if kept is None:
+            return None
+        if kept.file is None:
+            return Built(None, kept.notes, kept.left_out, 0.0)
+        artifact = kept.file.artifact(place.path, kept.delegation, kept.equivalence)
+        if not self._copied(key, artifact):
+            return None
+        return Built(artifact, kept.notes, None, 0.0)
+
+    def keep(self, job: Build, built: Built) -> None:
+        """Keep what a job made.
+
+        Raises:
+            OSError, ArtifactError: there is no room, or no permission.
+        """
+        key = self._key_of(job)
+        if built.artifact is not None:
+            for path in (built.artifact.path, *built.artifact.beside):
+                self.store.put(key + path.suffix, path.read_bytes())
+        self._write(key, _Kept.of(built))
+        self.store.prune()
 
     def result(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
         """Return a result of that name, found before or found now."""
@@ -126,43 +207,44 @@ class Cache:
             return found
         made = make()
         with contextlib.suppress(OSError, ArtifactError):
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._write(key, made)
         return made
 
-    def _copied(self, kept: Path, artifact: Artifact) -> bool:
-        """Put the kept file where it is wanted; False: it is not there, or not what it was."""
-        try:
-            data = kept.read_bytes()
-        except OSError:
+    def _copied(self, key: str, artifact: Artifact) -> bool:
+        """Put kept files where they are wanted; False: they are not there, or not what they were.
+
+        Of an artifact of several files the first holds the checksums of the others.
+        """
+        files: dict[str | os.PathLike[str], bytes] = {}
+        for path in (artifact.path, *artifact.beside):
+            data = self.store.get(key + path.suffix)
+            if data is None:
+                return False
+            files[path] = data
+        if hashlib.sha256(files[artifact.path]).hexdigest() != artifact.sha256:
             return False
-        if hashlib.sha256(data).hexdigest() != artifact.sha256:
+        if sum(map(len, files.values())) != artifact.size_bytes:
             return False
-        write_atomically(artifact.path, data)
+        write_all_atomically(files)
         return True
+
+    def _key_of(self, job: Build) -> str:
+        return self._key("build", *map(str, (job.place, job.optimize)))
 
     def _key(self, *parts: str) -> str:
         return hashlib.sha256("\0".join((self.digest, *parts)).encode()).hexdigest()[:40]
 
     def _read(self, key: str, kind: type[_T]) -> _T | None:
+        data = self.store.get(f"{key}.json")
+        if data is None:
+            return None
         try:
-            return from_json(kind, (self.folder / f"{key}.json").read_text(), _FORM)
-        except (OSError, InputError, UnicodeDecodeError):
+            return from_json(kind, data, _FORM)
+        except (InputError, UnicodeDecodeError):
             return None
 
     def _write(self, key: str, value: Any) -> None:
-        write_atomically(self.folder / f"{key}.json", to_json(value, _FORM).encode())
-
-    def _prune(self) -> None:
-        entries = sorted(
-            ((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.iterdir()),
-            reverse=True,
-        )
-        total = 0
-        for _, size_bytes, path in entries:
-            total += size_bytes
-            if total > _MOST_BYTES:
-                path.unlink(missing_ok=True)
+        self.store.put(f"{key}.json", to_json(value, _FORM).encode())
 
 
 def digest_of(subject: Subject) -> str | None:
@@ -173,7 +255,11 @@ def digest_of(subject: Subject) -> str | None:
         for value in values:
             digest.update(f"{value}\0".encode())
 
-    take(platform.machine(), platform.python_version(), *_versions())
+    take(
+        platform.machine(),
+        platform.python_version(),
+        *(f"{name} {found}" for name, found in makers().items()),
+    )
     take(subject.preprocessing)
     try:
         for name, module in {"": subject.model, **subject.variants}.items():
@@ -189,12 +275,15 @@ def digest_of(subject: Subject) -> str | None:
     return digest.hexdigest()
 
 
-def _versions() -> Iterable[str]:
+def makers() -> dict[str, str | None]:
+    """Return the versions of all that makes files, by distribution; None: it is not installed."""
+    found: dict[str, str | None] = {}
     for name in _MAKERS:
         try:
-            yield f"{name} {version(name)}"
+            found[name] = version(name)
         except PackageNotFoundError:
-            yield f"no {name}"
+            found[name] = None
+    return found
 
 
 def _take_model(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-__all__ = ["progress", "quiet_option"]
+__all__ = ["progress", "quiet_option", "suite_progress"]
 
 _WORTH_SAYING_S = 1.0
 
@@ -59,6 +59,22 @@ def progress() -> Iterator[Callable[[str], None]]:
                 say(step)
 
         yield line
+
+
+@contextlib.contextmanager
+def suite_progress() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """Yield what to call when a step begins, of several at once, and with what is worth a line.
+
+    A terminal has both, a pipe the lines.
+    """
+    if _Shown.is_quiet:
+        yield lambda _: None, lambda _: None
+    elif sys.stderr.isatty():
+        console = Console(stderr=True, markup=False, highlight=False)
+        with console.status("starting") as status:
+            yield status.update, console.print
+    else:
+        yield lambda _: None, lambda line: print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,505 @@
+"""Running a suite on Dask: which jobs there are, when each can begin, and what came of them.
+
+Dask places jobs, moves them from lost workers to others, and keeps their order. What it is told: a
+resource that admitted workers have, one per machine whose times are wanted, one per device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import queue
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client, Future, KilledWorker, get_worker
+
+from torchfuse.comparison import LOCAL
+from torchfuse.errors import InputError, first_line
+from torchfuse.suites.admission import Admitted, Asked, admit, versions_here
+from torchfuse.suites.jobs import Job, Made, Outcome, perform
+from torchfuse.suites.results import Failure, Result, SuiteResult
+from torchfuse.suites.store import leave_mark, remove_mark
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torchfuse.comparison import Comparison
+    from torchfuse.suites.reading import Entry
+
+__all__ = ["MACHINE", "Suite"]
+
+MACHINE = "machine"  # the resource of workers on whose machine times are taken
+
+_TOPIC = "torchfuse"
+_MOST_ATTEMPTS = 3  # of a job for which another one may help
+_MOST_DEATHS = 3  # of workers at a job, after which the job is what ends them
+_LOOK_EVERY_S = 0.5
+_PATIENCE_S = 30.0  # until a worker that is gone is not waited for any more
+_SAY_EVERY_S = 0.2
+_FIRST, _THEN = 10, 0  # priorities: a model's files are timed before others are made
+_OF_DASK = ("MALLOC_TRIM_THRESHOLD_", "65536")  # in the environment of each worker
+
+
+@dataclass
+class _Running:
+    """A job that was given to Dask."""
+
+    job: Job
+    future: Future
+    attempt: int
+    deaths: int = 0  # workers that ended while Dask had it there
+    began: int = 0  # times
+    worker: str | None = None  # where it began last
+    unplaced_since_s: float | None = None
+
+
+@dataclass
+class _State:
+    """What is known of one entry so far."""
+
+    entry: Entry
+    settings: str
+    earlier: Result | None
+    parts: dict[int, Made] = field(default_factory=dict)
+    wanted_parts: int = 1
+    comparisons: dict[str, Comparison] = field(default_factory=dict)  # by device
+    machines: dict[str, str] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    remakes: int = 0
+
+    def result(self) -> Result:
+        entry = self.entry
+        found = [self.comparisons[d] for d in entry.devices if d in self.comparisons]
+        return Result(
+            name=entry.name,
+            model=entry.model,
+            source=entry.source,
+            data=entry.data,
+            settings=self.settings,
+            devices=entry.devices,
+            comparison=_joined(found) if found else None,
+            machines={d: self.machines[d] for d in entry.devices if d in self.machines},
+            failures=tuple(self.failures),
+        )
+
+
+class Suite:
+    """A suite as it runs."""
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        client: Client,
+        *,
+        store: str,
+        is_ours: bool,
+        anew: bool = False,
+        earlier: SuiteResult | None = None,
+        command: str | None = None,
+        patience_s: float = _PATIENCE_S,
+        on_step: Callable[[str], object] = lambda _: None,
+        on_line: Callable[[str], object] = lambda _: None,
+        on_result: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Prepare to run.
+
+        Args:
+            entries: what is to be compared.
+            client: of the cluster.
+            store: the cache, a folder or a URL, which client and workers see.
+            is_ours: the cluster is this machine's own, started for this suite.
+            anew: find nothing that was made before.
+            earlier: an interrupted result, whose finished measurements are not repeated.
+            command: what makes it again in a shell.
+            patience_s: how long a worker is waited for that alone can do a job.
+            on_step: told all that begins anywhere.
+            on_line: told what is worth a line: a job that is done, or failed, a refused worker.
+            on_result: called when there is a result more.
+        """
+        self.client, self.store, self.is_ours = client, store, is_ours
+        self.run_id = secrets.token_hex(8)
+        self.salt = self.run_id if anew else None
+        self.command, self.patience_s = command, patience_s
+        self.on_step, self.on_line, self.on_result = on_step, on_line, on_result
+        self.versions = versions_here()
+        told = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
+        self.resource = f"torchfuse-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        self.states = {entry.name: _state(entry, earlier) for entry in entries}
+        self.running: dict[str, _Running] = {}
+        self.outcomes: list[tuple[Job, Outcome]] = []
+        self.refused: dict[str, str] = {}  # by the worker's address
+        self.machines: dict[str, str] = {}  # likewise, of admitted workers
+        self.done = 0
+        self.took_s: float | None = None
+        self._seen: set[str] = set()
+        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._mark = ""
+
+    # ── from outside ─────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> SuiteResult:
+        """Run to the end; what cannot be done is in the result.
+
+        Raises:
+            InputError: no worker can be used, or none for a device; or the cache cannot be written.
+        """
+        began_s = time.monotonic()
+        self._mark = leave_mark(self.store)
+        self.client.subscribe_topic(_TOPIC, self._event_came)
+        try:
+            self._look_at_workers()
+            self._require_workers()
+            for state in self.states.values():
+                self._make(state)
+            self._until_done()
+        finally:
+            for running in self.running.values():
+                with contextlib.suppress(Exception):  # the scheduler may be gone
+                    running.future.cancel()
+            with contextlib.suppress(Exception):
+                self.client.unsubscribe_topic(_TOPIC)
+            with contextlib.suppress(Exception):
+                remove_mark(self.store, self._mark)
+        self.took_s = time.monotonic() - began_s
+        return self.so_far()
+
+    def so_far(self) -> SuiteResult:
+        """Return what there is."""
+        counts: dict[str, int] = {}
+        for machine in self.machines.values():
+            counts[machine] = counts.get(machine, 0) + 1
+        return SuiteResult(
+            results=tuple(state.result() for state in self.states.values()),
+            versions={name: version for name, version in self.versions.items() if version},
+            machines=counts,
+            refused=tuple(self.refused.values()),
+            command=self.command,
+            took_s=self.took_s,
+            unfinished=bool(self.running),
+        )
+
+    # ── jobs ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _make(self, state: _State) -> None:
+        """Have a model's files made: in shares, where there are fewer models than workers."""
+        state.parts.clear()
+        workers = max(1, len(self.machines))
+        known = None
+        earlier, wanted = state.earlier, set(state.entry.devices)
+        if earlier is not None and earlier.comparison and wanted <= earlier.machines.keys():
+            known = earlier.comparison.digest
+        state.wanted_parts = 1 if known else max(1, workers // len(self.states))
+        for part in range(state.wanted_parts):
+            self._submit(self._job(state, part=part, parts=state.wanted_parts, known=known))
+
+    def _is_running(self, state: _State, device: str | None) -> bool:
+        jobs = (running.job for running in self.running.values())
+        return any(job.entry.name == state.entry.name and job.device == device for job in jobs)
+
+    def _job(self, state: _State, **more: Any) -> Job:
+        return Job(run=self.run_id, entry=state.entry, store=self.store, salt=self.salt, **more)
+
+    def _submit(self, job: Job, attempt: int = 1, deaths: int = 0) -> None:
+        """Give a job to Dask.
+
+        A worker is not preferred, though one has the model already: where that one is gone, Dask
+        would place the job without looking at resources.
+        """
+        kind = "make" if job.device is None else "time"
+        key = f"{kind} {job.entry.name} {self.run_id}-{next(self._numbers)}"
+        future = self.client.submit(
+            _work_on,
+            job,
+            key,
+            key=key,
+            pure=False,
+            resources=self._needs(job),
+            priority=_THEN if job.device is None else _FIRST,
+        )
+        self.running[key] = _Running(job, future, attempt, deaths)
+        future.add_done_callback(lambda _: self._events.put(("done", key)))
+
+    def _needs(self, job: Job) -> dict[str, float]:
+        needs = {self.resource: 1.0}
+        if job.device is not None:
+            needs[MACHINE if job.device == LOCAL else job.device] = 1.0
+        return needs
+
+    # ── what comes of them ───────────────────────────────────────────────────────────────────────
+
+    def _event_came(self, event: tuple[float, Any]) -> None:
+        self._events.put(("told", event[1]))
+
+    def _until_done(self) -> None:
+        looked_s = time.monotonic()
+        while self.running:
+            with contextlib.suppress(queue.Empty):
+                kind, what = self._events.get(timeout=_LOOK_EVERY_S)
+                if kind == "done":
+                    self._done(what)
+                else:
+                    self._told(what)
+            if self.client.status != "running":
+                self._lost("the connection to the scheduler ended")
+                return
+            if time.monotonic() - looked_s > 2 * _LOOK_EVERY_S:
+                looked_s = time.monotonic()
+                try:
+                    self._look_at_workers()
+                except OSError as error:
+                    self._lost(f"the scheduler does not answer: {first_line(error)}")
+                    return
+                self._give_up_what_has_no_place()
+
+    def _told(self, message: Mapping[str, str]) -> None:
+        running = self.running.get(message["key"])
+        if running is None:  # of another suite, or done meanwhile
+            return
+        where = f"{running.job.entry.name}: {message['text']}, on {message['machine']}"
+        if message["kind"] == "began":
+            running.began += 1
+            running.worker = message["worker"]
+        if message["kind"] == "outran":
+            self._end_worker(message["key"], running, message["worker"])
+            return
+        self.on_step(f"{self.done} of {self.done + len(self.running)} jobs; {where}")
+
+    def _end_worker(self, key: str, running: _Running, worker: str) -> None:
+        """End the worker of a job that takes too long: nothing less ends one."""
+        del self.running[key]
+        running.future.cancel()
+        limit_s = running.job.entry.time_limit_s
+        self._failed(running.job, f"it took longer than its time-limit-s, {limit_s:g}")
+
+        def restart() -> None:
+            with contextlib.suppress(Exception):  # it has no nanny, or is gone already
+                self.client.restart_workers([worker], timeout=60, raise_for_error=False)
+
+        threading.Thread(target=restart, daemon=True).start()
+
+    def _done(self, key: str) -> None:
+        running = self.running.pop(key, None)
+        if running is None:
+            return
+        job, future = running.job, running.future
+        if future.status == "finished":
+            self._ended(running, future.result())
+        elif future.status == "error":
+            error = future.exception()
+            deaths = running.deaths + running.began
+            if isinstance(error, KilledWorker) and deaths < _MOST_DEATHS:
+                # Dask counts the deaths of workers that it waited at, too.
+                self._submit(job, running.attempt, deaths)
+            elif isinstance(error, KilledWorker):
+                self._failed(
+                    job,
+                    f"{deaths} worker processes ended while at it: out of memory, or a crash in a "
+                    "library; the workers' logs say more",
+                )
+            else:
+                self._failed(job, f"{type(error).__name__}: {first_line(error or Exception())}")
+        else:
+            self._failed(job, "it was cancelled from outside")
+        future.release()
+
+    def _ended(self, running: _Running, outcome: Outcome) -> None:
+        job = running.job
+        self.outcomes.append((job, outcome))
+        state = self.states[job.entry.name]
+        if outcome.error is not None:
+            if outcome.may_help == "again" and running.attempt < _MOST_ATTEMPTS:
+                self.on_line(f"{job.entry.name}: {job.what}: {outcome.error} (tried again)")
+                self._submit(job, running.attempt + 1)
+            elif outcome.may_help == "remake" and state.remakes < _MOST_ATTEMPTS:
+                if not self._is_running(state, None):  # another device's job asked for it too
+                    state.remakes += 1
+                    self._make(state)
+            else:
+                self._failed(job, f"{outcome.error.rstrip('.')}, on {outcome.machine}")
+            return
+        self.done += 1
+        took_s = outcome.ended_s - outcome.began_s - outcome.waited_s
+        self.on_line(
+            f"{job.entry.name}: {job.what}: {took_s:.1f} s on {outcome.machine} "
+            f"({self.done} of {self.done + len(self.running)} jobs)"
+        )
+        if isinstance(outcome.value, Made):
+            state.parts[job.part] = outcome.value
+            if len(state.parts) == state.wanted_parts:
+                self._made(state)
+        elif outcome.value is not None and job.device is not None:
+            state.comparisons[job.device] = outcome.value
+            state.machines[job.device] = outcome.machine
+            self.on_result()
+
+    def _made(self, state: _State) -> None:
+        """Have what was made timed, where it is not known already."""
+        made, *others = (state.parts[part] for part in sorted(state.parts))
+        for other in others:
+            made = made.joined(other)
+        state.parts.clear()
+        earlier = state.earlier
+        if earlier is not None and earlier.comparison is not None:
+            digest = earlier.comparison.digest
+            if digest is not None and digest == made.base.digest:
+                for device, machine in earlier.machines.items():
+                    if device in state.entry.devices:
+                        state.comparisons[device] = _on_device(earlier.comparison, device)
+                        state.machines[device] = machine
+                self.on_result()
+        for device in state.entry.devices:
+            if device not in state.comparisons and not self._is_running(state, device):
+                self._submit(self._job(state, device=device, made=made))
+
+    def _failed(self, job: Job, reason: str) -> None:
+        self.done += 1
+        failure = Failure(job.what, reason)
+        state = self.states[job.entry.name]
+        state.failures.append(failure)
+        self.on_line(f"{job.entry.name}: {job.what}: {reason}.")
+        self.on_result()
+
+    def _lost(self, reason: str) -> None:
+        for running in self.running.values():
+            self._failed(running.job, reason)
+        self.running.clear()
+
+    # ── workers ──────────────────────────────────────────────────────────────────────────────────
+
+    def _resources(self) -> dict[str, Mapping[str, float]]:
+        """Return the resources of each admitted worker that is there, by its address."""
+        workers = self.client.scheduler_info()["workers"]
+        return {
+            address: worker["resources"]
+            for address, worker in workers.items()
+            if self.resource in worker["resources"] and address in self.machines
+        }
+
+    def _look_at_workers(self) -> None:
+        """Admit workers that came, or refuse them."""
+        present = set(self.client.scheduler_info()["workers"])
+        for gone in set(self.machines) - present:
+            del self.machines[gone]
+        new = sorted(present - self._seen)
+        if not new:
+            return
+        self._seen.update(new)
+        # Of this machine's own workers one has its devices, so that a job waits for none of them.
+        devices = {d for state in self.states.values() for d in state.entry.devices} - {LOCAL}
+        has_them = any(devices <= found.keys() for found in self._resources().values())
+        keeper = new[0] if self.is_ours and not has_them else None
+        for group in ([keeper] if keeper else [], [each for each in new if each != keeper]):
+            if not group:
+                continue
+            more = {MACHINE: 1.0} if self.is_ours else {}
+            if group == [keeper]:
+                more.update(dict.fromkeys(devices, 1.0))
+            asked = Asked(self.versions, self.store, self._mark, self.resource, more, self.is_ours)
+            answers = self.client.run(partial(admit, asked=asked), workers=group, on_error="return")
+            for address, answer in answers.items():
+                self._answered(address, answer)
+
+    def _answered(self, address: str, answer: Admitted | Exception) -> None:
+        if isinstance(answer, Admitted):
+            if answer.refused is None:
+                self.machines[address] = answer.machine
+                return
+            where, why = f"{address} on {answer.machine}", answer.refused
+        else:
+            where, why = address, f"{type(answer).__name__}: {first_line(answer)}"
+        self.refused[address] = f"The worker {where} is not used: {why}."
+        self.on_line(self.refused[address])
+
+    def _require_workers(self) -> None:
+        found = self._resources()
+        if not found:
+            if self.refused:
+                raise InputError(next(iter(self.refused.values())))
+            raise InputError(
+                "The scheduler has no workers; start one on each machine: dask worker "
+                "ADDRESS --nthreads 1 --resources 'machine=1'."
+            )
+        for state in self.states.values():
+            for device in state.entry.devices:
+                name = MACHINE if device == LOCAL else device
+                if not any(name in resources for resources in found.values()):
+                    raise InputError(
+                        f"No worker can time anything on '{device}': none has the resource "
+                        f"'{name}'; start one with --resources '{name}=1'."
+                    )
+
+    def _give_up_what_has_no_place(self) -> None:
+        """Fail the jobs that no worker could do any more, for a while."""
+        found = [set(resources) for resources in self._resources().values()]
+        now_s = time.monotonic()
+        for key, running in list(self.running.items()):
+            needs = self._needs(running.job).keys()
+            if any(needs <= resources for resources in found):
+                running.unplaced_since_s = None
+            elif running.unplaced_since_s is None:
+                running.unplaced_since_s = now_s
+            elif now_s - running.unplaced_since_s > self.patience_s:
+                del self.running[key]
+                running.future.cancel()
+                lacking = sorted(needs - {self.resource})
+                what = f"with the resource '{lacking[0]}'" if lacking else "left that can be used"
+                self._failed(running.job, f"there is no worker {what} any more")
+
+
+def _work_on(job: Job, key: str) -> Outcome:
+    """Do a job in a worker of Dask's."""
+    worker = get_worker()
+    said_s = 0.0
+    if os.environ.get(_OF_DASK[0]) == _OF_DASK[1]:  # it would be in the times
+        del os.environ[_OF_DASK[0]]
+
+    def say(kind: str, text: str) -> None:
+        machine = os.uname().nodename
+        told = {"key": key, "kind": kind, "text": text, "machine": machine}
+        worker.log_event(_TOPIC, {**told, "worker": worker.address})
+
+    def tell(step: str) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s > _SAY_EVERY_S:
+            said_s = time.monotonic()
+            say("step", step)
+
+    say("began", job.what)
+    return perform(job, tell, partial(say, "outran", job.what))
+
+
+def _state(entry: Entry, earlier: SuiteResult | None) -> _State:
+    plain = replace(entry, name="", devices=(), time_limit_s=0.0)
+    settings = hashlib.sha256(repr(plain).encode()).hexdigest()[:40]
+    found = None if earlier is None else earlier.find(entry.name)
+    if found is not None and (found.settings != settings or found.comparison is None):
+        found = None
+    return _State(entry, settings, found)
+
+
+def _on_device(comparison: Comparison, device: str) -> Comparison:
+    """Return what a comparison has of one device."""
+    return replace(
+        comparison,
+        rows=tuple(row for row in comparison.rows if row.device == device),
+        devices=tuple(facts for facts in comparison.devices if facts.name == device),
+    )
+
+
+def _joined(comparisons: Iterable[Comparison]) -> Comparison:
+    """Return the comparisons of one model on several devices as one."""
+    found = list(comparisons)
+    return replace(
+        found[0],
+        rows=tuple(row for each in found for row in each.rows),
+        devices=tuple(facts for each in found for facts in each.devices),
+        notes=tuple(dict.fromkeys(note for each in found for note in each.notes)),
+    )
