@@ -1,9 +1,12 @@
 """Fills in every `text` block of the README and the docs with what the block before it prints.
 
-Run with `python docs/generate.py [WORD]` in a checkout with the commands installed. With a WORD,
-only pages that have it are looked at, and what takes minutes runs only where its commands have it;
-without, only what says something else is replaced. docs/blocks.py says how blocks are run.
-docs/reference.md is written anew as well.
+    python docs/generate.py             # all, benchmarks too
+    python docs/generate.py --quick     # what the tests compare
+    python docs/generate.py WORD        # pages with it, and new figures where a command has it
+
+Run in a checkout with the commands installed. Other blocks are replaced only if they say something
+else than their command, figures masked. docs/blocks.py says how blocks are run; docs/reference.md
+is written anew as well, and docs/picture.py makes docs/report.png.
 """
 
 import os
@@ -30,16 +33,17 @@ def run(words: list[str], status: int) -> str:
     return ran.stdout or ran.stderr
 
 
-def main(word: str) -> None:
-    """Rewrite the pages that have `word`."""
+def main(word: str | None) -> None:
+    """Rewrite the pages that have `word`; None: all, but for what takes minutes."""
     PAGE.write_text(reference())
     for page in PAGES:
-        if page == PAGE or word not in page.read_text():
+        if page == PAGE or (word or "") not in page.read_text():
             continue
         edits: list[tuple[int, int, str]] = []
 
         def keep(example: Example, printed: str) -> None:
-            if masked(printed) != masked(example.parsed) or word:
+            asked = word is not None and word in example.namespace["ran"]
+            if asked or masked(printed) != masked(example.parsed):
                 start = example.document.text.index("\n", example.start) + 1
                 edits.append((start, start + len(example.parsed), printed))  # noqa: B023  # at once
 
@@ -49,7 +53,7 @@ def main(word: str) -> None:
         for example in document:
             # What is slow lies between `skip: start if(quick, …)` and `skip: end`.
             coming = document.text[example.start :].partition("skip: end")[0]
-            document.namespace["quick"] = word not in coming
+            document.namespace["quick"] = word is None or word not in coming
             try:
                 example.evaluate()
             except SkipTest as reason:
@@ -62,4 +66,5 @@ def main(word: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "")
+    arguments = sys.argv[1:]
+    main(None if "--quick" in arguments else "".join(arguments))

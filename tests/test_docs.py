@@ -54,6 +54,19 @@ def test_a_link_leads_to_a_file(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_on_pypi_every_link_of_the_readme_leads_to_the_repository() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    text = (ROOT / "README.md").read_text()
+    for each in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    home = project["project"]["urls"]["Homepage"]
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert f"{home}/raw/main/docs/report.png" in links
+    assert f"{home}/blob/main/docs/tutorial.md" in links
+    assert all(link.startswith("https://") for link in links), links
+
+
 def test_every_page_and_every_example_is_in_its_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):

@@ -202,7 +202,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model as it was before `fuse`, bit for bit.
 
     Raises:
-        FusionError: it was never fused, fused weights changed since, or the originals were not kept.
+        FusionError: it was never fused, its weights changed since, or nothing was kept of it.
     """
     check_model(model)
     if not was_fused(model):
