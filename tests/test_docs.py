@@ -13,7 +13,7 @@ from blocks import LANGUAGES, PAGES, ROOT, commands
 from torchfuse.cli import cli
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 
 
 def typed() -> list[tuple[str, ...]]:
@@ -48,10 +48,18 @@ def test_a_block_says_its_language_and_so_is_run(page: Path) -> None:
     assert set(fences[1::2]) <= {""}
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_link_leads_to_a_file(page: Path) -> None:
-    for target in LINK.findall(page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_a_link_leads_to_a_file_and_a_heading_in_it(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        leads_to = page.parent / target if target else page
+        assert leads_to.exists(), target
+        assert not anchor or anchor in anchors(leads_to), f"{target}#{anchor}"
 
 
 def test_on_pypi_every_link_of_the_readme_leads_to_the_repository() -> None:
