@@ -38,6 +38,8 @@ from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
+import torchfuse
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
@@ -107,9 +109,9 @@ def sybil(
     def python(example: Example) -> None:
         if not _saved(example):
             with redirect_stdout(StringIO()) as out, warnings.catch_warnings():
-                # What torch calls is torch's to mend; our own warnings fail the tests.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                warnings.simplefilter("ignore", FutureWarning)
+                # Deprecations are torch's to mend; what is said of a file is no fault of the page.
+                for kind in (DeprecationWarning, FutureWarning, torchfuse.ExportWarning):
+                    warnings.simplefilter("ignore", kind)
                 evaluate(example)
             example.namespace.update(ran=example.parsed, printed=out.getvalue())
 
