@@ -71,6 +71,7 @@ verdicts: $(VENV)/models/installed
 
 docs: $(VENV)/installed-bench
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/picture.py
 
 clean:
 	rm -rf $(VENV) out

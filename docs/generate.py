@@ -1,61 +1,70 @@
-"""Fills in every block of the README and the docs that shows the output of a command.
+"""Fills in every `text` block of the README and the docs with what the block before it prints.
 
-A block is a comment and the fenced text after it:
+    python docs/generate.py             # all, benchmarks too
+    python docs/generate.py --quick     # what the tests compare
+    python docs/generate.py WORD        # pages with it, and new figures where a command has it
 
-    <!-- output of: torchfuse recipe --out out; from: variant -->
-    ```text
-    …
-    ```
-
-`from` (optional) leaves out what comes before the first line that begins with that word. Run with
-`python docs/generate.py [WORD]` in a checkout with the commands installed; with a WORD, only the
-blocks whose command contains it are run.
+Run in a checkout with the commands installed. Other blocks are replaced only if they say something
+else than their command, figures masked. docs/blocks.py says how blocks are run; docs/reference.md
+is written anew as well, and docs/picture.py makes docs/report.png.
 """
 
 import os
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import SkipTest
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(
-    r"(?P<comment><!-- output of: (?P<command>[^;\n]+?)(?:; from: (?P<start>\S+))? -->\n```\w*\n)"
-    r".*?(?P<end>^```$)",
-    re.DOTALL | re.MULTILINE,
-)
+from sybil import Example
+
+from blocks import PAGES, ROOT, masked, sybil
+from reference import PAGE, reference
 
 
-def output_of(command: str, start: str | None) -> str:
-    """Return what `command` prints on stdout, from the line that begins with `start`."""
+def run(words: list[str], status: int) -> str:
+    """Return what a command prints on stdout, or, if nothing, on stderr."""
+    print(shlex.join(words), file=sys.stderr)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     # A benchmark that misses its target ends with status 1, and prints so: that is shown too.
-    run = subprocess.run(
-        shlex.split(command), cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE
-    )
-    if not run.stdout:
-        sys.exit(f"'{command}' printed nothing and ended with status {run.returncode}")
-    lines = [line.rstrip() for line in run.stdout.decode().splitlines()]
-    if start is not None:
-        lines = lines[next(i for i, line in enumerate(lines) if line.startswith(start)) :]
-    return "\n".join(lines).strip("\n") + "\n"
+    if ran.returncode not in (status, int(words[0] == "python")):
+        sys.exit(f"'{shlex.join(words)}' ended with status {ran.returncode}:\n{ran.stderr}")
+    return ran.stdout or ran.stderr
 
 
-def main(word: str) -> None:
-    """Rewrite the blocks whose command contains `word`."""
-    (ROOT / "out").mkdir(exist_ok=True)  # what the commands write goes there
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+def main(word: str | None) -> None:
+    """Rewrite the pages that have `word`; None: all, but for what takes minutes."""
+    PAGE.write_text(reference())
+    for page in PAGES:
+        if page == PAGE or (word or "") not in page.read_text():
+            continue
+        edits: list[tuple[int, int, str]] = []
 
-        def filled(match: re.Match[str]) -> str:
-            if word not in match["command"]:
-                return match[0]
-            print(f"{path.name}: {match['command']}", file=sys.stderr)  # noqa: B023  # used at once
-            return match["comment"] + output_of(match["command"], match["start"]) + match["end"]
+        def keep(example: Example, printed: str) -> None:
+            asked = word is not None and word in example.namespace["ran"]
+            if asked or masked(printed) != masked(example.parsed):
+                start = example.document.text.index("\n", example.start) + 1
+                edits.append((start, start + len(example.parsed), printed))  # noqa: B023  # at once
 
-        text = path.read_text()
-        path.write_text(BLOCK.sub(filled, text))
+        pages = sybil(run, keep)
+        document = pages.parse(page)
+        pages.setup(document.namespace)
+        for example in document:
+            # What is slow lies between `skip: start if(quick, …)` and `skip: end`.
+            coming = document.text[example.start :].partition("skip: end")[0]
+            document.namespace["quick"] = word is None or word not in coming
+            try:
+                example.evaluate()
+            except SkipTest as reason:
+                print(f"{page.relative_to(ROOT)}:{example.line}: {reason}", file=sys.stderr)
+        pages.teardown(document.namespace)
+        text = document.text
+        for start, end, printed in reversed(edits):
+            text = text[:start] + printed + text[end:]
+        page.write_text(text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "")
+    arguments = sys.argv[1:]
+    main(None if "--quick" in arguments else "".join(arguments))

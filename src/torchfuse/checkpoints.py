@@ -27,6 +27,10 @@ def load_unfused_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
 
     All keys of the unfused model must be there and no others; nothing is changed otherwise. Kept
     originals become the checkpoint's, so that `unfuse` gives it back.
+
+    Raises:
+        FusionError: the model was not fused by `fuse`.
+        InputError: keys that lack or that are too many, or a tensor of another shape.
     """
     check_model(model)
     if not was_fused(model):

@@ -66,9 +66,18 @@ def plan(
 ) -> FusionPlan:
     """What can be fused in `model` and what cannot, with the reasons; the model is not changed.
 
-    `rules` names the rules to use; the default is every rule that changes no class and no key of
-    a layer that stays. With `strict`, a fusion is skipped wherever another way through the code
-    could not be followed; else only where something is known against it.
+    Args:
+        model: its batch norms in eval mode, or they are skipped with this reason.
+        example_inputs: a tensor, a tuple of tensors, a dict of keywords, a `Case`, or a list of
+            these; the model is run on each.
+        rules: names of the rules to use; None: every rule that changes no class and no key of a
+            layer that stays.
+        strict: skip a fusion wherever another way through the code could not be followed; else
+            only where something is known against it.
+
+    Raises:
+        CaptureError: the model cannot run on an example.
+        InputError: no model, no inputs, an unknown rule, or weights that are NaN or Inf.
     """
     check_model(model)
     require_finite_tensors(model)
@@ -89,14 +98,25 @@ def fuse(
 ) -> FusionResult:
     """The model with every exact fusion done, the plan, the proof, and where each key went.
 
-    With `verify`, each fusion is compared on what the original computes, then the whole model on
-    the example inputs and on others like them; what differs is undone and reported as a skip.
-    `rules` and `strict` as in `plan`.
-    With `keep_originals` the result can be unfused; the plan says how many bytes that takes.
+    Args:
+        model: as for `plan`; it is unchanged without `inplace`.
+        example_inputs: as for `plan`.
+        rules: as for `plan`.
+        strict: as for `plan`.
+        graph: export the model and fuse it as a program, where more can be merged (see
+            `fuse_exported`). The result is that program as a plain `torch.fx.GraphModule`: of
+            inputs of the example's sizes, without the model's class and methods, and not to be
+            unfused.
+        inplace: change the model itself.
+        verify: compare each fusion on what the original computes, then the whole model on the
+            example inputs and on others like them; what differs is undone and becomes a skip.
+        keep_originals: so that the result can be unfused; the plan says how many bytes that takes.
 
-    With `graph`, the model is exported and fused as a program, where more can be merged (see
-    `fuse_exported`), and the result is that program as a plain `torch.fx.GraphModule`: of inputs of
-    the example's sizes, without the model's class and methods, and not to be unfused.
+    Raises:
+        CaptureError: the model cannot run on an example.
+        FusionError: the model cannot be copied, or its copy would run the original.
+        InputError: as for `plan`; options that exclude each other; a model without values.
+        UnsupportedError: `graph`, and torch.export cannot take the model.
     """
     check_model(model)
     if graph:
@@ -202,7 +222,8 @@ def _has_no_values(model: nn.Module) -> bool:
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model as it was before `fuse`, bit for bit.
 
-    Refuses if fused weights changed since, or if the originals were not kept.
+    Raises:
+        FusionError: it was never fused, its weights changed since, or nothing was kept of it.
     """
     check_model(model)
     if not was_fused(model):

@@ -108,7 +108,7 @@ def command(
     etdumps: tuple[Path, ...],
     **flags: Any,
 ) -> None:
-    """Measure how long one call of each ARTIFACT (.pt, .ptl, .pte) takes.
+    """Measure how long one call of each ARTIFACT takes: any file of 'torchfuse targets'.
 
     \b
       torchfuse bench plain.pt fused.pt model.pte

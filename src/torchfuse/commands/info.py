@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Show what MODEL takes, returns and holds.
 
-    MODEL is a file that torchfuse or another tool made (.pte, .pt, .ptl), path/to/file.py:callable,
+    MODEL is a file of any target that torchfuse or another tool made, path/to/file.py:callable,
     package.module:callable, timm:NAME, or an exported program file.pt2. A file is checked, and not
     run; a model is run once on its example.
     """
