@@ -51,11 +51,8 @@ _NAMED = re.compile(r"# ([\w.]+\.\w+)\n")
 _STATUS = re.compile(r"#.*\bstatus (\d+)")
 # What differs between two runs or two machines, and what stands in its place for a comparison.
 _MASKED = (
-    (
-        r"\s+",
-        " ",
-    ),  # columns are as wide as what is in them, and sentences break where they are full
-    (r"\d+(?:\.\d+)?×(?: \([\d.]+…[\d.]+\))?|not measurable", "RATIO"),
+    (r"\s+", " "),  # columns are as wide as what is in them, lines end where they are full
+    (r"\d+\.\d+×(?: \([\d.]+…[\d.]+\))?|not measurable", "RATIO"),
     (r"made it (?:slower, )?RATIO as fast,?|made no measurable difference", "made it RATIO"),
     (r"[\d.]+ (?:ns|µs|ms|s)\b", "TIME"),
     (r"\d(?:\.\d+)?e[-+]\d+", "DIFFERENCE"),
