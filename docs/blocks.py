@@ -51,22 +51,23 @@ _NAMED = re.compile(r"# ([\w.]+\.\w+)\n")
 _STATUS = re.compile(r"#.*\bstatus (\d+)")
 # What differs between two runs or two machines, and what stands in its place for a comparison.
 _MASKED = (
-    (r"\d+(?:\.\d+)?×(?: \([\d.]+…[\d.]+\))?|not measurable", "RATIO"),
+    (r"\s+", " "),  # columns are as wide as what is in them, lines end where they are full
+    (r"\d+\.\d+×(?: \([\d.]+…[\d.]+\))?|not measurable", "RATIO"),
     (r"made it (?:slower, )?RATIO as fast,?|made no measurable difference", "made it RATIO"),
     (r"[\d.]+ (?:ns|µs|ms|s)\b", "TIME"),
     (r"\d(?:\.\d+)?e[-+]\d+", "DIFFERENCE"),
     (r"[\d.]+ dB", "SQNR"),
     (r"[\d.]+ ?%(?: \([\d.]+ ?… ?[\d.]+\))?", "SHARE"),
-    (r"(?s)\noperator +delegated.*?runs \d+ of \d+", "runs CALLS of CALLS"),  # by what was kept
     (r"[+-]?[\d.]+ points", "POINTS"),
     (r"[\d.]+ per second|per (?:iter|second): [\d.]+", "RATE"),
     (r"after \d+ warm-up", "after warm-up"),
-    (r"On local: .*; measured", "On local; measured"),
-    (r"(?m)^.*: (?:the same answer for|no answer changed).*$", ""),
+    (r"On local: .*?; measured", "On local; measured"),
+    (r"(Accuracy is top-1\.).*?(?= \w+, \w+ \.pte: XNNPACK)", r"\1"),  # which answers changed
+    (r"operator +delegated.*?runs \d+ of \d+", "runs CALLS of CALLS"),  # by what was kept
     (r"kept|undone", "kept or undone"),
     (r"\d+\.\d+\.\d+(?:\+\w+)?", "VERSION"),
-    (r"[\d.,]+ (?:bytes|kB|MB)", "SIZE"),
-    (r"\s+", " "),  # columns are as wide as what is in them
+    (r"(RATIO|memory:|file:) [\d.]+ [kM]B", r"\1 SIZE"),
+    (r"[\d,]+ bytes\)", "SIZE)"),
 )
 _CPP = """
 #include <cstdint>

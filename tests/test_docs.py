@@ -9,7 +9,7 @@ import click
 import pytest
 import yaml
 
-from blocks import LANGUAGES, PAGES, ROOT, commands
+from blocks import LANGUAGES, PAGES, ROOT, commands, masked
 from torchfuse.cli import cli
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -96,3 +96,32 @@ def test_the_reference_is_what_the_docstrings_say() -> None:
     from reference import PAGE, reference
 
     assert PAGE.read_text() == reference(), "python docs/generate.py mends it"
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        (
+            "fused  93.08 µs 10.69 µs 1.42× (1.33…1.56) 25.46 kB",
+            "fused 1.2 ms 9 ns not measurable 9 kB",
+        ),
+        ("made it 1.22× (1.10…1.30) as fast in X", "made no\nmeasurable difference in X"),
+        ("max abs 4.77e-07, SQNR 137.4 dB, passed", "max abs 2e-07, SQNR 99 dB, passed"),
+    ],
+)
+def test_figures_of_one_run_are_masked(text: str, other: str) -> None:
+    assert masked(text) == masked(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("Net: 1 fused, 1 not fused", "Net: 2 fused, 0 not fused"),
+        ("conv_bn conv1 + bn1 32 115 kB 14.4 k", "conv_bn conv1 + bn1 32 114 kB 14.4 k"),
+        ("forward(1×1×8×8)", "forward(1×1×9×9)"),
+        ("SQNR 137.4 dB, passed", "SQNR 137.4 dB, failed"),
+        ("runs 7 of 7 operator calls", "runs 6 of 7 operator calls"),
+    ],
+)
+def test_what_is_said_is_not_masked(text: str, other: str) -> None:
+    assert masked(text) != masked(other)
