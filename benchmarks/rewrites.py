@@ -113,6 +113,10 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], bool]] = {
         lambda: on_images(Does(lambda x: x * x.amax((2, 3), keepdim=True).sigmoid())),
         True,
     ),
+    "write_upsampling_as_concatenations": (
+        lambda: on_images(nn.Upsample(scale_factor=2.0), size=20),
+        True,
+    ),
     "split_large_depthwise_kernels": (
         lambda: on_images(nn.Conv2d(96, 96, 7, padding=3, groups=96), channels=96),
         True,
