@@ -114,7 +114,7 @@ def test_the_files_that_bench_compares_are_made_by_three_commands(folder: Path) 
         result = run("net", "-o", out, *options)
         assert result.exit_code == 0, result.output
         assert f"\nWrote {out} ({(folder / out).stat().st_size:,} bytes).\n" in result.stdout
-        assert "compared with the model: output: max abs" in result.stdout
+        assert "compared with the model on the example: output: max abs" in result.stdout
         said[out] = result.stdout
     assert "batch norms: 2 in the model, 2 in the file" in said["not_fused.pt"]
     assert "batch norms: 2 in the model, none in the file" in said["fused.pt"]
