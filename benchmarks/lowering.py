@@ -1,10 +1,11 @@
 """How long lowering MobileNetV2 int8 to `.pte` takes: ExecuTorch's plain calls, and torchfuse's.
 
 Each sample is a process of its own, as `torchfuse export` is one, and the two alternate. Timed is
-the lowering alone: `to_edge_transform_and_lower(…).to_executorch()` of the same exported program.
-The bytes must be the same in every sample.
+the lowering alone, `to_edge_transform_and_lower(…).to_executorch()` of the same exported program,
+in CPU time, to which other work on the machine adds little. The bytes must be the same in every
+sample. With `--pieces` each piece of the waste is done once more while the others are left out.
 
-    python benchmarks/lowering.py [--rounds 7] [--json lowering.json]
+    python benchmarks/lowering.py [--rounds 7] [--pieces] [--json lowering.json]
 """
 
 import argparse
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from torchfuse.stats import percentile, ratio_of_medians
+from torchfuse.targets.executorch.fast_lowering import PIECES, without_waste
 
-TARGET_RATIO = 0.75  # at least 25 % faster
+TARGET_RATIO = 0.3
 VARIANTS = {"plain": "ExecuTorch's plain calls", "torchfuse": "without waste"}
+BUT_FOR = {f"but for {name}": f"… but for {name}" for name in PIECES}
 
 
 def sample(variant: str) -> dict[str, Any]:
@@ -38,7 +41,6 @@ def sample(variant: str) -> dict[str, Any]:
     from torchfuse.quantizing import quantize
     from torchfuse.quieting import quiet
     from torchfuse.targets.capturing import capture
-    from torchfuse.targets.executorch.fast_lowering import without_waste
 
     model = settle_batch_norms(MobileNetV2(), torch.randn(4, 3, 96, 96))
     example = torch.randn(INPUT_SHAPE)
@@ -48,7 +50,8 @@ def sample(variant: str) -> dict[str, Any]:
         from executorch.exir import to_edge_transform_and_lower
 
         start, cpu_start = time.perf_counter(), time.process_time()
-        with without_waste() if variant == "torchfuse" else contextlib.nullcontext():
+        piece = variant.removeprefix("but for ")
+        with contextlib.nullcontext() if variant == "plain" else without_waste(but_for=piece):
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             data = bytes(edge.to_executorch().buffer)
         wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
@@ -65,15 +68,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--sample", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--pieces", action="store_true", help="each of them once more")
+    parser.add_argument("--sample", choices=VARIANTS | BUT_FOR, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.sample:
         print(json.dumps(sample(options.sample)))
         return
 
-    samples: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    variants = VARIANTS | (BUT_FOR if options.pieces else {})
+    samples: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     for number in range(options.rounds):
-        for variant in random.sample(list(VARIANTS), len(VARIANTS)):
+        for variant in random.sample(list(variants), len(variants)):
             print(f"round {number + 1} of {options.rounds}: {variant}", file=sys.stderr)
             child = subprocess.run(
                 [sys.executable, __file__, "--sample", variant],
@@ -85,15 +90,15 @@ def main() -> None:
     digests = {taken["sha256"] for variant in samples.values() for taken in variant}
     assert len(digests) == 1, f"different bytes: {digests}"
 
-    times = {name: [taken["wall_s"] for taken in samples[name]] for name in VARIANTS}
-    cpu = {name: [taken["cpu_s"] for taken in samples[name]] for name in VARIANTS}
-    ratio = ratio_of_medians(times["torchfuse"], times["plain"], round_runs=1)
-    print(f"{'lowering MobileNetV2 int8':<28} {'median':>8} {'min … max':>17} {'CPU':>8}")
-    for name, label in VARIANTS.items():
-        spread = f"{min(times[name]):.2f} … {max(times[name]):.2f} s"
+    times = {name: [taken["wall_s"] for taken in samples[name]] for name in variants}
+    cpu = {name: [taken["cpu_s"] for taken in samples[name]] for name in variants}
+    ratio = ratio_of_medians(cpu["torchfuse"], cpu["plain"], round_runs=1)
+    print(f"{'lowering MobileNetV2 int8':<40} {'CPU':>8} {'min … max':>17} {'elapsed':>8}")
+    for name, label in variants.items():
+        spread = f"{min(cpu[name]):.2f} … {max(cpu[name]):.2f} s"
         print(
-            f"{label:<28} {percentile(times[name], 50):>6.2f} s {spread:>17} "
-            f"{percentile(cpu[name], 50):>6.2f} s"
+            f"{label:<40} {percentile(cpu[name], 50):>6.2f} s {spread:>17} "
+            f"{percentile(times[name], 50):>6.2f} s"
         )
     interval = (
         "too few rounds for an interval"
@@ -102,7 +107,7 @@ def main() -> None:
     )
     met = (ratio.high or ratio.value) <= TARGET_RATIO
     print(
-        f"Without waste it takes {ratio.value:.2f} times as long ({interval}), with the same "
+        f"Without waste it takes {ratio.value:.2f} times the CPU time ({interval}), with the same "
         f"{samples['plain'][0]['size_bytes']:,} bytes; the target is at most {TARGET_RATIO}: "
         f"{'met' if met else 'NOT met'}."
     )

@@ -100,34 +100,39 @@ def image_norm() -> nn.Module:
     return nn.Sequential(Does(lambda x: x.permute(0, 2, 3, 1)), norm, Does(lambda x: x.permute(0, 3, 1, 2)))  # fmt: skip  # noqa: E501
 
 
-MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], bool]] = {
-    # rewrite: the model, and whether it makes another program in int8 too
-    "write_attention_without_masking": (lambda: on_tokens(Attention()), True),
-    "write_matmul_as_bmm": (lambda: on_tokens(Attention()), True),
-    "write_selections_as_slices": (lambda: on_tokens(Attention()), True),
+FP32, INT8, BOTH = ("fp32",), ("int8",), ("fp32", "int8")
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], tuple[str, ...]]] = {
+    # rewrite: the model, and in which precisions it makes another program
+    "write_attention_without_masking": (lambda: on_tokens(Attention()), BOTH),
+    "write_matmul_as_bmm": (lambda: on_tokens(Attention()), BOTH),
+    "write_selections_as_slices": (lambda: on_tokens(Attention()), BOTH),
     "keep_dimensions_of_means": (
         lambda: on_images(Does(lambda x: x * x.mean((2, 3)).sigmoid()[..., None, None])),
-        True,
+        BOTH,
     ),
     "write_maxima_as_poolings": (
         lambda: on_images(Does(lambda x: x * x.amax((2, 3), keepdim=True).sigmoid())),
-        True,
+        BOTH,
+    ),
+    "write_upsampling_as_concatenations": (
+        lambda: on_images(nn.Upsample(scale_factor=2.0), size=20),
+        BOTH,
     ),
     "split_large_depthwise_kernels": (
         lambda: on_images(nn.Conv2d(96, 96, 7, padding=3, groups=96), channels=96),
-        True,
+        BOTH,
     ),
-    "write_out_layer_norms": (lambda: on_images(image_norm()), True),
-    "write_out_layer_norms, of tokens": (lambda: on_tokens(nn.LayerNorm(192)), True),
-    "write_out_group_norms": (lambda: on_images(nn.GroupNorm(8, 64)), True),
-    "write_softmax_of_rows": (lambda: on_images(nn.Softmax(1)), False),
+    "write_out_layer_norms": (lambda: on_images(image_norm()), BOTH),
+    "write_out_layer_norms, of tokens": (lambda: on_tokens(nn.LayerNorm(192)), BOTH),
+    "write_out_group_norms": (lambda: on_images(nn.GroupNorm(8, 64)), BOTH),
+    "write_softmax_of_rows": (lambda: on_images(nn.Softmax(1)), FP32),
     "write_means_over_channels_as_convolutions": (
         lambda: on_images(Does(lambda x: x * x.mean(1, keepdim=True).sigmoid())),
-        False,
+        FP32,
     ),
     "write_out_hardsigmoids": (
         lambda: on_images(Does(lambda x: x * F.hardsigmoid(x.mean((2, 3), keepdim=True)))),
-        True,
+        BOTH,
     ),
     "leave_padding_in_int8": (
         lambda: (
@@ -140,7 +145,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], bool]] = {
             ),
             torch.randn(1, 3, 112, 112),
         ),
-        True,
+        INT8,
     ),
 }
 # Why a rewrite that is not faster is there all the same.
@@ -239,7 +244,7 @@ def main() -> None:
     rows = []
     print(f"{'rewrite':42} {'':5} {'calls left':>11} {'pieces':>11} time with it / without")
     for name in given.only or MODELS:
-        for precision in ("fp32", "int8")[: 1 + MODELS[name][1]]:
+        for precision in MODELS[name][1]:
             row = measured(name, precision, given.runs, CLOCKS[given.clock])
             print(row, flush=True)
             if isinstance(row, Row):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
+from as_if_trained import as_if_trained
+from zoo.yolo import SPPF, C2f, Conv
 
 
 class Transposed(nn.Module):
@@ -73,3 +75,33 @@ def test_inputs_that_are_not_contiguous(stride: Any, tmp_path: Path) -> None:
     model, x = nn.Conv2d(3, 4, 3).eval(), stride(image(1, 3, 16, 16))
     run = torchfuse.load(torchfuse.export(model, x.contiguous(), tmp_path / "m.pte").path)
     torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Yolo(nn.Module):
+    """What a YOLOv5 is made of: SiLU, split blocks, pooled pyramids, upsampling, concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = Conv(3, 8, 3, 2), Conv(8, 8, 3, 2)
+        self.block, self.pyramid = C2f(8, 8, 1), SPPF(8)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        small = self.pyramid(self.block(self.down(x)))
+        wide = torch.cat([nn.functional.interpolate(small, scale_factor=2.0), x], 1)
+        return self.head(wide), small
+
+
+def test_a_yolov5_in_int8(tmp_path: Path) -> None:
+    # https://github.com/pytorch/executorch/issues/1330
+    torch.manual_seed(0)
+    data = [torch.randn(1, 3, 32, 32) for _ in range(4)]
+    model = as_if_trained(Yolo(), lambda model: model(torch.cat(data)))
+    artifact = torchfuse.export(
+        model, data[0], tmp_path / "m.pte", precision="int8", calibration=data
+    )
+    assert artifact.delegation is not None
+    assert (artifact.delegation.calls_left, artifact.delegation.partitions) == (0, 1)
+    run = torchfuse.load(artifact.path)
+    assert torchfuse.verify(model, run, data, min_sqnr_db=20).passed

@@ -32,6 +32,7 @@ from torchfuse.targets.executorch.rewrites.mean import (
 from torchfuse.targets.executorch.rewrites.padding import leave_padding_in_int8
 from torchfuse.targets.executorch.rewrites.selecting import write_selections_as_slices
 from torchfuse.targets.executorch.rewrites.softmax import write_softmax_of_rows
+from torchfuse.targets.executorch.rewrites.upsampling import write_upsampling_as_concatenations
 
 
 class Does(nn.Module):
@@ -99,6 +100,9 @@ DONE = [
     (write_softmax_of_rows, Does(lambda a: a.softmax(-1)), IMAGE),
     (write_softmax_of_rows, Does(lambda a, *_: a.softmax(0)), qkv(5, 3)),
     (write_out_hardsigmoids, Does(lambda a: F.hardsigmoid(3 * a)), IMAGE),
+    (write_upsampling_as_concatenations, nn.Upsample(scale_factor=2.0), (torch.randn(2, 3, 4, 5),)),
+    (write_upsampling_as_concatenations, nn.Upsample((12, 33)), IMAGE),
+    (write_upsampling_as_concatenations, nn.Upsample((36, 11), mode="nearest-exact"), IMAGE),
 ]
 
 # In float32 only, since in float64 nobody lowers them.
@@ -176,6 +180,7 @@ LEFT = [
     (write_maxima_as_poolings, Does(lambda a: nn.AdaptiveMaxPool2d(1, True)(a)[1]), IMAGE),
     (write_maxima_as_poolings, Does(lambda a: a.amax((1, 2))), IMAGE),
     (write_softmax_of_rows, Does(lambda a, *_: a.softmax(-1)), qkv(2, 3, 5)),
+    (write_upsampling_as_concatenations, nn.Upsample((18, 22)), IMAGE),
     (write_out_layer_norms, nn.LayerNorm((12, 11)), IMAGE),
     (write_out_layer_norms, nn.LayerNorm(11).half(), (IMAGE[0].half(),)),  # d² may be too large
     (write_out_group_norms, nn.GroupNorm(2, 8), qkv(2, 8, 5)[:1]),
@@ -297,6 +302,7 @@ class Ends(nn.Module):
         lambda x: x * x.mean(1, keepdim=True),
         lambda x: F.adaptive_max_pool2d(x, 1),  # ExecuTorch 1.5.1 cannot lower it
         lambda x: x * F.hardsigmoid(x.amax((2, 3), keepdim=True)),
+        lambda x: torch.cat([F.interpolate(x, scale_factor=2.0), F.interpolate(x, (12, 10))], 1),
     ],
 )
 def test_what_follows_a_convolution_is_in_one_piece_with_it_and_right(function: Any) -> None:

@@ -20,23 +20,18 @@ from torch.fx.traceback import NodeSource
 
 from torchfuse.quieting import quiet
 
-__all__ = ["without_waste"]
+__all__ = ["PIECES", "without_waste"]
 
 _one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
-def without_waste() -> Iterator[None]:
-    """Leave out everything in this file."""
+def without_waste(*, but_for: str | None = None) -> Iterator[None]:
+    """Leave out everything in this file, but for the piece of that name."""
     with _one_at_a_time, quiet(), contextlib.ExitStack() as stack:
-        for piece in (
-            _sharing_node_sources,
-            _compiling_graphs_when_they_are_called,
-            _decomposing_only_what_decomposes,
-            _without_patterns_that_cannot_match,
-            _tracing_only_what_changed,
-        ):
-            stack.enter_context(piece())
+        for name, piece in PIECES.items():
+            if name != but_for:
+                stack.enter_context(piece())
         yield
 
 
@@ -257,3 +252,12 @@ def _same(before: list[Any] | None, now: list[Any]) -> bool:
         and len(before) == len(now)
         and all(old is new for old, new in zip(before, now, strict=True))
     )
+
+
+PIECES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "copying node sources": _sharing_node_sources,
+    "compiling graphs": _compiling_graphs_when_they_are_called,
+    "decomposing again": _decomposing_only_what_decomposes,
+    "patterns that cannot match": _without_patterns_that_cannot_match,
+    "tracing what did not change": _tracing_only_what_changed,
+}

@@ -1,6 +1,7 @@
 """Lowering: an exported program to an ExecuTorch program, for XNNPACK as far as XNNPACK can."""
 
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torchfuse.targets.executorch.rewrites import REWRITES_ONCE_QUANTIZED, rewri
 __all__ = ["Lowered", "lower", "operators"]
 
 _DELEGATE = "XNNPACK"
+_OTHERS = "'.pt' has all operators, and '.onnx' and '.xml' have others; or replace it in the model"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def lower(program: torch.export.ExportedProgram) -> Lowered:
                 executorch_program = edge.to_executorch()
         except Exception as error:
             raise UnsupportedError(
-                f"ExecuTorch cannot lower the model: {first_line(error)}"
+                f"ExecuTorch cannot lower the model: {_reason(error)}"
             ) from error
     plans = executorch_program.executorch_program.execution_plan
     needed = {name for plan in plans for name in operators(plan)}
@@ -79,6 +81,14 @@ def lower(program: torch.export.ExportedProgram) -> Lowered:
 def operators(plan: Any) -> set[str]:
     """Return the names of the operators that a method of a program calls outside its delegates."""
     return {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
+
+
+def _reason(error: Exception) -> str:
+    """Return what ExecuTorch says, or the operator that it has no form of."""
+    found = re.search(r"Operator torch\._ops\.([\w.]+) is not in Core ATen", str(error))
+    if found is not None:
+        return f"it has no form of {found[1]}; {_OTHERS}."
+    return first_line(error)
 
 
 class _Reasons(logging.Handler):
@@ -111,5 +121,5 @@ def _check_operators(needed: set[str]) -> None:
     if missing := sorted(needed - set(runtime()._get_operator_names())):
         raise UnsupportedError(
             f"The ExecuTorch runtime has no kernel for {', '.join(missing)}, which the model "
-            "needs; replace the operator in the model."
+            f"needs; {_OTHERS}."
         )

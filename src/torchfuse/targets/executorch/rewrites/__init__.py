@@ -24,6 +24,7 @@ from torchfuse.targets.executorch.rewrites.mean import (
 from torchfuse.targets.executorch.rewrites.padding import leave_padding_in_int8
 from torchfuse.targets.executorch.rewrites.selecting import write_selections_as_slices
 from torchfuse.targets.executorch.rewrites.softmax import write_softmax_of_rows
+from torchfuse.targets.executorch.rewrites.upsampling import write_upsampling_as_concatenations
 
 __all__ = ["REWRITES", "REWRITES_ONCE_QUANTIZED", "Rewrite", "rewrite"]
 
@@ -36,6 +37,7 @@ REWRITES: tuple[Rewrite, ...] = (
     write_selections_as_slices,
     keep_dimensions_of_means,
     write_maxima_as_poolings,
+    write_upsampling_as_concatenations,
     split_large_depthwise_kernels,
 )
 
