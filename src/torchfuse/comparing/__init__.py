@@ -1,5 +1,6 @@
 """`compare`: one model as fused and non-fused, float and int8, on every target and device."""
 
+import functools
 import hashlib
 import platform
 import tempfile
@@ -417,9 +418,14 @@ class _Work:
         """Compare what each row returns with what the model does."""
         for place in self.places:
             self.progress(f"comparing {place}")
+            job = Evaluate(place, _bound(self.artifacts.get(place)))
             self.evaluated[place] = evaluated(
-                Evaluate(place, _bound(self.artifacts.get(place))), self.subject, self.progress
+                job, self.subject, functools.partial(self._validating, place)
             )
+
+    def _validating(self, place: Place, step: str) -> None:
+        # The same step with the sample that it is at, and not another one: a line for each row.
+        self.progress(f"comparing {place}, {step.removeprefix('validating, ')}")
 
     def so_far(self) -> Comparison | None:
         """Return what there is; None: no row is known by its times and its outputs."""
