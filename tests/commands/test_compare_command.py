@@ -186,6 +186,22 @@ def test_a_run_is_gone_on_with_where_it_was(folder: Path) -> None:
         assert after.latency.runs == before.latency.runs
 
 
+def test_what_was_measured_is_saved_as_it_comes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    monkeypatch.setattr("torchfuse.commands.compare._SAVED_EVERY_S", 0.0)
+    monkeypatch.setattr(
+        "torchfuse.commands.compare.write_atomically", lambda _, data: saved.append(data.decode())
+    )
+    words = ["--targets", "eager", "--variants", "fused", "--runs", "12", "--json", "c.json"]
+    assert run(*words).exit_code == 0
+    first, *_, last = map(Comparison.from_json, saved)
+    assert first.unfinished == "timing on local"
+    assert 0 < first.rows[0].latency.runs < last.rows[0].latency.runs == 12
+    assert last.unfinished is None
+
+
 def test_a_second_run_makes_no_file_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--targets", "pt", "--runs", "2", "--folder", "files", "--json", "-"]
     first = Comparison.from_json(run(*words).stdout)

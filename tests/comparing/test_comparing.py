@@ -93,3 +93,41 @@ def test_int8_is_left_out_where_nothing_can_be_quantized():
     found = torchfuse.compare(model, X, calibration=calibration, runs=2)
     assert found.find(FOLDED, ".pte", "int8") is None
     assert any("int8 .pte" in n and "Nothing in this model was quantized" in n for n in found.notes)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """Eager mode only, with data and no int8."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    steps = []
+    found = torchfuse.compare(
+        model, X, targets=["eager"], data=[torch.rand(1, 3, 8, 8) for _ in range(8)], runs=2,
+        name="mine", progress=steps.append,
+    )  # fmt: skip
+    return found, steps
+
+
+def test_operators_are_profiled_before_and_after_fusing(eager):
+    comparison, _ = eager
+    before, after = comparison.profiles
+    assert (before.name, after.name) == ("eager fp32, not fused", "eager fp32, fused")
+    assert "aten::native_batch_norm" in {row.operator for row in before.operators}
+    assert "aten::native_batch_norm" not in {row.operator for row in after.operators}
+    assert Comparison.from_json(comparison.to_json()) == comparison
+
+
+def test_calibration_is_said_of_int8_only(eager):
+    comparison, _ = eager
+    assert not any("calibrated on" in note for note in comparison.notes)
+
+
+def test_a_comparison_has_the_name_that_was_asked_for(eager):
+    comparison, _ = eager
+    assert comparison.model == "mine"
+
+
+def test_the_samples_of_a_row_are_one_step(eager):
+    _, steps = eager
+    assert steps.count("comparing fused, eager, fp32") == 1
+    assert "comparing fused, eager, fp32, 2 of 2" in steps

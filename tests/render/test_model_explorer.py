@@ -9,9 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from torchfuse.cli import cli
-from torchfuse.comparison import Comparison, LayerNoise, Operation
+from torchfuse.comparison import NOT_FUSED, Comparison, LayerNoise, Operation, Row
+from torchfuse.equivalence import Equivalence
 from torchfuse.errors import InputError
 from torchfuse.render.model_explorer import model_explorer_files
+from torchfuse.stats import Ratio
+from torchfuse.timing import Measurement
 
 COMPARISON = Comparison(
     "Net",
@@ -55,6 +58,28 @@ def test_what_was_measured_is_node_data_by_the_nodes_of_each_graph() -> None:
 def test_what_was_not_measured_has_no_file() -> None:
     unmeasured = replace(COMPARISON, layers=(), before=COMPARISON.before[2:], after=())
     assert set(model_explorer_files(unmeasured)) == {"graph.json"}
+
+
+def test_the_command_writes_them_beside_each_other(tmp_path: Path) -> None:
+    row = Row(
+        NOT_FUSED,
+        "eager",
+        "fp32",
+        Measurement("m", (1e-3,) * 4, 1, True, 1),
+        Ratio(1.0, 1.0, 1.0),
+        None,
+        Equivalence(()),
+        None,
+        None,
+    )
+    (tmp_path / "c.json").write_text(replace(COMPARISON, rows=(row,)).to_json())
+    folder = tmp_path / "graphs"
+    words = ["report", str(tmp_path / "c.json"), "--model-explorer", str(folder)]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    assert {path.name: path.read_text() for path in folder.iterdir()} == model_explorer_files(
+        COMPARISON
+    )
 
 
 def test_a_report_without_a_file_to_write_is_an_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from torchfuse.comparison import Comparison
 
 __all__ = ["command"]
+
+_SAVED_EVERY_S = 10.0
 
 
 @click.command("compare", short_help="Your model in every form: how fast, how large, how exact.")
@@ -198,7 +201,18 @@ def command(
         return found is not None
 
     saved = None if json_file in (None, STDOUT) else Path(str(json_file))
-    with saving_what_there_is(save, saved), progress() as step:
+    last_saved_s = time.monotonic()
+
+    def step(text: str) -> None:
+        nonlocal last_saved_s
+        shown(text)
+        # Between two rounds, so that it is no part of what is timed; a crash then costs little.
+        if saved is not None and time.monotonic() - last_saved_s > _SAVED_EVERY_S:
+            if so_far and (found := so_far[-1]()) is not None:
+                _write({"--json": str(saved)}, found)
+            last_saved_s = time.monotonic()
+
+    with saving_what_there_is(save, saved), progress() as shown:
         comparison = torchfuse.compare(
             network,
             example,

@@ -1,5 +1,6 @@
 """`compare`: one model as fused and non-fused, float and int8, on every target and device."""
 
+import functools
 import hashlib
 import platform
 import tempfile
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -33,7 +34,7 @@ from torchfuse.comparing.jobs import (
 )
 from torchfuse.comparing.jobs import evaluate as evaluated
 from torchfuse.comparing.operations import operations
-from torchfuse.comparing.profiles import profiled, worth_profiling
+from torchfuse.comparing.profiles import profiles
 from torchfuse.comparing.samples import (
     Samples,
     batch_size,
@@ -64,9 +65,6 @@ from torchfuse.quantizing.measures import name_of
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.quantizing.static import argument_names
 from torchfuse.timing import Measurement, check_counts, ratio
-
-if TYPE_CHECKING:
-    from torchfuse.profiling import Profile
 
 __all__ = ["Work", "begin", "check_choices", "compare"]
 
@@ -131,7 +129,7 @@ def compare(
         folder: where the artifacts are left; None: nowhere.
         threads: of torch and of ExecuTorch's runtime.
         runs: timed runs of each variant.
-        explain: measure the noise of each layer in int8, and profile the operators.
+        explain: measure the noise of each layer in int8.
         cache: a folder in which files are kept by their content: what was made before of the same
             model, data and versions is not made again. None: nothing is kept.
         earlier: an interrupted comparison of the same content, whose rounds are not repeated.
@@ -183,8 +181,6 @@ def compare(
         work.evaluate()
         for device in places:
             work.measure(device)
-        if explain and LOCAL in places:
-            work.profile()
         found = work.so_far()
     assert found is not None
     return found
@@ -228,8 +224,9 @@ def begin(
         model, name = _Method(model, method), f"{name}.{method}"
         examples = [Case(case.args, case.kwargs) for case in examples]
     require_forward(examples)
-    cases_, samples, told, calibrated = _data(
-        model, examples, data, validation, calibration, preprocessing
+    notes: list[str] = []
+    cases_, samples, told = _data(
+        model, examples, data, validation, calibration, preprocessing, notes
     )
     if samples is not None:
         check_labels(model, samples, examples[0])
@@ -255,7 +252,7 @@ def begin(
         Comparison(
             model=name,
             rows=(),
-            notes=(),
+            notes=tuple(notes),
             architecture=platform.machine(),
             inputs=str(examples[0]),
             validation=told,
@@ -272,7 +269,6 @@ def begin(
         runs,
         threads,
         digest,
-        calibrated,
     )
 
 
@@ -327,7 +323,6 @@ class Work:
     runs: int
     threads: int
     digest: str | None  # of the content alone
-    calibrated: str | None  # on what int8 is, in words
     earlier: Mapping[str, Measurement] = field(default_factory=dict)  # of this machine, by row
     places: list[Place] = field(default_factory=list)
     artifacts: dict[Place, Artifact] = field(default_factory=dict)
@@ -474,26 +469,26 @@ class Work:
         self.unfinished = None
         if (error := self.measured[device].error) is not None:
             self.notes.append(f"left out: {device}: {error}")
-
-    def profile(self) -> None:
-        """Find out which operators take the time."""
-        found: list[Profile] = []
-        places = worth_profiling(self.places)
-        for number, place in enumerate(places, 1):
-            self.progress(f"profiling, {number} of {len(places)}")
-            try:
-                found.append(profiled(place, self.subject, self.threads))
-            except TorchfuseError as error:  # the row is there all the same
-                self.notes.append(f"there is no profile of {place}: {error}")
-            self.known["profiles"] = tuple(found)
+        if device == LOCAL:
+            self.unfinished = "profiling"
+            self.known["profiles"], missing = profiles(
+                places, self.subject, self.threads, self.progress
+            )
+            self.notes += missing
+            self.unfinished = None
 
     def evaluate(self) -> None:
         """Compare what each row returns with what the model does."""
         for place in self.places:
             self.progress(f"comparing {place}")
+            job = Evaluate(place, _bound(self.artifacts.get(place)))
             self.evaluated[place] = evaluated(
-                Evaluate(place, _bound(self.artifacts.get(place))), self.subject, self.progress
+                job, self.subject, functools.partial(self._validating, place)
             )
+
+    def _validating(self, place: Place, step: str) -> None:
+        # The same step with the sample that it is at, and not another one: a line for each row.
+        self.progress(f"comparing {place}, {step.removeprefix('validating, ')}")
 
     def so_far(self) -> Comparison | None:
         """Return what there is; None: no row is known by its times and its outputs."""
@@ -521,16 +516,18 @@ class Work:
                 )
         if not rows:
             return None
-        has_int8 = any(place.precision == "int8" for place in self.places)
-        on = [self.calibrated] if has_int8 and self.calibrated is not None else []
         return replace(
             self.base,
             rows=tuple(rows),
-            notes=(*on, *self.notes),
+            notes=(*self._of_the_data(), *self.notes),
             devices=tuple(found.device for found in self.measured.values()),
             unfinished=self.unfinished,
             **self.known,
         )
+
+    def _of_the_data(self) -> tuple[str, ...]:
+        """Return what int8 is calibrated on, where there is int8."""
+        return self.base.notes if any(p.precision == "int8" for p in self.places) else ()
 
 
 def check_choices(
@@ -572,8 +569,9 @@ def _data(
     validation: Any,
     calibration: Any,
     preprocessing: Preprocessing | None,
-) -> tuple[list[Case] | None, Samples | None, str | None, str | None]:
-    """Return calibration cases, validation samples, and what each is in words, the latter first."""
+    notes: list[str],
+) -> tuple[list[Case] | None, Samples | None, str | None]:
+    """Return calibration cases, validation samples and what the latter are; say so in `notes`."""
     case = examples[0]
     as_pixels = isinstance(model, WithPreprocessing)
     names = argument_names(model)
@@ -583,26 +581,25 @@ def _data(
 
     validating = None if validation is None else read(validation)
     cases_: list[Case] | None = None
-    calibrated: str | None = None
     if calibration is not None or (isinstance(data, str) and data == "random"):
         given = calibration if calibration is not None else data
         found = read_calibration(given, case, preprocessing, as_pixels=as_pixels, names=names)
-        calibrated = _calibrated(found, examples)
+        notes.append(_calibrated(found, examples))
         cases_ = found.cases
     elif data is not None:
         calibrating = read(data)
         if validating is None:
             calibrating, validating = held_out(calibrating)
         cases_ = calibration_cases(calibrating, case, _MOST_CALIBRATION)
-        calibrated = _calibrated(CalibrationData(cases_, calibrating.source), examples)
+        notes.append(_calibrated(CalibrationData(cases_, calibrating.source), examples))
     if validating is None:
-        return cases_, None, None, calibrated
+        return cases_, None, None
     if len(validating) < (size := batch_size(case)):
         raise CalibrationError(
             f"Expected at least {size} validation samples, as many as the example's batch, got "
             f"{len(validating)}, {validating.source}; give more data, or a smaller example."
         )
-    return cases_, validating, validating.source, calibrated
+    return cases_, validating, validating.source
 
 
 def _calibrated(data: CalibrationData, examples: list[Case]) -> str:

@@ -1,23 +1,35 @@
 """Where the time of a row's runs goes, operator by operator, as its runtime says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torchfuse.comparing.jobs import Place, Subject
 from torchfuse.comparison import FOLDED
+from torchfuse.errors import TorchfuseError
 from torchfuse.profiling import Profile, profile
 from torchfuse.targets import target_for
 
-__all__ = ["profiled", "worth_profiling"]
+__all__ = ["profiles"]
 
 _WARMUP, _RUNS = 2, 10
 
 
-def worth_profiling(places: Sequence[Place]) -> list[Place]:
-    """Return those in eager mode, and the files whose own runtime says what takes how long.
+def profiles(
+    places: Sequence[Place], subject: Subject, threads: int, on_step: Callable[[str], object]
+) -> tuple[tuple[Profile, ...], list[str]]:
+    """Return a profile of each row in eager mode or with a runtime that keeps one; and notes.
 
-    TorchScript runs eager mode's operators, and channels_last is eager mode.
+    It is taken on this machine. TorchScript runs eager mode's operators, and channels_last is eager
+    mode: they have none.
     """
-    return [place for place in places if place.target == "eager" or _has_its_own(place)]
+    found, notes = [], []
+    worth = [place for place in places if place.target == "eager" or _has_its_own(place)]
+    for number, place in enumerate(worth, 1):
+        on_step(f"profiling, {number} of {len(worth)}")
+        try:
+            found.append(_profile(place, subject, threads))
+        except TorchfuseError as error:  # the row is there all the same
+            notes.append(f"there is no profile of {place}: {error}")
+    return tuple(found), notes
 
 
 def _has_its_own(place: Place) -> bool:
@@ -27,12 +39,7 @@ def _has_its_own(place: Place) -> bool:
     return target.quantized_by != "torch.ao" and target.profile_obstacle() is None
 
 
-def profiled(place: Place, subject: Subject, threads: int) -> Profile:
-    """Return the profile of some runs of a row on this machine.
-
-    Raises:
-        TorchfuseError: the runtime keeps none.
-    """
+def _profile(place: Place, subject: Subject, threads: int) -> Profile:
     what = f"{place.target} {place.precision}"
     return profile(
         place.path or subject.module(place.variant),

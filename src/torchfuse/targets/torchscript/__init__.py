@@ -12,6 +12,10 @@ from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 __all__ = ["TorchScript"]
 
 _LITE = ".ptl"
+_STATE_DICT = (
+    " A state dict, as torch.save and 'torchfuse fuse -o' write it, holds weights and no model: "
+    "load it into the model that torchfuse.fuse returns, and export that."
+)
 
 
 class TorchScript(ZipSeal, Target):
@@ -47,7 +51,8 @@ class TorchScript(ZipSeal, Target):
                 loader = "lite interpreter" if self.suffix == _LITE else "TorchScript"
                 raise ArtifactError(
                     f"Expected a {loader} model in '{path}', but its archive has no '{name}'; "
-                    "torchfuse.export writes one, a state dict is not one."
+                    f"'torchfuse export net.py:build -o model{self.suffix}' writes one."
+                    + ("" if "constants.pkl" in names else _STATE_DICT)
                 )
 
     def first_load(self, path: Path) -> None:

@@ -7,6 +7,7 @@ and in mobile_optimizer.py.
 import contextlib
 import inspect
 import io
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -94,7 +95,7 @@ def script(model: nn.Module, case: Case) -> Scripted:
             scripted = torch.jit.script(model)
             run(scripted, case)
         except Exception as error:  # noqa: BLE001  # the compiler raises whatever it likes
-            reason = first_line(error)
+            reason = re.sub(r" at 0x[0-9a-f]+", "", first_line(error))  # the same each time
         else:
             return Scripted(scripted, None)
         try:
