@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import torchfuse
 from torchfuse.exported.fusing import fold
 from torchfuse.models.batch_norms import settle_batch_norms
-from torchfuse.targets import executorch
+from torchfuse.targets import capturing
 from torchfuse.timing import measure_interleaved, ratio
 
 if TYPE_CHECKING:
@@ -204,7 +204,10 @@ def latencies(
     """Return medians in ms, and the ratio of "after" to "before"."""
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.pte" for name in ("before", "after")}
-        with patch.object(executorch, "fuse_all", fold), patch.object(executorch, "rewrite", as_is):
+        with (
+            patch.object(capturing, "fuse_all", fold),
+            patch.object(capturing.rewriting, "rewrite", as_is),
+        ):
             torchfuse.export(model, example, files["before"])
         torchfuse.export(model, example, files["after"])
         taken = measure_interleaved(files, example, runs=runs)

@@ -1,11 +1,14 @@
 """Whether fusing is worth it depends on what the target does on its own."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torchfuse
 from as_if_trained import as_if_trained
 from torchfuse.planning import Fusion, FusionPlan
 from torchfuse.worth import TARGETS, worth
@@ -36,6 +39,19 @@ def test_what_the_target_leaves_is_counted() -> None:
     assert sentence == (
         "Fusing is worth it for ONNX Runtime only for 1 of 3 fusions (linear_bn): it does "
         "the others itself."
+    )
+
+
+def test_what_is_saved_by_what_the_target_leaves_is_said() -> None:
+    fusions = (
+        Fusion("conv_bn", ("a", "b"), 0, 999, 999),
+        Fusion("branches", ("c", "d"), 0, 2_500_000, 1_234_567),
+        Fusion("layer_chain", ("e", "f"), 0, None, None),
+    )
+    assert worth(FusionPlan("Net", (), fusions, ()), "executorch") == (
+        "Fusing is worth it for ExecuTorch's XNNPACK lowering only for 2 of 3 fusions (branches, "
+        "layer_chain): it does the others itself; that saves 1,234,567 multiply-adds and 2.50 MB "
+        "of memory traffic."
     )
 
 
@@ -155,3 +171,73 @@ def test_onnx_runtime_folds_by_itself_what_the_table_says(rule: str, tmp_path: P
     runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     left = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert ("BatchNormalization" not in left) == (rule in TARGETS["onnxruntime"].folds), left
+
+
+class _Calls(nn.Module):
+    def __init__(self, body: Callable[["_Calls", Tensor], Tensor], **modules: nn.Module):
+        super().__init__()
+        self.body = body
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.register_buffer("c", torch.rand(4, 1, 1) + 0.5)
+        self.register_buffer("d", torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+MERGED = {
+    "no_op": lambda: _Calls(lambda m, x: torch.relu(x + 0)),
+    "layer_affine": lambda: _Calls(lambda m, x: m.a(x) * m.c + m.d, a=nn.Conv2d(4, 4, 3)),
+    "affine_chain": lambda: _Calls(lambda m, x: torch.relu(x * m.c * m.d)),
+    "affine_layer": lambda: _Calls(lambda m, x: m.a((x - m.d) * m.c), a=nn.Conv2d(4, 4, 3)),
+    "pad_conv": lambda: _Calls(lambda m, x: m.a(F.pad(x, [1] * 4)), a=nn.Conv2d(4, 4, 3)),
+    "layer_chain": lambda: nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)),
+    "branches": lambda: _Calls(
+        lambda m, x: m.a(x) + m.b(x), a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1)
+    ),
+}
+
+
+def _programs(rule: str) -> list[torch.export.ExportedProgram]:
+    """A program in which the rule finds something, and the same after it."""
+    program = torch.export.export(MERGED[rule]().eval(), (torch.randn(1, 4, 8, 8),))
+    result = torchfuse.fuse_exported(program)
+    assert {fusion.rule for fusion in result.plan.fusions} == {rule}
+    return [program, result.model]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.onnx's own
+@pytest.mark.parametrize("rule", MERGED)
+def test_onnx_runtime_merges_by_itself_what_the_table_says(rule: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    left = []
+    for program in _programs(rule):
+        file = str(tmp_path / "made.onnx")
+        torch.onnx.export(program, f=file, dynamo=True, external_data=False, verbose=False)
+        options = runtime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 3
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+        left.append(sum(node.op_type != "Reshape" for node in nodes))
+    before, after = left
+    assert (before == after) == (rule in TARGETS["onnxruntime"].folds), left
+
+
+@pytest.mark.filterwarnings("ignore")  # OpenVINO's own
+@pytest.mark.parametrize("rule", MERGED)
+def test_openvino_merges_by_itself_what_the_table_says(rule: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    left = []
+    for program in _programs(rule):
+        compiled = openvino.Core().compile_model(openvino.convert_model(program), "CPU")
+        run = [
+            node.get_rt_info()["layerType"].astype(str)
+            for node in compiled.get_runtime_model().get_ordered_ops()
+        ]
+        left.append(sum(t not in ("Input", "Output", "Const", "Reorder", "Reshape") for t in run))
+    before, after = left
+    assert (before == after) == (rule in TARGETS["openvino"].folds), left

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from torchfuse.equivalence import Equivalence
-    from torchfuse.judging.finding import Found
     from torchfuse.planning import FusionPlan
 
 __all__ = [
@@ -81,7 +80,14 @@ def plan(
     """
     check_model(model)
     require_finite_tensors(model)
-    return _found(model, cases(example_inputs), rules, strict=strict).plan()
+    pairs, for_blocks = _chosen(rules)
+    found = find(model, cases(example_inputs), pairs, strict=strict)
+    if for_blocks and candidates(found.subject.graph):
+        # Imported here: most models have no such blocks, and torch.export takes a while.
+        from torchfuse.blocks.planned import find_blocks
+
+        find_blocks(found, for_blocks)
+    return found.plan()
 
 
 @traced_once()
@@ -128,7 +134,8 @@ def fuse(
         )
     require_finite_tensors(model)
     given = cases(example_inputs)
-    found = _found(model, given, rules, strict=strict)
+    pairs, for_blocks = _chosen(rules)
+    found = find(model, given, pairs, strict=strict)
     old_keys = list(model.state_dict())
     tried: list[Case] = []
     if verify:
@@ -136,7 +143,8 @@ def fuse(
         tried, expected = proof.reference(given)
         found.drop_unproved(proof.found)
     target = model if inplace else _copy(model)
-    check, scope = None, tuple[str, ...]()
+    check: Equivalence | None = None
+    scope: tuple[str, ...] = ()
     with _on_its_own(model, target):
         if verify:
             check, done, scope = fuse_what_agrees(
@@ -153,18 +161,24 @@ def fuse(
             if not inplace:
                 run(target, given[0])
             done = apply(target, found.subject.graph, found.matches, keep=keep_originals)
-        if found.blocks:
-            from torchfuse.blocks import planned
+    # (behind what watches the original, whose hooks are looked at)
+    if for_blocks and candidates(found.subject.graph):
+        # Imported here: most models have no such blocks, and torch.export takes a while.
+        from torchfuse.blocks.planned import keep_what_agrees, merge_blocks
 
-            if check is None:
-                done.blocks = planned.merge_all(target, found, given)
-            else:
-                check, done.blocks, decided = planned.merge_what_agrees(
-                    target, found, given, tried, expected, watch=inplace or proof.wrote
-                )
+        try:
+            merging = merge_blocks(target, found, for_blocks, given, verify=verify)
+            if found.blocks and verify:
+                watch = inplace or proof.wrote
+                check, decided = keep_what_agrees(merging, found, tried, expected, watch=watch)
                 scope = scope if decided else (*scope, _BLOCKS_NOT_IN_FLOAT64)
-            if not keep_originals:
-                done.blocks = tuple(map(without_originals, done.blocks))
+        except BaseException:
+            if keep_originals:
+                undo(target, done)
+            raise
+        done.blocks = tuple(merging.done)
+        if not keep_originals:
+            done.blocks = tuple(map(without_originals, done.blocks))
     attach(target, done)
     plan_ = found.plan()
     plan_ = replace(
@@ -238,20 +252,6 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         undo(target, done)
     forget_fusions(target)
     return target
-
-
-def _found(
-    model: nn.Module, given: Sequence[Case], names: Sequence[str] | None, *, strict: bool
-) -> Found:
-    """What can be fused: pairs first, then blocks, in which pairs are folded already."""
-    rules, for_blocks = _chosen(names)
-    found = find(model, given, rules, strict=strict)
-    if for_blocks and candidates(found.subject.graph):
-        # Imported here: most models have no such blocks, and torch.export takes a while.
-        from torchfuse.blocks.planned import find_blocks
-
-        find_blocks(found, for_blocks)
-    return found
 
 
 def _chosen(names: Sequence[str] | None) -> tuple[tuple[Rule, ...], tuple[str, ...]]:

@@ -1,12 +1,16 @@
-"""Whether a plan is worth carrying out for a target that folds batch norms on its own."""
+"""Whether a plan is worth carrying out for a target that does some of it on its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torchfuse.render.units import size
+
 if TYPE_CHECKING:
-    from torchfuse.planning import FusionPlan
+    from collections.abc import Sequence
+
+    from torchfuse.planning import Fusion, FusionPlan
 
 __all__ = ["TARGETS", "Target", "worth"]
 
@@ -21,23 +25,34 @@ class Target:
 
 _RELUS = ("conv_relu", "linear_relu")
 
+# What their graph optimizers take out, and into a convolution, of what is no batch norm
+_OPTIMIZED = frozenset({"no_op", "cancelling", "layer_affine", "pad_conv"})
+
 # ExecuTorch: FuseBatchNormPass, which fails on grouped transposed convs. ONNX Runtime:
-# ConvBNFusion. OpenVINO: LinOpSequenceFusion.
+# ConvBNFusion, ConvMulFusion, ConvAddFusion, PadFusion. OpenVINO: LinOpSequenceFusion, and any
+# number of elementwise calls in one.
 TARGETS = {
     "eager": Target("PyTorch eager mode", frozenset()),
     "torchscript": Target("TorchScript frozen without numeric optimization", frozenset()),
     "executorch": Target(
         "ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn", *_RELUS})
     ),
-    "onnxruntime": Target("ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn", *_RELUS})),
+    "onnxruntime": Target(
+        "ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn", *_RELUS}) | _OPTIMIZED
+    ),
     "openvino": Target(
-        "OpenVINO", frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", *_RELUS})
+        "OpenVINO",
+        frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "affine_chain", *_RELUS})
+        | _OPTIMIZED,
     ),
 }
 
 
 def worth(plan: FusionPlan, target: str) -> str:
-    """Return one sentence: how many of the plan's fusions `target` would not do on its own."""
+    """Return one sentence: how many of the plan's fusions `target` would not do on its own.
+
+    And what those save, in the first case, as far as it is known.
+    """
     folds = TARGETS[target]
     if not plan.fusions:
         return "There is nothing to gain from fusing: no fusion was found."
@@ -46,9 +61,21 @@ def worth(plan: FusionPlan, target: str) -> str:
     if not gained:
         return f"Fusing is not worth it for {folds.name}: it does all of this ({total}) itself."
     if len(gained) == len(plan.fusions):
-        return f"Fusing is worth it for {folds.name}: it does none of this ({total}) itself."
+        return (
+            f"Fusing is worth it for {folds.name}: it does none of this ({total}) itself"
+            f"{_saved(gained)}."
+        )
     rules = ", ".join(sorted({fusion.rule for fusion in gained}))
     return (
         f"Fusing is worth it for {folds.name} only for {len(gained)} of {total} ({rules}): it does "
-        "the others itself."
+        f"the others itself{_saved(gained)}."
     )
+
+
+def _saved(fusions: Sequence[Fusion]) -> str:
+    """What fusions save, as the end of a sentence; empty if nothing is known of it."""
+    macs = sum(fusion.macs_saved or 0 for fusion in fusions)
+    traffic = sum(fusion.traffic_saved_bytes or 0 for fusion in fusions)
+    if macs <= 0 and traffic <= 0:
+        return ""
+    return f"; that saves {macs:,} multiply-adds and {size(max(traffic, 0))} of memory traffic"

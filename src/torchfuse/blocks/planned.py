@@ -13,8 +13,8 @@ from torchfuse.blocks.merged import ELSEWHERE, Merge, merged
 from torchfuse.blocks.replacing import replace_block, take_block_back
 from torchfuse.checking import copy_tensors
 from torchfuse.copying import copied
-from torchfuse.errors import UnsupportedError
-from torchfuse.planning import Fusion, Refusal, Skip
+from torchfuse.errors import FusionError, UnsupportedError
+from torchfuse.planning import Fusion, Refusal
 from torchfuse.proving import outputs_of, prove
 from torchfuse.proving.whole import widened
 from torchfuse.restoring import restored
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torchfuse.judging.finding import Found
     from torchfuse.surgery import MergedBlock
 
-__all__ = ["Block", "find_blocks", "merge_all", "merge_what_agrees"]
+__all__ = ["Block", "Merging", "find_blocks", "keep_what_agrees", "merge_blocks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,21 +44,111 @@ class Block:
 def find_blocks(found: Found, rules: Sequence[str]) -> None:
     """Add the blocks that can be merged to `found`, and skips of those that cannot.
 
-    It is tried out on copies, one at a time, in which what is to be folded is folded.
+    It is tried out on copies, in which what is to be folded is folded.
     """
     subject = found.subject
     paths = candidates(subject.graph)
-    given = _arguments(subject.model, subject.cases, paths, values=False) if paths else {}
-    tops = [p for p in paths if p and not any(_is_below(p, other) for other in paths if other)]
-    for top in tops:
-        trial = _Trial(found, top)
-        for path in paths:
-            if path == top or _is_below(path, top):
-                result = trial.merged(path, given.get(path), rules)
-                if isinstance(result, Refusal):
-                    found.skip((path,), result, "branches")
-                elif result is not None:
-                    found.blocks.append(result)
+    given = _arguments(subject.model, subject.cases, paths, values=False)
+    for top in (p for p in paths if not any(_is_below(p, other) for other in paths if other)):
+        inside = [path for path in paths if path == top or _is_below(path, top)]
+        part = _folded_copy(found, top) if top else Refusal("")
+        for path in inside if top else ():
+            if isinstance(part, Refusal):
+                found.skip((path,), part, "branches")
+                continue
+            below = path[len(top) + 1 :]
+            _merge(found, part, below, path, given.get(path), rules, prove=False)
+    _finish(found, paths)
+
+
+def merge_blocks(
+    target: nn.Module, found: Found, rules: Sequence[str], given: Sequence[Case], *, verify: bool
+) -> Merging:
+    """Merge the blocks that can be in `target`, where what is to be folded is folded already.
+
+    They are added to `found`, as are skips of those that cannot. With `verify`, each edit is
+    compared on what the blocks are given.
+    """
+    paths = candidates(found.subject.graph)
+    args = _arguments(target, given, paths, values=verify)
+    if not verify:
+        args = {path: _zeros(values, _device(target)) for path, values in args.items()}
+    merging = Merging(target, args, prove=verify)
+    try:
+        for path in filter(None, paths):
+            part = _as_it_is(target.get_submodule(path), path)
+            if isinstance(part, Refusal):
+                found.skip((path,), part, "branches")
+                continue
+            done = _merge(found, target, path, path, args.get(path), rules, prove=verify)
+            if done is not None:
+                merging.done.append(done)
+        merging.asked = list(found.blocks)
+    except BaseException:
+        merging.undo()
+        raise
+    _finish(found, paths)
+    return merging
+
+
+def _merge(
+    found: Found,
+    model: nn.Module,
+    below: str,
+    path: str,
+    given: list[Tensor] | None,
+    rules: Sequence[str],
+    *,
+    prove: bool,
+) -> MergedBlock | None:
+    """Merge the block that is at `below` in `model`, and at `path` in the user's model."""
+    if given is None:
+        found.skip((path,), Refusal("It is not called with tensors alone.", ELSEWHERE), "branches")
+        return None
+    block = model.get_submodule(below)
+    args = _zeros(given, _device(block)) if given[0].is_meta else given
+    merge = merged(block, args, rules=rules, prove=prove)
+    refusal = merge if isinstance(merge, Refusal) else None
+    if isinstance(merge, Merge):
+        refusal = may_be_edited(found.subject, path, merge)
+    if refusal is not None:
+        refusal = refusal if refusal.hint else replace(refusal, hint=ELSEWHERE)
+        found.skip((path,), refusal, "branches")
+        return None
+    if not isinstance(merge, Merge):
+        return None
+    found.blocks.append(_block(path, merge, rules))
+    return replace_block(model, below, merge, args, rules)
+
+
+def _folded_copy(found: Found, path: str) -> nn.Module | Refusal:
+    """A copy of the module at `path`, in which what is to be folded is folded."""
+    original = _as_it_is(found.subject.modules[path], path)
+    if isinstance(original, Refusal):
+        return original
+    try:
+        made = copied(original)
+    except UnsupportedError as error:
+        return Refusal(str(error))
+    for rule, match in found.matches:
+        if rule.merge is None and all(_is_below(inner, path) for inner in match.modules):
+            first, second = (inner[len(path) + 1 :] for inner in match.modules)
+            fold_in(made, rule, [first], [second], keep=False)
+    return made
+
+
+def _as_it_is(block: nn.Module, path: str) -> nn.Module | Refusal:
+    """The block, if it can be looked at."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in block.modules()):
+        return Refusal(f"`{path}` is scripted.", ELSEWHERE)
+    if any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers())):
+        return Refusal("There are no values on the meta device, and they decide.", ELSEWHERE)
+    if any(module.training for module in block.modules()):
+        return Refusal("It is in training mode.", "Call model.eval() first.")
+    return block
+
+
+def _finish(found: Found, paths: Sequence[str]) -> None:
     if "" in paths:
         refusal = Refusal(
             "Branches are added in the model's own forward, and its class is to stay.", ELSEWHERE
@@ -68,50 +158,8 @@ def find_blocks(found: Found, rules: Sequence[str]) -> None:
     found.skips = [skip for skip in found.skips if skip.modules[-1] not in gone]
 
 
-class _Trial:
-    """A copy of a part of the model."""
-
-    def __init__(self, found: Found, top: str) -> None:
-        self.subject, self.top = found.subject, top
-        self.copy: nn.Module | Refusal
-        original = self.subject.modules[top]
-        if isinstance(original, torch.jit.ScriptModule):
-            self.copy = Refusal(f"`{top}` is scripted.")
-            return
-        if any(tensor.is_meta for tensor in (*original.parameters(), *original.buffers())):
-            self.copy = Refusal("There are no values on the meta device, and they decide.")
-            return
-        try:
-            self.copy = copied(original)
-        except UnsupportedError as error:
-            self.copy = Refusal(str(error))
-            return
-        for rule, match in found.matches:
-            if rule.merge is None and all(_is_below(path, top) for path in match.modules):
-                first, second = (path[len(top) + 1 :] for path in match.modules)
-                fold_in(self.copy, rule, [first], [second], keep=False)
-
-    def merged(
-        self, path: str, given: list[Tensor] | None, rules: Sequence[str]
-    ) -> Block | Refusal | None:
-        """What the module at `path` becomes, which is then done to the copy."""
-        if isinstance(self.copy, Refusal):
-            return self.copy
-        if given is None:
-            return Refusal("It is not called with tensors alone.", ELSEWHERE)
-        below = path[len(self.top) + 1 :]
-        block = self.copy.get_submodule(below)
-        if any(module.training for module in block.modules()):
-            return Refusal("It is in training mode.", "Call model.eval() first.")
-        args = [torch.zeros(t.shape, dtype=t.dtype, device=_device(block)) for t in given]
-        merge = merged(block, args, rules=rules, prove=False)
-        if not isinstance(merge, Merge):
-            return merge
-        refusal = may_be_edited(self.subject, path, merge)
-        if refusal is not None:
-            return refusal if refusal.hint else replace(refusal, hint=ELSEWHERE)
-        replace_block(self.copy, below, merge, args, rules)
-        return _block(path, merge, rules)
+def _zeros(given: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    return [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in given]
 
 
 def _block(path: str, merge: Merge, rules: Sequence[str]) -> Block:
@@ -161,67 +209,49 @@ def _arguments(
 # ── in the fused model ───────────────────────────────────────────────────────────────────────────
 
 
-def merge_all(target: nn.Module, found: Found, cases: Sequence[Case]) -> tuple[MergedBlock, ...]:
-    """Merge the blocks of `found` in `target`, without a proof."""
-    args = _arguments(target, cases, [block.path for block in found.blocks], values=False)
-    zeros = {
-        path: [torch.zeros(t.shape, dtype=t.dtype, device=_device(target)) for t in given]
-        for path, given in args.items()
-    }
-    trial = _BlockTrial(target, zeros, prove=False, watch=True)
-    return trial.settled(found, found.blocks)
-
-
-def merge_what_agrees(
-    target: nn.Module,
+def keep_what_agrees(
+    merging: Merging,
     found: Found,
-    given: Sequence[Case],
     tried: Sequence[Case],
     expected: Sequence[dict[str, Any]],
     *,
     watch: bool,
-) -> tuple[Equivalence, tuple[MergedBlock, ...], bool]:
-    """Merge the blocks of `found` in `target`: the comparison, what was done, if float64 told.
+) -> tuple[Equivalence, bool]:
+    """Compare the whole model, its blocks merged; return how far it is off, and if float64 told.
 
-    What makes the outputs differ becomes skips.
+    Blocks that make the outputs differ are put back, and become skips in `found`.
     """
-    args = _arguments(target, given, [block.path for block in found.blocks], values=True)
-    trial = _BlockTrial(target, args, prove=True, watch=watch)
+    merging.watch = watch
 
-    def in_float64() -> _BlockTrial:
-        trial.undo()
-        return _BlockTrial(copied(target).double(), widened(args), prove=False, watch=watch)
+    def in_float64() -> Merging:
+        merging.undo()
+        return Merging(copied(merging.model).double(), widened(merging.args), prove=False)
 
     try:
-        whole = prove(trial, found.blocks, tried, expected, in_float64)
-        done = trial.settled(found, whole.kept)
+        whole = prove(merging, found.blocks, tried, expected, in_float64)
+        merging.merge(whole.kept)
     except BaseException:
-        trial.undo()
+        merging.undo()
         raise
+    found.blocks = whole.kept
     for block in whole.refused:
-        found.skips.append(
-            Skip(
-                (block.path,),
-                "With its branches merged the model's outputs differ, although each edit by itself "
-                "agrees; something that was not recorded depends on it.",
-                "Please report it.",
-                "branches",
-            )
+        refusal = Refusal(
+            "With its branches merged the model's outputs differ, although each edit by itself "
+            "agrees; something that was not recorded depends on it.",
+            "Please report it.",
         )
-    return whole.check, done, whole.decided
+        found.skip((block.path,), refusal, "branches")
+    return whole.check, whole.decided
 
 
-class _BlockTrial:
-    """A module in which blocks stay merged as they were last asked for."""
+class Merging:
+    """A model in which blocks stay merged as they were last asked for."""
 
-    def __init__(
-        self, model: nn.Module, args: dict[str, list[Tensor]], *, prove: bool, watch: bool
-    ) -> None:
-        self.model, self.args, self.prove, self.watch = model, args, prove, watch
-        self._asked: list[Block] | None = None
-        self._done: list[MergedBlock] = []
-        self._blocks: list[Block] = []  # what came of those asked for
-        self._failed: dict[str, Refusal] = {}
+    def __init__(self, model: nn.Module, args: dict[str, list[Tensor]], *, prove: bool) -> None:
+        self.model, self.args, self.prove = model, args, prove
+        self.watch = True
+        self.asked: list[Block] | None = None
+        self.done: list[MergedBlock] = []
 
     def outputs(self, matches: Sequence[Block], cases: Sequence[Case]) -> list[dict[str, Any]]:
         """What the model returns on each case, these blocks merged."""
@@ -229,31 +259,25 @@ class _BlockTrial:
         return outputs_of(self.model, cases, watch=self.watch)
 
     def merge(self, blocks: Sequence[Block]) -> None:
-        """Merge these blocks and no others."""
-        if self._asked == list(blocks):
+        """Merge these blocks and no others.
+
+        Raises:
+            FusionError: without the others, one of them cannot be.
+        """
+        if self.asked == list(blocks):
             return
         self.undo()
-        self._asked = list(blocks)
+        self.asked = list(blocks)
         for block in blocks:
-            module, args = self.model.get_submodule(block.path), self.args[block.path]
-            merge = merged(module, args, rules=block.rules, prove=self.prove)
-            if isinstance(merge, Merge):
-                done = replace_block(self.model, block.path, merge, args, block.rules)
-                self._done.append(done)
-                self._blocks.append(_block(block.path, merge, block.rules))
-            else:
-                self._failed[block.path] = merge or Refusal("Nothing is left to merge in it.")
-
-    def settled(self, found: Found, blocks: Sequence[Block]) -> tuple[MergedBlock, ...]:
-        """Merge these blocks for good: what was done. `found` then has what came of it."""
-        self.merge(blocks)
-        found.blocks = self._blocks
-        for path, refusal in self._failed.items():
-            found.skip((path,), refusal, "branches")
-        return tuple(self._done)
+            args = self.args[block.path]
+            found = self.model.get_submodule(block.path)
+            merge = merged(found, args, rules=block.rules, prove=self.prove)
+            if not isinstance(merge, Merge):
+                raise FusionError(f"`{block.path}` can be merged only with what is inside of it.")
+            self.done.append(replace_block(self.model, block.path, merge, args, block.rules))
 
     def undo(self) -> None:
         """Put the model back as it was given."""
-        for done in reversed(self._done):
+        for done in reversed(self.done):
             take_block_back(self.model, done)
-        self._asked, self._done, self._blocks, self._failed = None, [], [], {}
+        self.asked, self.done = None, []
