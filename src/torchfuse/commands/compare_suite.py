@@ -119,6 +119,8 @@ def compare_suite(
     from torchfuse.suites.store import check_store
 
     store = given.cache or str(default_folder())
+    if "://" not in store:
+        store = str(Path(store).resolve())  # a worker runs in another folder
     check_store(store)
     json_file = files["--json"]
     saved = None if json_file in (None, STDOUT) else Path(str(json_file))

@@ -454,6 +454,10 @@ class Suite:
                 self._failed(running.job, f"there is no worker {what} any more")
 
 
+class _UnwantedError(Exception):
+    """Nobody waits for the job any more."""
+
+
 def _work_on(job: Job, key: str) -> Outcome:
     """Do a job in a worker of Dask's."""
     worker = get_worker()
@@ -468,9 +472,13 @@ def _work_on(job: Job, key: str) -> Outcome:
 
     def tell(step: str) -> None:
         nonlocal said_s
-        if time.monotonic() - said_s > _SAY_EVERY_S:
-            said_s = time.monotonic()
-            say("step", step)
+        if time.monotonic() - said_s < _SAY_EVERY_S:
+            return
+        said_s = time.monotonic()
+        known = worker.state.tasks.get(key)
+        if known is None or known.state == "cancelled":  # whoever asked is gone: Ctrl-C
+            raise _UnwantedError
+        say("step", step)
 
     say("began", job.what)
     return perform(job, tell, partial(say, "outran", job.what))
