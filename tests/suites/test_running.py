@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from distributed import Client
+from distributed import Client, Worker
 
 from torchfuse.cli import cli
 from torchfuse.suites.cluster import cluster
@@ -93,6 +94,10 @@ def dask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         str(folder),
     )
     try:
+        while scheduler.poll() is None:  # a busy machine takes long to start it
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
         with cluster(address) as made.client:
             made.client.wait_for_workers(2, timeout=60)
             yield made
@@ -199,6 +204,25 @@ def test_what_fails_or_takes_too_long_is_named_and_the_others_go_on(
     (gone,) = b.failures
     assert gone.what == "timing on adb:none"
     assert counted(suite)["b", "timing on adb:none"] == 3  # it may be back the next time
+
+
+async def give_board(*, dask_worker: Worker, count: int) -> None:
+    await dask_worker.set_resources(**{"ssh:board": count})
+
+
+def test_a_device_whose_worker_is_gone_is_not_waited_for_endlessly(
+    dask: Cluster, folder: Path
+) -> None:
+    def take_away(_: str) -> None:
+        dask.client.run(give_board, count=0)
+
+    dask.client.run(give_board, count=1)
+    models = f'{TWO}devices = ["ssh:board"]\ntargets = ["pt"]\n'
+    suite = suite_of(folder, dask, models, on_line=take_away, patience_s=1)
+    a, b = suite.run().results
+    assert a.is_whole
+    (failure,) = b.failures
+    assert failure.reason == "there is no worker with the resource 'ssh:board' any more"
 
 
 def test_a_worker_of_another_version_is_refused_and_the_difference_named(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,7 +151,7 @@ def compare_suite(
     ):
         step("starting workers" if given.scheduler is None else "connecting")
         with cluster(given.scheduler, given.workers) as client:
-            if client.dashboard_link and given.scheduler is not None:
+            if client.dashboard_link and find_spec("bokeh") is not None:
                 line(f"Dask's dashboard: {client.dashboard_link}")
             running.append(
                 Suite(
