@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,8 @@ def compare_suite(
     from torchfuse.suites.store import check_store
 
     store = given.cache or str(default_folder())
+    if "://" not in store:
+        store = str(Path(store).resolve())  # a worker runs in another folder
     check_store(store)
     json_file = files["--json"]
     saved = None if json_file in (None, STDOUT) else Path(str(json_file))
@@ -148,7 +151,7 @@ def compare_suite(
     ):
         step("starting workers" if given.scheduler is None else "connecting")
         with cluster(given.scheduler, given.workers) as client:
-            if client.dashboard_link and given.scheduler is not None:
+            if client.dashboard_link and find_spec("bokeh") is not None:
                 line(f"Dask's dashboard: {client.dashboard_link}")
             running.append(
                 Suite(

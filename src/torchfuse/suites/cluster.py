@@ -68,7 +68,7 @@ def cluster(scheduler: str | None, workers: int | None = None) -> Iterator[Clien
             threads_per_worker=1,
             host="127.0.0.1",
             memory_limit=limit_bytes,
-            dashboard_address="127.0.0.1:0" if find_spec("bokeh") is not None else None,
+            dashboard_address="127.0.0.1:0",  # which takes bokeh
             silence_logs=logging.CRITICAL,
         )
         client = Client(here)

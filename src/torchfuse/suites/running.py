@@ -327,8 +327,10 @@ class Suite:
             return
         self.done += 1
         took_s = outcome.ended_s - outcome.began_s - outcome.waited_s
+        is_same = isinstance(outcome.value, Made) and outcome.value.is_same
+        what = "the same as before, looked at in" if is_same else f"{job.what}:"
         self.on_line(
-            f"{job.entry.name}: {job.what}: {took_s:.1f} s on {outcome.machine} "
+            f"{job.entry.name}: {what} {took_s:.1f} s on {outcome.machine} "
             f"({self.done} of {self.done + len(self.running)} jobs)"
         )
         if isinstance(outcome.value, Made):
@@ -374,20 +376,28 @@ class Suite:
 
     # ── workers ──────────────────────────────────────────────────────────────────────────────────
 
+    def _workers(self) -> dict[str, Any]:
+        """Return what the scheduler says of its workers, by their addresses.
+
+        `Client.scheduler_info` gives a copy that another thread may replace by one without workers.
+        """
+        found: dict[str, Any] = self.client.sync(self.client.scheduler.identity, n_workers=-1)
+        workers: dict[str, Any] = found["workers"]
+        return workers
+
     def _resources(self) -> dict[str, Mapping[str, float]]:
         """Return the resources of each admitted worker that is there, by its address."""
-        workers = self.client.scheduler_info()["workers"]
         return {
-            address: worker["resources"]
-            for address, worker in workers.items()
+            address: {name: count for name, count in worker["resources"].items() if count}
+            for address, worker in self._workers().items()
             if self.resource in worker["resources"] and address in self.machines
         }
 
     def _look_at_workers(self) -> None:
         """Admit workers that came, or refuse them."""
-        present = set(self.client.scheduler_info()["workers"])
-        for gone in set(self.machines) - present:
-            del self.machines[gone]
+        present = set(self._workers())
+        self._seen &= present  # one that comes back is looked at again
+        self.machines = {a: machine for a, machine in self.machines.items() if a in present}
         new = sorted(present - self._seen)
         if not new:
             return
@@ -454,6 +464,10 @@ class Suite:
                 self._failed(running.job, f"there is no worker {what} any more")
 
 
+class _UnwantedError(Exception):
+    """Nobody waits for the job any more."""
+
+
 def _work_on(job: Job, key: str) -> Outcome:
     """Do a job in a worker of Dask's."""
     worker = get_worker()
@@ -468,9 +482,13 @@ def _work_on(job: Job, key: str) -> Outcome:
 
     def tell(step: str) -> None:
         nonlocal said_s
-        if time.monotonic() - said_s > _SAY_EVERY_S:
-            said_s = time.monotonic()
-            say("step", step)
+        if time.monotonic() - said_s < _SAY_EVERY_S:
+            return
+        said_s = time.monotonic()
+        known = worker.state.tasks.get(key)
+        if known is None or known.state == "cancelled":  # whoever asked is gone: Ctrl-C
+            raise _UnwantedError
+        say("step", step)
 
     say("began", job.what)
     return perform(job, tell, partial(say, "outran", job.what))
