@@ -14,7 +14,7 @@ from torchfuse.errors import CalibrationError, InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torchfuse.quantizing import CalibrationData
+    from torchfuse.quantizing.calibration import CalibrationData
     from torchfuse.quantizing.preprocessing import Preprocessing
 
 __all__ = ["DataOptions", "data_options"]

@@ -48,7 +48,7 @@ def write_out_layer_norms(program: torch.export.ExportedProgram) -> int:
 def _is_permute(node: Any, order: list[int]) -> bool:
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aten.permute.default:
         return False
-    return [axis % 4 for axis in node.args[1]] == order  # type: ignore[union-attr,operator,misc]
+    return [axis % 4 for axis in node.args[1]] == order  # type: ignore[union-attr,operator]
 
 
 def _permuted_back(node: fx.Node) -> fx.Node | None:
