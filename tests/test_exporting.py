@@ -213,7 +213,8 @@ def test_batch_and_spatial_sizes_can_be_dynamic_and_are_tried_below_the_bound(
         dynamic_shapes=sizes,
     )
     assert artifact.equivalence is not None
-    assert len(artifact.equivalence.outputs) == 4  # the example, smallest, middle, largest
+    sizes_compared = [o for o in artifact.equivalence.outputs if not o.name.startswith("data")]
+    assert len(sizes_compared) == 4  # the example, smallest, middle, largest
     run = torchfuse.load(artifact.path)
     for shape in ((1, 3, 5, 9), (3, 3, 24, 4)):
         y = image(*shape)

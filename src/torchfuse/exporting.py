@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import Artifact, Precision, check_destination, write_all_atomically
-from torchfuse.checking import Equivalence, OutputDifference, run, verify
+from torchfuse.checking import Equivalence, OutputDifference, compare_outputs, run, verify
 from torchfuse.delegation import DelegationWarning
 from torchfuse.errors import (
     ArtifactError,
@@ -56,6 +57,7 @@ _MIN_SQNR_DB = {"fp16": 30.0, "bf16": 30.0}  # against the model
 _INT8_MIN_SQNR_DB = 10.0  # against the quantized model
 _INT8_LOSS_DB = 3.0  # against the model, compared with the quantized model's
 _INT8_NO_LOSS_DB = 40.0  # above this, nobody asks which of the two is closer
+_OF_CASE = re.compile(r"^case \d+: ")  # before an output's name, where there are several cases
 _MOST_CASES = 8  # of the calibration data, on which it is judged beside the examples
 _INT8_SUSPECT_DB = 12.0  # against the model, below which something is wrong, and likely the ranges
 
@@ -331,13 +333,14 @@ def _compared(
     is_quantized = made.precision in ("int8", "int4")
     sqnr = -math.inf if is_quantized else _MIN_SQNR_DB.get(made.precision)
     found = verify(model, made.run, examples, min_sqnr_db=sqnr)
-    if data:
+    if data and not is_quantized:
         on_data = verify(model, made.run, data, min_sqnr_db=sqnr)
-        found = replace(found, outputs=(*found.outputs, *_worst(on_data, len(data))))
+        found = replace(found, outputs=(*found.outputs, *_worst(on_data.outputs)))
     problems = list(found.problems)
     if is_quantized and not problems:
         problems, notes, asked = _judged(model, made, [*examples, *data])
-        found = replace(found, min_sqnr_db=asked)
+        over_data = _over(model, made.run, data) if data else []
+        found = replace(found, min_sqnr_db=asked, outputs=(*found.outputs, *over_data))
     if problems:
         raise UnsupportedError(
             f"The '.{form}' made from {type(model).__name__} does not compute the same: "
@@ -346,19 +349,40 @@ def _compared(
     return found, notes
 
 
-def _worst(found: Equivalence, cases: int) -> list[OutputDifference]:
+def _worst(found: Iterable[OutputDifference]) -> list[OutputDifference]:
     """Return of each output the case that is furthest off, over all of the data."""
     by_name: dict[str, list[OutputDifference]] = {}
-    for output in found.outputs:
-        by_name.setdefault(output.name.split(": ", 1)[-1] if cases > 1 else output.name, []).append(
-            output
-        )
+    for output in found:
+        name = _OF_CASE.sub("", output.name)
+        by_name.setdefault(name, []).append(output)
     worst = []
     for name, outputs in by_name.items():
         furthest = min(outputs, key=lambda o: -math.inf if o.sqnr_db is None else o.sqnr_db)
         failed = next((output for output in outputs if not output.passed), furthest)
         worst.append(replace(failed, name=f"data, {name}"))
     return worst
+
+
+def _over(
+    model: nn.Module, program: Callable[..., Any], data: list[Case]
+) -> list[OutputDifference]:
+    """Return how far each output of what is quantized is off, its noise taken over all of the data.
+
+    One case alone says little, as in `_judged`.
+    """
+    given, got = ([run(each, case) for case in data] for each in (model, program))
+    found = [
+        output
+        for expected, actual in zip(given, got, strict=True)
+        for output in compare_outputs(expected, actual, min_sqnr_db=-math.inf)
+    ]
+    return [
+        replace(output, sqnr_db=_difference(given, got, name).sqnr_db)
+        if isinstance(given[0][name], torch.Tensor)
+        else output
+        for output in _worst(found)
+        for name in [output.name.removeprefix("data, ")]
+    ]
 
 
 def _judged(model: nn.Module, made: Made, data: list[Case]) -> tuple[list[str], list[str], float]:
