@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
-    "assigned_attributes",
     "descriptors_of",
     "edits_modules",
     "functions_of",
@@ -130,58 +129,6 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 
 @lru_cache(maxsize=8192)
-def assigned_attributes(code: CodeType) -> frozenset[str]:
-    """The attributes that a function assigns, or whose value it changes: `self.seen.append(x)`.
-
-    So are global names, and those of a function around it.
-    """
-    assigned = {
-        str(step.argval)
-        for step in dis.get_instructions(code)
-        if step.opname in ("STORE_ATTR", "STORE_GLOBAL")
-        or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)
-    }
-    outside = {*code.co_names, *code.co_freevars} - {*code.co_varnames, *code.co_cellvars}
-    tree = syntax_of(code)
-    for node in [] if tree is None else ast.walk(tree):
-        match _changed(node):
-            case ast.Attribute(attr=name):
-                assigned.add(name)
-            case ast.Name(id=name) if name in outside:
-                assigned.add(name)
-        assigned.update(_set_by_name(node))
-    return frozenset(assigned)
-
-
-def _changed(node: ast.AST) -> ast.AST | None:
-    """What a container's own method, an assigned item, or `next` changes."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=container, attr=method)) if method in _CHANGING:
-            return container
-        case ast.Call(func=ast.Name(id="next"), args=[iterator, *_]):
-            return iterator
-        case ast.Subscript(value=container, ctx=ast.Store() | ast.Del()):
-            return container
-    return None
-
-
-ANY_NAME = "*"
-
-
-def _set_by_name(node: ast.AST) -> Iterator[str]:
-    """`setattr(self, "large", …)`, `self.__dict__["large"] = …`, `vars(self).update(large=…)`."""
-    match node:
-        case ast.Call(func=ast.Name(id="setattr"), args=[_, name, _]):
-            yield _text(name)
-        case ast.Subscript(value=table, slice=name, ctx=ast.Store()) if _is_table(table):
-            yield _text(name)
-        case ast.Call(func=ast.Attribute(value=table, attr="update")) if _is_table(table):
-            yield from (keyword.arg or ANY_NAME for keyword in node.keywords)
-            if node.args:
-                yield ANY_NAME
-
-
-@lru_cache(maxsize=8192)
 def edits_modules(code: CodeType) -> bool:
     """Whether a function takes attributes away or replaces a forward, as a model's own `fuse` does.
 
@@ -192,23 +139,6 @@ def edits_modules(code: CodeType) -> bool:
         step.opname == "DELETE_ATTR" or (step.opname == "STORE_ATTR" and step.argval == "forward")
         for step in steps
     )
-
-
-def _text(name: ast.expr) -> str:
-    return str(name.value) if isinstance(name, ast.Constant) else ANY_NAME
-
-
-def _is_table(value: ast.expr) -> bool:
-    """Whether it is the dictionary of an object's attributes."""
-    return ast.unparse(value).endswith(".__dict__") or ast.unparse(value).startswith("vars(")
-
-
-_CHANGING = frozenset(
-    {
-        *("append", "appendleft", "extend", "insert", "pop", "popleft", "remove", "clear", "sort"),
-        *("reverse", "discard", "update", "setdefault", "popitem", "rotate"),
-    }
-)
 
 
 _SETUP = ("init", "initialize", "initialise", "initialized", "reset", "tie")
@@ -223,13 +153,3 @@ _SETUP_NAMES = frozenset(
 def is_setup(name: str) -> bool:
     """Whether a method of this name sets a model up or prints it, and computes no outputs."""
     return name in _SETUP_NAMES or any(word in _SETUP for word in name.split("_"))
-
-
-# What a branch may ask for that changes between calls although no input does. (`requires_grad` is
-# not among it: asking an input for that is recorded, and behind a flag that is off, nobody asks.)
-RESTLESS = frozenset(
-    {
-        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
-        *("grad_fn", "random", "randint", "rand", "time"),
-    }
-)
