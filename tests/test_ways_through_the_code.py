@@ -304,7 +304,7 @@ class AsksForRank(ConvBn):
         (Counting(), "`calls` may be another at the next call"),
         (CountingInAList(), "not every way could be followed"),
         (CountingInADict(), "`calls` may be another at the next call"),
-        (Alternating(), "`turns` may be another at the next call"),
+        (Alternating(), "another"),
         (ThroughAProperty(), "another answer at"),
         (FlaggedByAHook(), "another answer at"),
         (SetByName(), "another answer at"),

@@ -6,7 +6,6 @@ else once the pair is folded. One that ran in the recording was seen; the others
 
 from __future__ import annotations
 
-import ast
 import inspect
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchfuse.judging.direct import names_asked_for, names_one_after_the_other
 from torchfuse.judging.mentions import BELOW, TENSORS, mentions_of
 from torchfuse.judging.other_ways import (
     holds_on_every_way,
@@ -29,10 +27,15 @@ from torchfuse.judging.sources import (
     edits_modules,
     functions_of,
     is_setup,
+    names_asked_for,
     names_in,
-    syntax_of,
 )
-from torchfuse.judging.straight import branches, branches_on_an_argument
+from torchfuse.judging.straight import (
+    branches,
+    branches_on_an_argument,
+    results_of,
+    stand_side_by_side,
+)
 from torchfuse.rules import Match, Refusal, Subject
 
 if TYPE_CHECKING:
@@ -67,10 +70,11 @@ def reached_apart(subject: Subject, match: Match) -> Refusal | None:
                 continue
             caller = _on_its_own(subject, path, function) if ran else function.__name__
             reached = pair.reached_by(path, function)
-            if not reached or pair.is_direct(path, function):
+            if not reached:
                 continue
             if caller is None:  # runs only as it ran, on ways that are explored
-                if not branches(function.__code__) or not is_lost(subject):
+                once = pair.calls_each_once(path, function)  # what is between is asked for there
+                if once or not branches(function.__code__) or not is_lost(subject):
                     continue
                 return Refusal(
                     f"{type(module).__name__}.{function.__name__} mentions `{min(reached)}`, and "
@@ -180,7 +184,8 @@ def _is_followed_by_itself(subject: Subject, match: Match, function: FunctionTyp
     parts = {part for path in match.modules for part in path.split(".")}
     if named is None or any(fnmatchcase(part, name) for name in named for part in parts):
         return False
-    return is_straight_where_called_itself(subject, match, function.__name__)
+    once = Pair(subject, match).calls_each_once("", function, by_name=True)
+    return once and is_straight_where_called_itself(subject, match, function.__name__)
 
 
 def _takes_one_input(function: FunctionType) -> bool:
@@ -191,9 +196,9 @@ def _takes_one_input(function: FunctionType) -> bool:
 
 
 def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
-    """Whether a method that takes nothing does no more than hand the two to one call, together.
+    """Whether a method that takes nothing only makes a sequence of the two, or changes the model.
 
-    `as_sequential()` makes a sequence of them, `fuse()` folds them itself.
+    `as_sequential()`, `fuse()`: what takes nothing is never tried out.
     """
     parameters = list(inspect.signature(function).parameters.values())[1:]
     if any(parameter.default is parameter.empty for parameter in parameters):
@@ -201,29 +206,20 @@ def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
     mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
     if _changes_the_model(function):
         return all(mention.usage != "called" for mention in mentions)
-    reached = {pair.split(path, mention) for mention in mentions}
     return (
-        reached == {pair.first, pair.second}
+        sorted(str(pair.split(path, m)) for m in mentions) == sorted((pair.first, pair.second))
         and all(m.usage == "read" and not TENSORS & {*m.chain} for m in mentions)
-        and names_one_after_the_other(function.__code__, *(m.chain[-1] for m in mentions))
+        and "Sequential" in names_in(function.__code__)
+        and stand_side_by_side(
+            function.__code__, *(inner.rpartition(".")[2] for inner in (pair.first, pair.second))
+        )
     )
 
 
 def _changes_the_model(function: FunctionType) -> bool:
     """Whether a method that takes nothing gives nothing back, or its own module: `fuse()`."""
-    tree = syntax_of(function.__code__)
-    if tree is None or not tree.args.args:
-        return False
-    owner = tree.args.args[0].arg
-    if any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(tree)):
-        return False
-    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    return all(
-        value is None
-        or (isinstance(value, ast.Constant) and value.value is None)
-        or (isinstance(value, ast.Name) and value.id == owner)
-        for value in returned
-    )
+    returned = results_of(function.__code__)
+    return returned is not None and returned <= {None, *function.__code__.co_varnames[:1]}
 
 
 def parts_of_forward(subject: Subject, match: Match) -> Iterator[str]:
@@ -237,7 +233,7 @@ def parts_of_forward(subject: Subject, match: Match) -> Iterator[str]:
         functions = {f for name in pair.names_towards(path) for f in by_name.get(name, ())}
         for function in functions:
             name = function.__name__
-            if name.startswith("_") or name == "forward" or pair.is_direct(path, function):
+            if name.startswith("_") or name == "forward":
                 continue
             reached = pair.reached_by(path, function)
             if reached and not {match.first, match.second} <= reached:

@@ -19,6 +19,7 @@ __all__ = [
     "edits_modules",
     "functions_of",
     "is_setup",
+    "names_asked_for",
     "names_in",
     "syntax_of",
 ]
@@ -126,6 +127,62 @@ def names_in(code: CodeType) -> frozenset[str]:
         elif isinstance(constant, str):
             names.add(constant)
     return frozenset(names)
+
+
+def names_asked_for(code: CodeType) -> frozenset[str] | None:
+    """The names that the code gives to `getattr`; None if they are more than constants of its own.
+
+    `for name in ("layer1", "layer2"): getattr(self, name)`; of `f"layer{i}"` it is `layer*`.
+    """
+    function = syntax_of(code)
+    if function is None:
+        return None
+    found: set[str] = set()
+    waiting = [
+        argument
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "getattr"
+        for argument in call.args[1:2]
+    ]
+    followed: set[str] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, ast.Constant):
+            found.add(str(value.value))
+        elif isinstance(value, ast.JoinedStr) and isinstance(value.values[0], ast.Constant):
+            found.add(f"{value.values[0].value!s}*")
+        elif isinstance(value, (ast.Tuple, ast.List)):
+            waiting += value.elts
+        elif isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice):
+            waiting.append(value.value)
+        elif isinstance(value, ast.Name):
+            if value.id not in followed:
+                followed.add(value.id)
+                sources = _sources(function, value.id)
+                if not sources:
+                    return None
+                waiting += sources
+        else:
+            return None
+    return frozenset(found)
+
+
+def _sources(function: ast.FunctionDef, name: str) -> list[ast.expr]:
+    """What a local name is given, by assignments and loops; empty if by anything else as well."""
+    sources = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg) and node.arg == name:
+            return []
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            if not isinstance(node, (ast.Assign, ast.For)):
+                return []
+            sources.append(node.value if isinstance(node, ast.Assign) else node.iter)
+    stores = sum(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
+        for n in ast.walk(function)
+    )
+    return sources if stores == len(sources) else []
 
 
 @lru_cache(maxsize=8192)

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from torchfuse.graph import Call, Frame
     from torchfuse.rules import Match, Subject
 
-__all__ = ["branches", "branches_on_an_argument", "is_straight", "where_it_may_turn"]
+__all__ = [
+    "branches",
+    "branches_on_an_argument",
+    "is_straight",
+    "picks",
+    "results_of",
+    "stand_side_by_side",
+    "where_it_may_turn",
+]
 
 
 def where_it_may_turn(subject: Subject, match: Match) -> str | None:
@@ -37,28 +45,44 @@ def where_it_may_turn(subject: Subject, match: Match) -> str | None:
 
 def _turning(subject: Subject, match: Match, first: Call, second: Call) -> Iterator[CodeType]:
     stacks = [_stack(subject, first), _stack(subject, second)]
+    known = {frame.code for stack in stacks for frame in stack}
     if _is_traced(subject, match):  # a branch in the norm's own code would have stopped that
         stacks[1] = stacks[1][: len(stacks[1]) - len(second.frames)]
-    known = {frame.code for stack in stacks for frame in stack}
+    containers = _containers(subject, match)
+
+    def may_turn(code: CodeType) -> bool:
+        return branches(code) or picks(code, containers)
+
     around = 0
     for one, other in zip(*stacks, strict=False):
         if (one.code, one.place) != (other.code, other.place):
             break
         around += 1
     one, other = ([*stack[around : around + 1], None][0] for stack in stacks)
-    if one is not None and other is not None and one.code is other.code:
+    if one is not None and other is not None and one.code is other.code and _is_users(one):
         around += 1  # it calls both
-        straight = is_straight(one.code, one.place, other.place) and not _picks(one.code)
-        if not straight and _is_users(one) and branches(one.code):
+        straight = is_straight(one.code, one.place, other.place)
+        if (straight and picks(one.code, containers)) or (not straight and may_turn(one.code)):
             yield one.code
     elif around and _is_users(stacks[0][around - 1]):  # one place calls both: a loop
-        yield from (f.code for f in stacks[0][:around] if _is_users(f) and branches(f.code))
+        yield from (f.code for f in stacks[0][:around] if _is_users(f) and may_turn(f.code))
     for frame in (*stacks[0][around:], *stacks[1][around:]):
-        if _is_users(frame) and branches(frame.code):
+        if _is_users(frame) and may_turn(frame.code):
             yield frame.code
     for position, code in subject.called:
-        if first.index < position <= second.index and code not in known and branches(code):
+        if first.index < position <= second.index and code not in known and may_turn(code):
             yield code
+
+
+def _containers(subject: Subject, match: Match) -> frozenset[str]:
+    """The names of the lists and dictionaries of modules that hold one of the two: `norms`."""
+    inner = [path.split(".") for path in match.modules]
+    around = [parts[:end] for parts in inner for end in range(1, len(parts))]
+    return frozenset(
+        parts[-1]
+        for parts in around
+        if hasattr(type(subject.modules[".".join(parts)]), "__getitem__")
+    )
 
 
 def _is_users(frame: Frame) -> bool:
@@ -83,16 +107,16 @@ def _stack(subject: Subject, call: Call) -> list[Frame]:
 
 @lru_cache(maxsize=8192)
 def branches(code: CodeType) -> bool:
-    """Whether the function has a branch or a loop at all, or picks things by an index."""
+    """Whether the function has a branch or a loop at all."""
     jumps = {*dis.hasjrel, *dis.hasjabs}
-    return _picks(code) or any(step.opcode in jumps for step in dis.get_instructions(code))
+    return any(step.opcode in jumps for step in dis.get_instructions(code))
 
 
 @lru_cache(maxsize=8192)
-def _picks(code: CodeType) -> bool:
-    """`self.norms[index](y)`: whether the function takes items by more than constants."""
+def picks(code: CodeType, containers: frozenset[str]) -> bool:
+    """`self.norms[index](y)`: whether it names a container, and takes items by index."""
     steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
-    return any(
+    return not containers.isdisjoint(code.co_names) and any(
         step.opname == "BINARY_SUBSCR"
         and before.opname not in ("LOAD_CONST", "BUILD_SLICE", "BUILD_TUPLE")
         for before, step in pairwise(steps)
@@ -154,3 +178,37 @@ def _locals(step: dis.Instruction, kind: str) -> tuple[str, ...]:
     names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
     kinds = [f"{part.strip('_')}_FAST" for part in parts[:-1]]  # STORE_FAST_LOAD_FAST
     return tuple(str(n) for n, k in zip(names, kinds, strict=False) if k == kind)
+
+
+def stand_side_by_side(code: CodeType, first: str, second: str) -> bool:
+    """Whether two attributes are loaded once, the one right after the other: `[self.a, self.b]`."""
+    loads = [
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+    ]
+    if loads.count(first) != 1 or loads.count(second) != 1:
+        return False
+    return loads.index(second) == loads.index(first) + 1
+
+
+def results_of(code: CodeType) -> set[str | None] | None:
+    """The local variables that a function returns, None among them for nothing at all.
+
+    None if it returns, or yields, anything else.
+    """
+    found: set[str | None] = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+    for before, step in pairwise(steps):
+        if step.opname == "RETURN_CONST" or "YIELD" in step.opname:
+            if step.argval is not None or "YIELD" in step.opname:
+                return None
+            found.add(None)
+        elif step.opname == "RETURN_VALUE":
+            if before.opname == "LOAD_CONST" and before.argval is None:
+                found.add(None)
+            elif names := _locals(before, "LOAD_FAST"):
+                found.add(names[-1])
+            else:
+                return None
+    return found
