@@ -455,6 +455,30 @@ def test_a_method_that_writes_files_is_not_tried_out():
     assert Exports.calls == []
 
 
+class Logs(ConvBn):
+    """Writes a line at each call, and a file on a way that no call here takes."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = str(folder)
+
+    def forward(self, x):
+        with open(f"{self.folder}/calls.txt", "a") as file:
+            file.write("called\n")
+        if x.shape[-1] > 16:
+            torch.save(x, f"{self.folder}/large.pt")
+        return self.bn(self.conv(x))
+
+
+def test_what_is_only_explored_writes_no_files(tmp_path):
+    model = Logs(tmp_path).eval()
+    plan = torchfuse.plan(model, IMAGE)
+    assert [path.name for path in tmp_path.iterdir()] == ["calls.txt"]
+    assert (tmp_path / "calls.txt").read_text() == "called\n"  # by the recorded run alone
+    assert len(plan.fusions) == 1
+    assert any("when it runs again" in sentence for sentence in plan.scope)
+
+
 class SetsUpByName(ConvBn):
     def reset_and_score(self, x):
         return self.conv(x)

@@ -97,8 +97,11 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
     return Ways(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
 
 
-def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType], ...]:
-    """The user's functions that are called, each with how many calls were recorded before."""
+def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType], ...] | None:
+    """The user's functions that are called, each with how many calls were recorded before.
+
+    None if the model does not run again.
+    """
     found: list[tuple[int, CodeType]] = []
     explorer = _Explorer(model, Graph("", ()))
 
@@ -112,6 +115,8 @@ def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType
         sys.setprofile(note)
         try:
             record(model, cases, explorer)
+        except TorchfuseError:
+            return None
         finally:
             sys.setprofile(before)
     return tuple(found)

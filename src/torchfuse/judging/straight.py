@@ -66,10 +66,15 @@ def _turning(subject: Subject, match: Match, first: Call, second: Call) -> Itera
             yield one.code
     elif around and _is_users(stacks[0][around - 1]):  # one place calls both: a loop
         yield from (f.code for f in stacks[0][:around] if _is_users(f) and may_turn(f.code))
-    for frame in (*stacks[0][around:], *stacks[1][around:]):
-        if _is_users(frame) and may_turn(frame.code):
-            yield frame.code
-    for position, code in subject.called:
+    below = [f.code for f in (*stacks[0][around:], *stacks[1][around:]) if _is_users(f)]
+    yield from filter(may_turn, below)
+    if subject.called is None:  # then nothing may be called in between
+        here = stacks[0][around - 1] if around else None
+        there = stacks[1][around - 1] if around else None
+        if here and there and _is_users(here) and _calls(here.code, here.place, there.place):
+            yield here.code
+        yield from below
+    for position, code in subject.called or ():
         if first.index < position <= second.index and code not in known and may_turn(code):
             yield code
 
@@ -121,6 +126,12 @@ def picks(code: CodeType, containers: frozenset[str]) -> bool:
         and before.opname not in ("LOAD_CONST", "BUILD_SLICE", "BUILD_TUPLE")
         for before, step in pairwise(steps)
     )
+
+
+def _calls(code: CodeType, first: int, second: int) -> bool:
+    """Whether the function calls anything between the calls at these two places."""
+    between = [step for step in dis.get_instructions(code) if first < step.offset < second]
+    return any(step.opname.startswith("CALL") for step in between)
 
 
 @lru_cache(maxsize=8192)

@@ -49,7 +49,7 @@ class Subject:
         return explore(self.model, self.cases, self.graph)
 
     @cached_property
-    def called(self) -> tuple[tuple[int, CodeType], ...]:
+    def called(self) -> tuple[tuple[int, CodeType], ...] | None:
         """The user's functions that are called, each with how many calls were recorded before."""
         return called(self.model, self.cases)
 
