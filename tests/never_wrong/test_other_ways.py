@@ -627,6 +627,36 @@ class LosesASize(ConvBn):
         return F.relu(y) if int(x.shape[-1]) > 4 else y
 
 
+class Clips(nn.Module):
+    """Lets through what it is given, or not, as somebody told it that nobody heard."""
+
+    def forward(self, y):
+        return F.relu(y) if SEEN["size"] > 20 else y
+
+
+SEEN = {"size": 0}
+
+
+class ToldByANumber(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), between, nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        SEEN["size"] = math.ceil(math.sqrt(x.shape[-1]) ** 2)
+        return self.layers(x)
+
+
+def test_a_module_in_between_that_branches_on_what_was_lost_is_seen():
+    torch.manual_seed(0)
+    model = trained(ToldByANumber(Clips()), IMAGE)
+    SEEN["size"] = 0
+    assert torchfuse.plan(model, IMAGE).fusions == ()
+    assert SEEN["size"] == 0  # a global is put back like an attribute
+    plain = trained(ToldByANumber(nn.Dropout(0.5)), IMAGE)
+    assert len(torchfuse.plan(plain, IMAGE).fusions) == 1
+
+
 def test_strict_skips_what_could_not_be_followed_and_the_scope_says_where():
     torch.manual_seed(0)
     model = trained(LosesASize(), IMAGE)

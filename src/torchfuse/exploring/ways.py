@@ -110,15 +110,15 @@ def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType
         if event == "call" and explorer.graph is not None and own not in _NOT_THE_USERS:
             found.append((len(explorer.graph.calls), frame.f_code))
 
-    before = sys.getprofile()
+    before = sys.gettrace()
     with unheard():
-        sys.setprofile(note)
+        sys.settrace(note)  # (a profiler of C's could not be put back)
         try:
             record(model, cases, explorer)
         except TorchfuseError:
             return None
         finally:
-            sys.setprofile(before)
+            sys.settrace(before)
     return tuple(found)
 
 

@@ -62,15 +62,23 @@ def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bo
     entry = subject.entries[method]
     if entry is None:
         return None
-    if not all(_holds(way, match) for way in (entry, *entry.others)):
+    if not _holds(entry, match):
+        return False
+    if not _asks(entry):
+        return True
+    if not all(_holds(way, match) for way in entry.others):
         return False
     return True if entry.ways.lost is None else None
 
 
 def is_lost(subject: Subject) -> bool:
     """Whether something was lost while exploring, on which a branch may depend."""
-    asks = subject.graph.reads or subject.graph.changed
-    return bool(asks) and subject.ways.lost is not None
+    return _asks(subject) and subject.ways.lost is not None
+
+
+def _asks(subject: Subject) -> bool:
+    """Whether code asked for anything that a branch may depend on; else it has one way."""
+    return bool(subject.graph.reads or subject.graph.changed)
 
 
 def is_straight_where_called_itself(subject: Subject, match: Match, method: str) -> bool:

@@ -68,12 +68,11 @@ def _turning(subject: Subject, match: Match, first: Call, second: Call) -> Itera
         yield from (f.code for f in stacks[0][:around] if _is_users(f) and may_turn(f.code))
     below = [f.code for f in (*stacks[0][around:], *stacks[1][around:]) if _is_users(f)]
     yield from filter(may_turn, below)
-    if subject.called is None:  # then nothing may be called in between
-        here = stacks[0][around - 1] if around else None
-        there = stacks[1][around - 1] if around else None
-        if here and there and _is_users(here) and _calls(here.code, here.place, there.place):
-            yield here.code
-        yield from below
+    here, there = ([*stack[:around], None][around - 1] for stack in stacks)
+    if not below and here and there and not _calls(here.code, here.place, there.place):
+        return  # nothing is called in between
+    if subject.called is None:  # the model does not run again, so that nobody knows what is
+        yield from below or [frame.code for frame in (here,) if frame and _is_users(frame)]
     for position, code in subject.called or ():
         if first.index < position <= second.index and code not in known and may_turn(code):
             yield code
@@ -129,7 +128,9 @@ def picks(code: CodeType, containers: frozenset[str]) -> bool:
 
 
 def _calls(code: CodeType, first: int, second: int) -> bool:
-    """Whether the function calls anything between the calls at these two places."""
+    """Whether the function may call anything between the calls at these two places."""
+    if first >= second:  # a loop
+        return True
     between = [step for step in dis.get_instructions(code) if first < step.offset < second]
     return any(step.opname.startswith("CALL") for step in between)
 
