@@ -22,5 +22,7 @@ def test_transformers_families_are_covered(entry: Entry) -> None:
 def check(entry: Entry) -> None:
     covered = coverage(entry)
     assert covered.expected > 0
-    assert covered.folded == covered.expected, covered.skips
+    # Norms that are branches of their own follow no layer, and go where branches are merged.
+    expected = covered.batch_norms if entry.name == "RepVGG" else covered.expected
+    assert covered.folded == expected, covered.skips
     assert covered.max_rel <= TOLERANCE

@@ -26,7 +26,7 @@ class Target:
 _RELUS = ("conv_relu", "linear_relu")
 
 # What their graph optimizers take out, and into a convolution, of what is no batch norm
-_OPTIMIZED = frozenset({"no_op", "cancelling", "layer_affine", "pad_conv"})
+_OPTIMIZED = frozenset({"no_op", "layer_affine", "pad_conv"})
 
 # ExecuTorch: FuseBatchNormPass, which fails on grouped transposed convs. ONNX Runtime:
 # ConvBNFusion, ConvMulFusion, ConvAddFusion, PadFusion. OpenVINO: LinOpSequenceFusion, and any

@@ -13,7 +13,7 @@ def conv_bn(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequentia
 
 
 class RepVGGBlock(nn.Module):
-    """3×3 + 1×1 + (where shapes allow) a batch norm on its own, which nothing can absorb."""
+    """3×3 + 1×1 + (where shapes allow) a batch norm on its own, which follows no layer."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
