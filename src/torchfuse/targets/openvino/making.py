@@ -83,12 +83,19 @@ def made(request: Request) -> Made:
 
 @contextlib.contextmanager
 def _silence() -> Any:
-    """Keep NNCF from drawing progress bars, and from saying what it found to quantize."""
+    """Keep NNCF from drawing progress bars, and from saying what it found to quantize.
+
+    OpenVINO's converter sets the level of the process's root logger, and leaves it where it fails.
+    """
     import nncf
 
+    level = logging.root.level
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
         nncf.set_log_level(logging.ERROR)
-        yield
+        try:
+            yield
+        finally:
+            logging.root.setLevel(level)
 
 
 def _converted(program: torch.export.ExportedProgram, *, quantized: bool) -> Any:
