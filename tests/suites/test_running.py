@@ -43,6 +43,10 @@ def broken():
     raise RuntimeError("no such weights")
 
 
+def crashing():
+    os.kill(os.getpid(), 9)
+
+
 def first_time_endless(run):
     if not (HERE / "began").exists():
         (HERE / "began").write_text(str(os.getpid()))
@@ -204,6 +208,16 @@ def test_what_fails_or_takes_too_long_is_named_and_the_others_go_on(
     (gone,) = b.failures
     assert gone.what == "timing on adb:none"
     assert counted(suite)["b", "timing on adb:none"] == 3  # it may be back the next time
+
+
+def test_a_model_that_ends_its_workers_is_named_and_the_others_go_on(
+    dask: Cluster, folder: Path
+) -> None:
+    models = '[models.a]\nsource = "net.py:net"\n[models.b]\nsource = "net.py:crashing"\n'
+    a, b = suite_of(folder, dask, models).run().results
+    assert a.is_whole
+    (failure,) = b.failures
+    assert "worker processes ended while at it: out of memory, or a crash" in failure.reason
 
 
 async def give_board(*, dask_worker: Worker, count: int) -> None:

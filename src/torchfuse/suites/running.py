@@ -329,6 +329,10 @@ class Suite:
             else:
                 self._failed(job, f"{outcome.error.rstrip('.')}, on {outcome.machine}")
             return
+        if job.device is not None and outcome.value and not isinstance(outcome.value, Made):
+            # Before anything is said of it: whoever reads that may interrupt.
+            state.comparisons[job.device] = outcome.value
+            state.machines[job.device] = outcome.machine
         self.done += 1
         took_s = outcome.ended_s - outcome.began_s - outcome.waited_s
         is_same = isinstance(outcome.value, Made) and outcome.value.is_same
@@ -341,9 +345,7 @@ class Suite:
             state.parts[job.part] = outcome.value
             if len(state.parts) == state.wanted_parts:
                 self._made(state)
-        elif outcome.value is not None and job.device is not None:
-            state.comparisons[job.device] = outcome.value
-            state.machines[job.device] = outcome.machine
+        else:
             self.on_result()
 
     def _made(self, state: _State) -> None:
