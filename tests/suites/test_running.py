@@ -176,14 +176,14 @@ def test_a_worker_that_is_killed_amid_a_measurement_loses_nothing(
             killed.append(str(where))
             os.kill(pids[where], signal.SIGKILL)
 
-    suite = suite_of(folder, dask, TWO.replace('"\n[', '"\nruns = 60\n['), on_step=kill)
+    suite = suite_of(folder, dask, TWO.replace('"\n[', '"\nruns = 3000\n['), on_step=kill)
     found = suite.run()
     assert len(killed) == 1
     assert [result.is_whole for result in found.results] == [True, True]
     assert counted(suite) == {(name, what): 1 for name in "ab" for what in ALL}
     comparison = found.results[0].comparison
     assert comparison is not None
-    assert {row.latency.runs for row in comparison.rows} == {60}
+    assert {row.latency.runs for row in comparison.rows} == {3000}
 
 
 def test_what_fails_or_takes_too_long_is_named_and_the_others_go_on(
