@@ -43,6 +43,10 @@ def broken():
     raise RuntimeError("no such weights")
 
 
+def crashing():
+    os.kill(os.getpid(), 9)
+
+
 def first_time_endless(run):
     if not (HERE / "began").exists():
         (HERE / "began").write_text(str(os.getpid()))
@@ -172,14 +176,14 @@ def test_a_worker_that_is_killed_amid_a_measurement_loses_nothing(
             killed.append(str(where))
             os.kill(pids[where], signal.SIGKILL)
 
-    suite = suite_of(folder, dask, TWO.replace('"\n[', '"\nruns = 60\n['), on_step=kill)
+    suite = suite_of(folder, dask, TWO.replace('"\n[', '"\nruns = 3000\n['), on_step=kill)
     found = suite.run()
     assert len(killed) == 1
     assert [result.is_whole for result in found.results] == [True, True]
     assert counted(suite) == {(name, what): 1 for name in "ab" for what in ALL}
     comparison = found.results[0].comparison
     assert comparison is not None
-    assert {row.latency.runs for row in comparison.rows} == {60}
+    assert {row.latency.runs for row in comparison.rows} == {3000}
 
 
 def test_what_fails_or_takes_too_long_is_named_and_the_others_go_on(
@@ -204,6 +208,16 @@ def test_what_fails_or_takes_too_long_is_named_and_the_others_go_on(
     (gone,) = b.failures
     assert gone.what == "timing on adb:none"
     assert counted(suite)["b", "timing on adb:none"] == 3  # it may be back the next time
+
+
+def test_a_model_that_ends_its_workers_is_named_and_the_others_go_on(
+    dask: Cluster, folder: Path
+) -> None:
+    models = '[models.a]\nsource = "net.py:net"\n[models.b]\nsource = "net.py:crashing"\n'
+    a, b = suite_of(folder, dask, models).run().results
+    assert a.is_whole
+    (failure,) = b.failures
+    assert "worker processes ended while at it: out of memory, or a crash" in failure.reason
 
 
 async def give_board(*, dask_worker: Worker, count: int) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Future, KilledWorker, get_worker
+from distributed import TimeoutError as DaskTimeoutError
 
 from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError, first_line
@@ -41,6 +42,7 @@ _TOPIC = "torchfuse"
 _MOST_ATTEMPTS = 3  # of a job for which another one may help
 _MOST_DEATHS = 3  # of workers at a job, after which the job is what ends them
 _LOOK_EVERY_S = 0.5
+_FETCH_S = 5.0  # for an outcome, which is small
 _PATIENCE_S = 30.0  # until a worker that is gone is not waited for any more
 _SAY_EVERY_S = 0.2
 _FIRST, _THEN = 10, 0  # priorities: a model's files are timed before others are made
@@ -291,19 +293,21 @@ class Suite:
             return
         job, future = running.job, running.future
         if future.status == "finished":
-            self._ended(running, future.result())
+            try:
+                outcome = future.result(timeout=_FETCH_S)
+            except (
+                TimeoutError,
+                DaskTimeoutError,
+            ):  # its worker ended before it could be fetched: it is done again
+                self.running[key] = running
+                future.add_done_callback(lambda _: self._events.put(("done", key)))
+                return
+            self._ended(running, outcome)
         elif future.status == "error":
             error = future.exception()
-            deaths = running.deaths + running.began
-            if isinstance(error, KilledWorker) and deaths < _MOST_DEATHS:
+            if isinstance(error, KilledWorker):
                 # Dask counts the deaths of workers that it waited at, too.
-                self._submit(job, running.attempt, deaths)
-            elif isinstance(error, KilledWorker):
-                self._failed(
-                    job,
-                    f"{deaths} worker processes ended while at it: out of memory, or a crash in a "
-                    "library; the workers' logs say more",
-                )
+                self._submit_again(running)
             else:
                 self._failed(job, f"{type(error).__name__}: {first_line(error or Exception())}")
         else:
@@ -325,6 +329,10 @@ class Suite:
             else:
                 self._failed(job, f"{outcome.error.rstrip('.')}, on {outcome.machine}")
             return
+        if job.device is not None and outcome.value and not isinstance(outcome.value, Made):
+            # Before anything is said of it: whoever reads that may interrupt.
+            state.comparisons[job.device] = outcome.value
+            state.machines[job.device] = outcome.machine
         self.done += 1
         took_s = outcome.ended_s - outcome.began_s - outcome.waited_s
         is_same = isinstance(outcome.value, Made) and outcome.value.is_same
@@ -337,9 +345,7 @@ class Suite:
             state.parts[job.part] = outcome.value
             if len(state.parts) == state.wanted_parts:
                 self._made(state)
-        elif outcome.value is not None and job.device is not None:
-            state.comparisons[job.device] = outcome.value
-            state.machines[job.device] = outcome.machine
+        else:
             self.on_result()
 
     def _made(self, state: _State) -> None:
@@ -368,6 +374,18 @@ class Suite:
         state.failures.append(failure)
         self.on_line(f"{job.entry.name}: {job.what}: {reason}.")
         self.on_result()
+
+    def _submit_again(self, running: _Running) -> None:
+        """Give a job to Dask once more, unless it is what ends workers."""
+        deaths = running.deaths + running.began
+        if deaths < _MOST_DEATHS:
+            self._submit(running.job, running.attempt, deaths)
+            return
+        self._failed(
+            running.job,
+            f"{deaths} worker processes ended while at it: out of memory, or a crash in a library; "
+            "the workers' logs say more",
+        )
 
     def _lost(self, reason: str) -> None:
         for running in self.running.values():
@@ -402,6 +420,7 @@ class Suite:
         if not new:
             return
         self._seen.update(new)
+        before = [set(resources) for resources in self._resources().values()]
         # Of this machine's own workers one has its devices, so that a job waits for none of them.
         devices = {d for state in self.states.values() for d in state.entry.devices} - {LOCAL}
         has_them = any(devices <= found.keys() for found in self._resources().values())
@@ -416,6 +435,13 @@ class Suite:
             answers = self.client.run(partial(admit, asked=asked), workers=group, on_error="return")
             for address, answer in answers.items():
                 self._answered(address, answer)
+
+        # Dask looks for a worker when one comes, not when one is given a resource.
+        for key, running in list(self.running.items()):
+            if not any(self._needs(running.job).keys() <= resources for resources in before):
+                del self.running[key]
+                running.future.cancel()
+                self._submit_again(running)
 
     def _answered(self, address: str, answer: Admitted | Exception) -> None:
         if isinstance(answer, Admitted):
