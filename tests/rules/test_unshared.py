@@ -57,7 +57,7 @@ class AsAnOutput(ConvBn):
 def test_a_layer_that_is_used_without_its_norm_is_skipped(model: nn.Module, reason: str) -> None:
     plan = torchfuse.plan(trained(model, IMAGE), IMAGE)
     assert plan.fusions == ()
-    assert [skip.reason for skip in plan.skips] == [reason]
+    assert [skip.reason for skip in plan.skips if skip.rule != "branches"] == [reason]
 
 
 def test_a_layer_whose_every_call_is_followed_by_its_norm_is_fused() -> None:

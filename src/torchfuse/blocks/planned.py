@@ -151,7 +151,8 @@ def _as_it_is(block: nn.Module, path: str) -> nn.Module | Refusal:
 def _finish(found: Found, paths: Sequence[str]) -> None:
     if "" in paths:
         refusal = Refusal(
-            "Branches are added in the model's own forward, and its class is to stay.", ELSEWHERE
+            "Branches are added in the model's own forward, and its class is to stay.",
+            "fuse(…, graph=True) and fuse_exported merge them if they can be merged.",
         )
         found.skip(("",), refusal, "branches")
     gone = {path for block in found.blocks for path in block.absorbed}
