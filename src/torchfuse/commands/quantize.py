@@ -127,6 +127,7 @@ def command(
     given.check()
     loaded = model_source.load(model, inputs, weights, given.inputs())
     import torchfuse
+    from torchfuse.quantizing.calibration import CalibrationData
 
     network, example, preprocessing = given.applied(loaded.module, loaded.example_inputs)
     metadata = given.kept(preprocessing)
@@ -180,7 +181,10 @@ def command(
                 result.model,
                 example,
                 output,
-                data=given.read(network, example, preprocessing),
+                # What was read with its labels is not read again.
+                data=data
+                if isinstance(data, CalibrationData)
+                else given.read(network, example, preprocessing),
                 random_examples=loaded.random_inputs or given.preprocess_inside,
                 preprocessing=metadata,
             )
