@@ -32,7 +32,7 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest
 
 test-devices: $(VENV)/installed-test
 	tests/devices/apt-install.sh $(DEVICE_TOOLS) clang dpkg-dev g++ g++-aarch64-linux-gnu patch
