@@ -93,3 +93,8 @@ def test_skips_for_one_reason_are_one_row() -> None:
     assert "and 48 more" in shown
     assert "The output of `…` is also read by another use: add." in shown
     assert "The output of `blocks.99.conv` is also read by another use: mul." in shown
+
+
+def test_the_model_itself_has_a_name() -> None:
+    skip = Skip(("",), "Its class is to stay.", "", "branches")
+    assert "the model itself" in text(replace(PLAN, skips=(skip,)))

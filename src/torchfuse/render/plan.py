@@ -100,7 +100,7 @@ def _not_fused(skips: tuple[Skip, ...]) -> Table:
     table.add_column("reason", ratio=3)
     table.add_column("what you could change", ratio=3)
     for group in grouped(skips):
-        names = [" + ".join(modules) for modules in group.modules]
+        names = [_joined(modules) for modules in group.modules]
         if len(names) > _MOST_NAMES:
             names = [*names[:_MOST_NAMES], f"and {len(names) - _MOST_NAMES} more"]
         table.add_row(Text("\n".join(names)), group.reason, group.hint or "–")
@@ -128,7 +128,11 @@ def _table(title: str, *, show_footer: bool = False) -> Table:
 
 
 def _modules(entry: Fusion | Skip) -> Text:
-    return Text(" + ".join(entry.modules))  # Text: a module may be called "[bold]"
+    return Text(_joined(entry.modules))  # Text: a module may be called "[bold]"
+
+
+def _joined(modules: tuple[str, ...]) -> str:
+    return " + ".join(name or "the model itself" for name in modules)
 
 
 def _fusions(number: int) -> str:
