@@ -57,6 +57,7 @@ _MASKED = (
     (r"[\d.]+ (?:ns|µs|ms|s)\b", "TIME"),
     (r"\d(?:\.\d+)?e[-+]\d+", "DIFFERENCE"),
     (r"[\d.]+ dB", "SQNR"),
+    (r"\(95 % interval [\d.]+ … [\d.]+\)", "INTERVAL"),
     (r"[\d.]+ ?%(?: \([\d.]+ ?… ?[\d.]+\))?", "SHARE"),
     (r"[+-]?[\d.]+ points", "POINTS"),
     (r"[\d.]+ per second|per (?:iter|second): [\d.]+", "RATE"),
