@@ -22,7 +22,7 @@ DEVICE_TOOLS := adb openssh-client openssh-server
 # What the tests of the report open it in.
 BROWSER := chromium
 
-.PHONY: demo test test-devices bench verdicts targets docs clean
+.PHONY: demo test test-devices test-cluster bench verdicts targets docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
@@ -37,6 +37,9 @@ test: $(VENV)/installed-test
 test-devices: $(VENV)/installed-test
 	tests/devices/apt-install.sh $(DEVICE_TOOLS) clang dpkg-dev g++ g++-aarch64-linux-gnu patch
 	$(BIN)/pytest -m devices
+
+test-cluster: $(VENV)/installed-test
+	$(BIN)/pytest -m cluster
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \

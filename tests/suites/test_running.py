@@ -23,6 +23,8 @@ from torchfuse.suites.reading import read_suite
 from torchfuse.suites.results import SuiteResult
 from torchfuse.suites.running import Suite
 
+pytestmark = pytest.mark.cluster
+
 NET = """
 import os
 import time
