@@ -192,7 +192,8 @@ def test_what_was_measured_is_saved_as_it_comes(
     saved = []
     monkeypatch.setattr("torchfuse.commands.compare._SAVED_EVERY_S", 0.0)
     monkeypatch.setattr(
-        "torchfuse.commands.compare.write_atomically", lambda _, data: saved.append(data.decode())
+        "torchfuse.commands.saved_results.write_atomically",
+        lambda _, data: saved.append(data.decode()),
     )
     words = ["--targets", "eager", "--variants", "fused", "--runs", "12", "--json", "c.json"]
     assert run(*words).exit_code == 0

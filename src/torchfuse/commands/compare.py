@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torchfuse import model_source
-from torchfuse.artifacts import check_destinations, check_folder, write_atomically
+from torchfuse.artifacts import check_destinations, check_folder
 from torchfuse.commands.compare_suite import (
     SuiteOptions,
     compare_suite,
@@ -22,6 +22,7 @@ from torchfuse.commands.data_options import DataOptions, data_options
 from torchfuse.commands.gates import Gates
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import optional_model_options
+from torchfuse.commands.saved_results import interrupted_json, write_results
 from torchfuse.commands.status import STDOUT
 from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError
@@ -30,7 +31,7 @@ from torchfuse.render.progress import progress, quiet_option
 from torchfuse.targets import TARGETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torchfuse.comparison import Comparison
 
@@ -197,7 +198,7 @@ def command(
     def save() -> bool:
         found = so_far[-1]() if so_far else None
         if found is not None:
-            _write({name: at for name, at in files.items() if at != STDOUT}, found)
+            write_results({name: at for name, at in files.items() if at != STDOUT}, found)
         return found is not None
 
     saved = None if json_file in (None, STDOUT) else Path(str(json_file))
@@ -209,7 +210,7 @@ def command(
         # Between two rounds, so that it is no part of what is timed; a crash then costs little.
         if saved is not None and time.monotonic() - last_saved_s > _SAVED_EVERY_S:
             if so_far and (found := so_far[-1]()) is not None:
-                _write({"--json": str(saved)}, found)
+                write_results({"--json": str(saved)}, found)
             last_saved_s = time.monotonic()
 
     with saving_what_there_is(save, saved), progress() as shown:
@@ -233,35 +234,17 @@ def command(
             progress=step,
             partial=so_far.append,
         )
-    _write(files, comparison)
+    write_results(files, comparison)
     if STDOUT not in files.values():
         _show(comparison, folder)
     gates.judge(comparison)
-
-
-def _write(files: Mapping[str, str | None], comparison: Comparison) -> None:
-    texts = {
-        "--json": lambda: comparison.to_json() + "\n",
-        "--markdown": comparison.to_markdown,
-        "--html": comparison.to_html,
-    }
-    for name, at in files.items():
-        if at == STDOUT:
-            click.echo(texts[name](), nl=False)
-        elif at is not None:
-            write_atomically(at, texts[name]().encode())
 
 
 def _earlier(json_file: str | None) -> Comparison:
     """Return what --json holds of an interrupted run."""
     from torchfuse.comparison import Comparison
 
-    if json_file is None or json_file == STDOUT or not Path(json_file).is_file():
-        raise InputError(
-            "--resume goes on with what --json holds; give --json with the file that the "
-            "interrupted run saved."
-        )
-    return Comparison.from_json(Path(json_file).read_text(encoding="utf-8"))
+    return Comparison.from_json(interrupted_json(json_file))
 
 
 def _again() -> str:

@@ -13,6 +13,7 @@ import click
 
 from torchfuse.artifacts import write_atomically
 from torchfuse.commands.interruption import saving_what_there_is
+from torchfuse.commands.saved_results import interrupted_json, write_results
 from torchfuse.commands.status import ERROR, STDOUT
 from torchfuse.errors import InputError
 from torchfuse.render.progress import suite_progress
@@ -132,7 +133,7 @@ def compare_suite(
         found = running[-1].so_far() if running else None
         if found is None or all(result.comparison is None for result in found.results):
             return False
-        _write({name: at for name, at in files.items() if at != STDOUT}, found)
+        write_results({name: at for name, at in files.items() if at != STDOUT}, found)
         return True
 
     def result_came() -> None:
@@ -168,7 +169,7 @@ def compare_suite(
                 )
             )
             found = running[-1].run()
-    _write(files, found)
+    write_results(files, found)
     if STDOUT not in files.values():
         _show(found)
     failed = sum(len(result.failures) for result in found.results)
@@ -179,27 +180,10 @@ def compare_suite(
 
 
 def _earlier(json_file: str | None) -> SuiteResult:
+    """Return what --json holds of an interrupted run."""
     from torchfuse.suites.results import SuiteResult
 
-    if json_file is None or json_file == STDOUT or not Path(json_file).is_file():
-        raise InputError(
-            "--resume goes on with what --json holds; give --json with the file that the "
-            "interrupted run saved."
-        )
-    return SuiteResult.from_json(Path(json_file).read_text(encoding="utf-8"))
-
-
-def _write(files: Mapping[str, str | None], found: SuiteResult) -> None:
-    texts = {
-        "--json": lambda: found.to_json() + "\n",
-        "--markdown": found.to_markdown,
-        "--html": found.to_html,
-    }
-    for name, at in files.items():
-        if at == STDOUT:
-            click.echo(texts[name](), nl=False)
-        elif at is not None:
-            write_atomically(at, texts[name]().encode())
+    return SuiteResult.from_json(interrupted_json(json_file))
 
 
 def _show(found: SuiteResult) -> None:

@@ -7,7 +7,6 @@ import html
 import json
 import re
 from dataclasses import replace
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.profiling import OperatorTime
@@ -23,6 +22,7 @@ from torchfuse.render.comparison import (
 from torchfuse.render.html.charts import charts, pareto, row_name
 from torchfuse.render.html.figures import figures
 from torchfuse.render.html.picture import legend, picture
+from torchfuse.render.html.templates import environment_of_pages, text
 from torchfuse.render.libraries import require_libraries
 from torchfuse.render.plan import shares
 from torchfuse.render.profile import lines
@@ -51,18 +51,8 @@ def page(comparison: Comparison) -> str:
         UnsupportedError: what draws the charts is not installed.
     """
     require_libraries()
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
     made = charts(comparison)
-    here = files("torchfuse.render.html")
-
-    def text(name: str) -> str:
-        return here.joinpath(name).read_text(encoding="utf-8")
-
-    environment = Environment(
-        loader=FunctionLoader(text), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = environment_of_pages()
     environment.filters["unbroken"] = _unbroken
     plan = comparison.plan
     rows = [

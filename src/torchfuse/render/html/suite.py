@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.comparison import LOCAL
@@ -14,6 +13,7 @@ from torchfuse.render.comparison import (
     delegation_lines,
     headings,
 )
+from torchfuse.render.html.templates import environment_of_pages, text
 from torchfuse.render.libraries import require_libraries
 from torchfuse.render.suite import best_cells, best_headings, failure_lines
 from torchfuse.render.units import duration, size
@@ -40,20 +40,10 @@ def page(suite: SuiteResult) -> str:
         UnsupportedError: what makes it is not installed.
     """
     require_libraries()
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    here = files("torchfuse.render.html")
-
-    def text(name: str) -> str:
-        return here.joinpath(name).read_text(encoding="utf-8")
-
-    environment = Environment(
-        loader=FunctionLoader(text), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     found = best(suite)
     rows = [row for result in suite.results for row in _rows(result)]
-    return environment.get_template("suite.html.jinja").render(
+    template = environment_of_pages().get_template("suite.html.jinja")
+    return template.render(
         suite=suite,
         whole=sum(result.is_whole for result in suite.results),
         best_headings=best_headings(found),
