@@ -22,7 +22,7 @@ DEVICE_TOOLS := adb openssh-client openssh-server
 # What the tests of the report open it in.
 BROWSER := chromium
 
-.PHONY: demo test test-devices test-cluster bench verdicts targets docs clean
+.PHONY: demo test test-devices test-cluster bench verdicts targets suite docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
@@ -80,6 +80,12 @@ targets: $(VENV)/models/installed $(VENV)/installed-bench
 	mkdir -p out
 	PYTHONPATH=$(VENV)/models $(BIN)/python benchmarks/targets.py --json out/targets.json $(ARGS)
 	PYTHONPATH=$(VENV)/models $(BIN)/python benchmarks/openvino_quantizers.py
+
+# make suite ARGS='--scheduler tcp://HOST:PORT --cache /shared'
+suite: $(VENV)/models/installed $(VENV)/installed-bench
+	mkdir -p out
+	PYTHONPATH=$(VENV)/models:benchmarks $(BIN)/torchfuse compare --suite benchmarks/models.toml \
+		--json out/suite.json --html out/suite.html $(ARGS)
 
 docs: $(VENV)/installed-bench
 	$(BIN)/python docs/generate.py

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchfuse.models.batch_norms import settle_batch_norms
 
-__all__ = ["MODELS", "Entry"]
+__all__ = ["MODELS", "Entry", "with_example"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,9 @@ MODELS = {
     "vit_tiny_patch16_224": _of_timm("vit_tiny_patch16_224"),
     "yolo": Entry(_yolo, (3, 320, 320)),
 }
+
+
+def with_example(name: str) -> tuple[nn.Module, Tensor]:
+    """Return one of them with an input: what benchmarks/models.toml names."""
+    entry = MODELS[name]
+    return entry.model(), entry.inputs(1, seed=0)

@@ -157,3 +157,18 @@ class Browser:
         self._process.wait()
         os.close(self._reads)
         os.close(self._writes)
+
+
+def complaints(browser: Browser) -> list[str]:
+    """What the console and the log say, and every request for something else than the file."""
+    browser.run("1")  # what is still on the way arrives before its answer
+    found = []
+    for event in browser.events:
+        method, told = event.get("method"), event.get("params", {})
+        if method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+            found.append(json.dumps(told))
+        if method == "Network.requestWillBeSent":
+            url = told["request"]["url"]
+            if not url.startswith(("file:", "data:")):
+                found.append(url)
+    return found

@@ -2,15 +2,13 @@
 
 import json
 import math
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from render.html.browser import CHROMIUM, Browser
+from render.html.browser import Browser, complaints
 from torchfuse.cli import cli
 from torchfuse.comparison import (
     FOLDED,
@@ -139,31 +137,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(COMPARISON.to_html())
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium; make test installs it where that can be done")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        found = Browser(Path(profile))
-        yield found
-        found.close()
-
-
-def complaints(browser: Browser) -> list[str]:
-    """What the console and the log say, and every request for something else than the file."""
-    browser.run("1")  # what is still on the way arrives before its answer
-    found = []
-    for event in browser.events:
-        method, told = event.get("method"), event.get("params", {})
-        if method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
-            found.append(json.dumps(told))
-        if method == "Network.requestWillBeSent":
-            url = told["request"]["url"]
-            if not url.startswith(("file:", "data:")):
-                found.append(url)
-    return found
 
 
 def requests(browser: Browser) -> list[str]:
