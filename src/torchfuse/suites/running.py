@@ -226,8 +226,11 @@ class Suite:
             resources=self._needs(job),
             priority=_THEN if job.device is None else _FIRST,
         )
-        self.running[key] = _Running(job, future, attempt, deaths)
-        future.add_done_callback(lambda _: self._events.put(("done", key)))
+        self._wait_for(key, _Running(job, future, attempt, deaths))
+
+    def _wait_for(self, key: str, running: _Running) -> None:
+        self.running[key] = running
+        running.future.add_done_callback(lambda _: self._events.put(("done", key)))
 
     def _needs(self, job: Job) -> dict[str, float]:
         needs = {self.resource: 1.0}
@@ -256,10 +259,10 @@ class Suite:
                 looked_s = time.monotonic()
                 try:
                     self._look_at_workers()
+                    self._look_at_places()
                 except OSError as error:
                     self._lost(f"the scheduler does not answer: {first_line(error)}")
                     return
-                self._give_up_what_has_no_place()
 
     def _told(self, message: Mapping[str, str]) -> None:
         running = self.running.get(message["key"])
@@ -292,22 +295,22 @@ class Suite:
         if running is None:
             return
         job, future = running.job, running.future
+        if future.status in ("lost", "pending"):  # its worker ended: Dask has it done again
+            self._wait_for(key, running)
+            return
         if future.status == "finished":
             try:
                 outcome = future.result(timeout=_FETCH_S)
-            except (
-                TimeoutError,
-                DaskTimeoutError,
-            ):  # its worker ended before it could be fetched: it is done again
-                self.running[key] = running
-                future.add_done_callback(lambda _: self._events.put(("done", key)))
+            except (TimeoutError, DaskTimeoutError):  # likewise, before it could be fetched
+                self._wait_for(key, running)
                 return
             self._ended(running, outcome)
         elif future.status == "error":
             error = future.exception()
             if isinstance(error, KilledWorker):
-                # Dask counts the deaths of workers that it waited at, too.
-                self._submit_again(running)
+                # Dask counts the deaths of workers that it waited at, too; but one that ends its
+                # worker at once may never have been heard to begin.
+                self._submit_again(running, max(running.began, 1))
             else:
                 self._failed(job, f"{type(error).__name__}: {first_line(error or Exception())}")
         else:
@@ -375,9 +378,9 @@ class Suite:
         self.on_line(f"{job.entry.name}: {job.what}: {reason}.")
         self.on_result()
 
-    def _submit_again(self, running: _Running) -> None:
+    def _submit_again(self, running: _Running, more_deaths: int) -> None:
         """Give a job to Dask once more, unless it is what ends workers."""
-        deaths = running.deaths + running.began
+        deaths = running.deaths + more_deaths
         if deaths < _MOST_DEATHS:
             self._submit(running.job, running.attempt, deaths)
             return
@@ -420,7 +423,6 @@ class Suite:
         if not new:
             return
         self._seen.update(new)
-        before = [set(resources) for resources in self._resources().values()]
         # Of this machine's own workers one has its devices, so that a job waits for none of them.
         devices = {d for state in self.states.values() for d in state.entry.devices} - {LOCAL}
         has_them = any(devices <= found.keys() for found in self._resources().values())
@@ -435,13 +437,6 @@ class Suite:
             answers = self.client.run(partial(admit, asked=asked), workers=group, on_error="return")
             for address, answer in answers.items():
                 self._answered(address, answer)
-
-        # Dask looks for a worker when one comes, not when one is given a resource.
-        for key, running in list(self.running.items()):
-            if not any(self._needs(running.job).keys() <= resources for resources in before):
-                del self.running[key]
-                running.future.cancel()
-                self._submit_again(running)
 
     def _answered(self, address: str, answer: Admitted | Exception) -> None:
         if isinstance(answer, Admitted):
@@ -472,16 +467,27 @@ class Suite:
                         f"'{name}'; start one with --resources '{name}=1'."
                     )
 
-    def _give_up_what_has_no_place(self) -> None:
-        """Fail the jobs that no worker could do any more, for a while."""
+    def _look_at_places(self) -> None:
+        """Give Dask anew the jobs that it has at no worker though one could do them.
+
+        It looks for a worker when one comes, and not when one is given a resource. A job that no
+        worker could do any more, for a while, fails.
+        """
+        placed = {key for keys in self.client.processing().values() for key in keys}
         found = [set(resources) for resources in self._resources().values()]
         now_s = time.monotonic()
         for key, running in list(self.running.items()):
+            if key in placed or running.future.done():
+                running.unplaced_since_s = None
+                continue
+            if running.unplaced_since_s is None:  # it may be on its way to the scheduler
+                running.unplaced_since_s = now_s
+                continue
             needs = self._needs(running.job).keys()
             if any(needs <= resources for resources in found):
-                running.unplaced_since_s = None
-            elif running.unplaced_since_s is None:
-                running.unplaced_since_s = now_s
+                del self.running[key]
+                running.future.cancel()
+                self._submit_again(running, running.began)
             elif now_s - running.unplaced_since_s > self.patience_s:
                 del self.running[key]
                 running.future.cancel()
