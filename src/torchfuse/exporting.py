@@ -49,7 +49,7 @@ from torchfuse.targets.opening import check
 from torchfuse.targets.options import check_options
 from torchfuse.targets.target import CheckedFile, Made, Request
 
-__all__ = ["export", "in_the_shape_of", "load", "loaded"]
+__all__ = ["CALIBRATED_ON_NOISE", "export", "in_the_shape_of", "load", "loaded"]
 
 _MIN_SQNR_DB = {"fp16": 30.0, "bf16": 30.0}  # against the model
 # Kernels round int8 otherwise than torchao's simulation does, and dozens of layers multiply it:
@@ -67,7 +67,7 @@ _SUSPECT = (
     "calibrated on other data than it is meant for; give calibration inputs like the example's"
 )
 
-_RANDOM = (
+CALIBRATED_ON_NOISE = (
     "calibrated on random inputs, so it is for measuring speed, not for use; calibrate it on real "
     "inputs"
 )
@@ -174,7 +174,7 @@ def export(
     if made.delegation is not None and made.delegation.warning is not None:
         warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
     calibrated_on_noise = calibrating is not None and calibrating.random
-    notes = [*made.notes, *suspicions, *([_RANDOM] if calibrated_on_noise else [])]
+    notes = [*made.notes, *suspicions, *([CALIBRATED_ON_NOISE] if calibrated_on_noise else [])]
     for note in notes:
         warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=2)
     metadata = {

@@ -97,7 +97,7 @@ def test_the_table_is_on_stdout_and_warnings_are_on_stderr(measured: Comparison)
     result = run("--json", "c.json", "--folder", "files")
     assert result.stdout.startswith("variant")
     assert "fusing was not compared" in result.stdout
-    assert "Note, Net, left out: int8\n" in result.stdout
+    assert "Note: left out: int8\n" in result.stdout
     assert result.stdout.endswith("\nThe files are in files.\n")
     assert result.stderr == "Warning: it fell.\n"
     assert Comparison.from_json(Path("c.json").read_text()) == measured

@@ -159,7 +159,7 @@ def test_int8_is_calibrated_on_what_answers_are_not_compared_on() -> None:
     assert found.before[1].inputs == (0,)
     assert found.before[0].time_s > 0
     assert found.devices[0].name == "local"
-    assert "Sequential, answers on 3 of the 12 samples of 12 given cases, held out" in str(found)
+    assert "Answers are compared on 3 of the 12 samples of 12 given cases, held out" in str(found)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert "measuring the noise of each layer" in steps
 

@@ -68,12 +68,19 @@ def comparison():
     return torchfuse.compare(model, data[0], calibration=data, evaluate=lambda _: 0.5, runs=2)
 
 
+def test_what_all_files_were_compared_on_is_one_note_with_the_name_of_the_data(comparison):
+    told = [note for note in comparison.notes if note.startswith("files were compared")]
+    assert told == [
+        "files were compared with the model on the example and 4 inputs of 4 given cases"
+    ]
+
+
 def test_a_figure_on_the_calibration_data_is_called_so(comparison):
     assert comparison.notes[0] == (
         "int8 is calibrated on 4 given cases, 4 samples, and its difference is on a calibration "
         "sample itself"
     )
-    assert f"Note, Sequential, {comparison.notes[0]}" in str(comparison).splitlines()
+    assert f"Note: {comparison.notes[0]}" in str(comparison).splitlines()
 
 
 def test_int8_is_judged_as_its_file_was(comparison):

@@ -225,7 +225,7 @@ def begin(
         examples = [Case(case.args, case.kwargs) for case in examples]
     require_forward(examples)
     notes: list[str] = []
-    cases_, samples, told = _data(
+    calibrating, samples, told = _data(
         model, examples, data, validation, calibration, preprocessing, notes
     )
     if samples is not None:
@@ -241,7 +241,7 @@ def begin(
         fused, plan = {"fused": result.model}, result.plan
     inside = isinstance(model, WithPreprocessing)  # then nobody who calls it has to do it
     kept = None if inside else preprocessing
-    subject = Subject(model, fused, examples, cases_, samples, evaluate, kept)
+    subject = Subject(model, fused, examples, calibrating, samples, evaluate, kept)
     progress("looking for what was made before")
     digest = digest_of(subject)
     settings = None if digest is None else _digest_with(digest, runs, threads, chosen, targets)
@@ -439,8 +439,8 @@ class Work:
 
     def _noise(self) -> "_Noise":
         assert self.subject.calibration is not None
-        step = -(-len(self.subject.calibration) // _EXPLAINED)
-        cases_ = self.subject.calibration[::step]
+        given = self.subject.calibration.cases
+        cases_ = given[:: -(-len(given) // _EXPLAINED)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QuantizationWarning)  # the file's notes say it
             made = quantize(self.subject.model, self.subject.examples[0], cases_, explain=True)
@@ -570,8 +570,8 @@ def _data(
     calibration: Any,
     preprocessing: Preprocessing | None,
     notes: list[str],
-) -> tuple[list[Case] | None, Samples | None, str | None]:
-    """Return calibration cases, validation samples and what the latter are; say so in `notes`."""
+) -> tuple[CalibrationData | None, Samples | None, str | None]:
+    """Return calibration data, validation samples and what the latter are; say so in `notes`."""
     case = examples[0]
     as_pixels = isinstance(model, WithPreprocessing)
     names = argument_names(model)
@@ -580,26 +580,26 @@ def _data(
         return read_samples(given, case, preprocessing, as_pixels=as_pixels, names=names)
 
     validating = None if validation is None else read(validation)
-    cases_: list[Case] | None = None
+    found: CalibrationData | None = None
     if calibration is not None or (isinstance(data, str) and data == "random"):
         given = calibration if calibration is not None else data
         found = read_calibration(given, case, preprocessing, as_pixels=as_pixels, names=names)
         notes.append(_calibrated(found, examples))
-        cases_ = found.cases
     elif data is not None:
         calibrating = read(data)
         if validating is None:
             calibrating, validating = held_out(calibrating)
         cases_ = calibration_cases(calibrating, case, _MOST_CALIBRATION)
-        notes.append(_calibrated(CalibrationData(cases_, calibrating.source), examples))
+        found = CalibrationData(cases_, calibrating.source)
+        notes.append(_calibrated(found, examples))
     if validating is None:
-        return cases_, None, None
+        return found, None, None
     if len(validating) < (size := batch_size(case)):
         raise CalibrationError(
             f"Expected at least {size} validation samples, as many as the example's batch, got "
             f"{len(validating)}, {validating.source}; give more data, or a smaller example."
         )
-    return cases_, validating, validating.source
+    return found, validating, validating.source
 
 
 def _calibrated(data: CalibrationData, examples: list[Case]) -> str:

@@ -19,6 +19,9 @@ from torchfuse.render.comparison import (
     headings,
     lead,
 )
+from torchfuse.render.comparison import (
+    legend as table_legend,
+)
 from torchfuse.render.html.charts import charts, pareto, row_name
 from torchfuse.render.html.figures import figures
 from torchfuse.render.html.picture import legend, picture
@@ -68,8 +71,8 @@ def page(comparison: Comparison) -> str:
         charts=made,
         specs=_json({chart.name: [chart.wide, chart.narrow] for chart in made}),
         pareto=[row_name(row) for row in pareto(comparison.rows)],
-        answers=_without_name(answer_lines(comparison), comparison),
-        delegation=_without_name(delegation_lines(comparison), comparison),
+        answers=answer_lines(comparison),
+        delegation=delegation_lines(comparison),
         profiles=_side_by_side(comparison.profiles),
         cautions=caution_lines([comparison]),
         plan=plan,
@@ -78,6 +81,7 @@ def page(comparison: Comparison) -> str:
         most_modules=_MOST_MODULES,
         graph=_json(picture(comparison)) if comparison.before else None,
         legend=legend(comparison),
+        table_legend=table_legend([comparison]),
         css=text("page.css"),
         script=text("page.js"),
         cytoscape=_script(text("vendor/cytoscape.min.js")),
@@ -91,12 +95,6 @@ def page(comparison: Comparison) -> str:
 def _unbroken(text: str) -> str:
     """Return the text with no line break between a number and its unit."""
     return _UNIT.sub("\u00a0", text)
-
-
-def _without_name(lines: Iterable[str], comparison: Comparison) -> list[str]:
-    """Return the lines without the model's name, which stands above them."""
-    found = [line.removeprefix(f"{comparison.model}, ") for line in lines]
-    return [f"{line[0].upper()}{line[1:]}" for line in found]
 
 
 def _side_by_side(profiles: Iterable[Profile]) -> list[dict[str, Any]]:
