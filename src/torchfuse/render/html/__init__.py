@@ -43,6 +43,7 @@ __all__ = ["fragment", "page"]
 _VEGA = "window.vegaEmbed = vegaEmbed;"
 _MOST_OPERATORS = 12
 _UNIT = re.compile(r"(?<=\d) (?=(%|[mµn]?s|[kMG]?B|bytes|dB)(?!\w))")
+_RANGE = re.compile(r"…(?=\d)")
 _TYPES = re.compile(r", [A-Z]{1,3}\d+[A-Z]*(?=[,)])")  # ", QS8, QC8W" of an XNNPACK kernel
 _MOST_MODULES = 12  # of a group of skips, shown without opening it
 
@@ -75,6 +76,7 @@ def page(comparison: Comparison) -> str:
         delegation=delegation_lines(comparison),
         profiles=_side_by_side(comparison.profiles),
         cautions=caution_lines([comparison]),
+        doubts=_doubts(comparison),
         plan=plan,
         shares="" if plan is None else shares(plan),
         skips=[] if plan is None else grouped(plan.skips),
@@ -93,8 +95,14 @@ def page(comparison: Comparison) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Return the text with no line break between a number and its unit."""
-    return _UNIT.sub("\u00a0", text)
+    """Return the text with no line break between a number and its unit, or inside an interval."""
+    return _RANGE.sub("…\u2060", _UNIT.sub("\u00a0", text))
+
+
+def _doubts(comparison: Comparison) -> list[str]:
+    """Return what makes all times doubtful, to stand above them: what else the machine did."""
+    found = [c.text for c in comparison.cautions if c.fails and c.name is None]
+    return [f"{text[0].upper()}{text[1:]}." for text in dict.fromkeys(found)]
 
 
 def _side_by_side(profiles: Iterable[Profile]) -> list[dict[str, Any]]:

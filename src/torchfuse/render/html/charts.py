@@ -446,7 +446,11 @@ def _layers(comparison: Comparison) -> Chart:
     import altair as alt
 
     worst = comparison.layers[:_MOST_LAYERS]
-    names = [f"{layer.module or 'the model itself'} ({layer.operator})" for layer in worst]
+    modules = [layer.module or "the model itself" for layer in worst]
+    names = [
+        module if modules.count(module) == 1 else f"{module} ({layer.operator})"
+        for module, layer in zip(modules, worst, strict=True)
+    ]
     values = [
         {"name": name, "what": what, "db": min(value, _EXACT_DB)}
         for name, layer in zip(names, worst, strict=True)
@@ -470,6 +474,8 @@ def _layers(comparison: Comparison) -> Chart:
                 domain=["with all before it in int8", "its own share"],
                 range=["var(--int8)", "var(--fp32)"],
             ),
+            # Beside each other they are wider than a phone.
+            legend=alt.Legend(columns=2 if width == _WIDE else 1),
         )
         base = alt.Chart(alt.Data(values=values)).encode(
             x=alt.X(
