@@ -136,5 +136,15 @@ def test_a_comparison_has_the_name_that_was_asked_for(eager):
 
 def test_the_samples_of_a_row_are_one_step(eager):
     _, steps = eager
+    assert steps.count("getting ready to time on local") == 1
     assert steps.count("comparing fused, eager, fp32") == 1
     assert "comparing fused, eager, fp32, 2 of 2" in steps
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_model_with_a_scripted_part_is_compared():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    model = nn.Sequential(scripted, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    found = torchfuse.compare(model, X, targets=["eager", "pte"], runs=2)
+    assert found.find("fused", "eager", "fp32").difference.passed
+    assert any(operation.time_s is not None for operation in found.before)

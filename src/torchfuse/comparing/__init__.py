@@ -225,11 +225,19 @@ def begin(
         examples = [Case(case.args, case.kwargs) for case in examples]
     require_forward(examples)
     notes: list[str] = []
+    always: list[str] = []
     calibrating, samples, told = _data(
         model, examples, data, validation, calibration, preprocessing, notes
     )
     if samples is not None:
-        check_labels(model, samples, examples[0])
+        try:
+            check_labels(model, samples, examples[0])
+        except InputError as error:
+            if samples.classes is None:
+                raise
+            # Folders may be no classes of the model's: answers are compared all the same.
+            always.append(f"accuracy is not measured: {error}")
+            samples = replace(samples, labels=None, classes=None)
     if evaluate is not None:
         progress("evaluating the model")
         accuracy_from(evaluate, model)  # what is wrong with it is known before the long work
@@ -269,6 +277,7 @@ def begin(
         runs,
         threads,
         digest,
+        tuple(always),
     )
 
 
@@ -315,7 +324,7 @@ class Work:
     subject: Subject
     cache: Cache | None
     folder: Path
-    base: Comparison  # what is known without rows
+    base: Comparison  # what is known without rows; its notes are of int8
     progress: Progress
     chosen: Sequence[str]  # variants
     in_process: Sequence[str]  # targets
@@ -323,6 +332,7 @@ class Work:
     runs: int
     threads: int
     digest: str | None  # of the content alone
+    always: tuple[str, ...] = ()  # notes, whatever becomes of the rows
     earlier: Mapping[str, Measurement] = field(default_factory=dict)  # of this machine, by row
     places: list[Place] = field(default_factory=list)
     artifacts: dict[Place, Artifact] = field(default_factory=dict)
@@ -459,6 +469,7 @@ class Work:
             self.notes.append(f"left out: {device}, since there is no file to run there")
             return
         self.timed[device] = places
+        self.progress(f"getting ready to time on {device}")
 
         def take(found: Measured) -> None:
             self.measured[device] = found
@@ -519,7 +530,7 @@ class Work:
         return replace(
             self.base,
             rows=tuple(rows),
-            notes=(*self._of_the_data(), *self.notes),
+            notes=(*self.always, *self._of_the_data(), *self.notes),
             devices=tuple(found.device for found in self.measured.values()),
             unfinished=self.unfinished,
             **self.known,
