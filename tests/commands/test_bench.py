@@ -58,6 +58,17 @@ def test_an_exported_program_is_no_file_to_run_and_it_is_said_how_to_make_one(
     assert f"'torchfuse export {path} -o model.pte'" in errors
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_state_dict_is_no_file_to_run_and_it_is_said_what_it_is_for(
+    bench: Bench, tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"net{suffix}"
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    status, _, errors = bench(str(path))
+    assert status == 2
+    assert "load it into the model that torchfuse.fuse returns, and export that" in errors
+
+
 def test_with_model_it_is_speed_benchmark_torch(bench: Bench, model_files: Files) -> None:
     status, printed, errors = bench(
         f"--model={model_files('third.pt')}", DIMS, "--input_type=float"
