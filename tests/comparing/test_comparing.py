@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import torchfuse
+from torchfuse import comparing
 from torchfuse.comparing import _holds
 from torchfuse.comparison import FOLDED, Comparison
 from torchfuse.errors import ArtifactError, CalibrationError, InputError
@@ -81,6 +82,21 @@ def test_a_figure_on_the_calibration_data_is_called_so(comparison):
         "sample itself"
     )
     assert f"Note: {comparison.notes[0]}" in str(comparison).splitlines()
+
+
+def test_layers_are_looked_into_in_what_the_file_was_made_of(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("it was quantized again")
+
+    monkeypatch.setattr(comparing, "quantize", never)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    data = [torch.rand(1, 3, 8, 8) for _ in range(4)]
+    found = torchfuse.compare(
+        model, X, variants=["int8"], targets=["pte"], calibration=data, runs=2
+    )
+    assert {layer.module for layer in found.layers} == {"0", "3"}
+    assert set(found.in_int8) == {"0", "3"}
 
 
 def test_int8_is_judged_as_its_file_was(comparison):

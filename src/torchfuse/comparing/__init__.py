@@ -54,7 +54,12 @@ from torchfuse.errors import (
 )
 from torchfuse.fusing import fuse
 from torchfuse.inputs import Case, cases
-from torchfuse.quantizing import quantize, require_eval_mode, require_forward
+from torchfuse.quantizing import (
+    layers_of_int8,
+    quantize,
+    require_eval_mode,
+    require_forward,
+)
 from torchfuse.quantizing.calibration import (
     CalibrationData,
     read_calibration,
@@ -342,6 +347,7 @@ class Work:
     evaluated: dict[Place, Evaluated] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)  # more fields of the result
     unfinished: str | None = None
+    int8: fx.GraphModule | None = None  # what a file was made from here, until it is explained
 
     def go_on_with(self, earlier: Comparison) -> None:
         """Take over the rounds of an interrupted comparison.
@@ -386,6 +392,7 @@ class Work:
         verified = f"files were compared with the model on {built.artifact.verified_on}"
         if verified not in self.notes:
             self.notes.append(verified)
+        self.int8 = built.int8 or self.int8
         self.artifacts[place] = built.artifact
         self.places.append(place)
 
@@ -437,29 +444,32 @@ class Work:
         if self.subject.calibration is None or all(p.precision != "int8" for p in self.places):
             return
         self.progress("measuring the noise of each layer")
+        find = functools.partial(self._noise, self.int8)
+        self.int8 = None  # it is as large as the model
         try:
-            noise = (
-                self._noise() if self.cache is None
-                else self.cache.result("noise", _Noise, self._noise)
-            )  # fmt: skip
+            noise = find() if self.cache is None else self.cache.result("noise", _Noise, find)
         except TorchfuseError as error:  # the row is there all the same
             self.notes.append(f"the noise of each layer is not known: {error}")
             return
         self.known["layers"], self.known["in_int8"] = noise.layers, noise.in_int8
 
-    def _noise(self) -> "_Noise":
+    def _noise(self, int8: fx.GraphModule | None) -> "_Noise":
         assert self.subject.calibration is not None
+        model, example = self.subject.model, self.subject.examples[0]
         given = self.subject.calibration.cases
-        cases_ = given[:: -(-len(given) // _EXPLAINED)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", QuantizationWarning)  # the file's notes say it
-            made = quantize(self.subject.model, self.subject.examples[0], cases_, explain=True)
+        if int8 is None:  # the file was found in the cache, or is not of torchao's int8
+            given = given[:: -(-len(given) // _EXPLAINED)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", QuantizationWarning)  # the file's notes say it
+                made = quantize(model, example, given).model
+            assert isinstance(made, fx.GraphModule)
+            int8 = made
+        errors, layers = layers_of_int8(model, example, given, int8, look=_EXPLAINED)
         return _Noise(
             tuple(
-                LayerNoise(e.module, e.operator, e.sqnr_db, e.own_sqnr_db, e.cause)
-                for e in made.report.layers
+                LayerNoise(e.module, e.operator, e.sqnr_db, e.own_sqnr_db, e.cause) for e in errors
             ),
-            tuple(layer.module for layer in made.layers if layer.int8),
+            tuple(layer.module for layer in layers if layer.int8),
         )
 
     def measure(self, device: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import Artifact, Precision
@@ -34,8 +34,9 @@ from torchfuse.errors import (
     QuantizationWarning,
     UnsupportedError,
 )
-from torchfuse.exporting import CALIBRATED_ON_NOISE, export, in_the_shape_of, load
+from torchfuse.exporting import CALIBRATED_ON_NOISE, exported, in_the_shape_of, load
 from torchfuse.inputs import Case
+from torchfuse.quantizing import is_quantized_graph
 from torchfuse.quantizing.calibration import CalibrationData
 from torchfuse.quantizing.measures import name_of, number_from
 from torchfuse.quantizing.preprocessing import Preprocessing
@@ -134,6 +135,7 @@ class Built:
     notes: tuple[str, ...]  # sentences
     left_out: str | None  # why
     took_s: float
+    int8: fx.GraphModule | None = None  # what was made on the way, for whoever looks into it here
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def build(job: Build, subject: Subject) -> Built:
         with warnings.catch_warnings():
             for kind in (ExportWarning, QuantizationWarning):  # they become notes
                 warnings.simplefilter("ignore", kind)
-            artifact = export(
+            artifact, reference = exported(
                 subject.module(place.variant),
                 subject.examples,
                 place.path,
@@ -201,7 +203,10 @@ def build(job: Build, subject: Subject) -> Built:
     notes = [f"{place.path.name}: {note}" for note in told]
     if artifact.delegation is not None and artifact.delegation.warning is not None:
         notes.insert(0, f"{place.precision} {place.target}: {artifact.delegation.warning}")
-    return Built(artifact, tuple(notes), None, time.perf_counter() - began_s)
+    int8 = None
+    if isinstance(reference, fx.GraphModule) and is_quantized_graph(reference.graph):
+        int8 = reference
+    return Built(artifact, tuple(notes), None, time.perf_counter() - began_s, int8)
 
 
 def measure(
