@@ -74,6 +74,17 @@ def test_the_closing_sentence_says_what_fusing_and_what_quantizing_bought():
     )
 
 
+@pytest.mark.parametrize(
+    ("suffix", "runtime"),
+    [(".onnx", "ONNX Runtime"), (".xml", "OpenVINO"), (".aoti.pt2", "AOTInductor")],
+)
+def test_the_closing_sentence_says_it_of_every_runtime(suffix: str, runtime: str) -> None:
+    rows = (*ROWS[:2], *(replace(row, target=suffix) for row in ROWS[2:]))
+    assert f"as fast in {runtime} (25 % of the size" in closing_sentence(
+        Comparison("Net", rows, ())
+    )
+
+
 @pytest.mark.parametrize("rows", [ROWS[:1], (ROWS[0], ROWS[2])])
 def test_what_was_not_compared_bought_nothing(rows):
     assert "quantizing was not compared" in closing_sentence(Comparison("Net", rows, ()))
@@ -193,8 +204,8 @@ def test_the_same_as_markdown() -> None:
 
 Speed-ups are over the first row of each device; in brackets are 95 % intervals; IQR is the range \
 of the middle half of the times. Differences are from the first row's outputs, on the example \
-inputs: the largest over the largest output, or in dB, signal to noise. Folded by lowering: \
-ExecuTorch folds batch norms whenever it makes a file, so that there is none that is not fused.
+inputs: the largest over the largest output, or in dB, signal to noise. Folded by lowering: what \
+makes such a file folds batch norms itself, so that there is none that is not fused.
 
 Net: fusing made it 2.00× (1.98…2.02) as fast in eager mode (+0.00 points of accuracy); quantizing \
 made it 2.00× (1.98…2.02) as fast in ExecuTorch (25 % of the size, -0.50 points of accuracy).

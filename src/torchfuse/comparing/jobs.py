@@ -36,8 +36,7 @@ from torchfuse.errors import (
 )
 from torchfuse.exporting import CALIBRATED_ON_NOISE, exported, in_the_shape_of, load
 from torchfuse.inputs import Case
-from torchfuse.quantizing import is_quantized_graph
-from torchfuse.quantizing.calibration import CalibrationData
+from torchfuse.quantizing.calibration import SETTLED, CalibrationData
 from torchfuse.quantizing.measures import name_of, number_from
 from torchfuse.quantizing.preprocessing import Preprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
@@ -204,7 +203,7 @@ def build(job: Build, subject: Subject) -> Built:
     if artifact.delegation is not None and artifact.delegation.warning is not None:
         notes.insert(0, f"{place.precision} {place.target}: {artifact.delegation.warning}")
     int8 = None
-    if isinstance(reference, fx.GraphModule) and is_quantized_graph(reference.graph):
+    if isinstance(reference, fx.GraphModule) and SETTLED in reference.meta:  # by `quantize`
         int8 = reference
     return Built(artifact, tuple(notes), None, time.perf_counter() - began_s, int8)
 

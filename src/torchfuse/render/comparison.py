@@ -48,8 +48,8 @@ _LEGEND = (
     "example inputs: the largest over the largest output, or in dB, signal to noise."
 )
 _FOLDED_LEGEND = (
-    " Folded by lowering: ExecuTorch folds batch norms whenever it makes a file, so that there is "
-    "none that is not fused."
+    " Folded by lowering: what makes such a file folds batch norms itself, so that there is none "
+    "that is not fused."
 )
 
 
@@ -228,6 +228,9 @@ def _pairs(comparison: Comparison) -> tuple[Pairs, Pairs]:
         (place, comparison.find(variant, target, "fp32"), comparison.find(variant, target, "int8"))
         for place, variant, target in (
             ("ExecuTorch", FOLDED, ".pte"),
+            ("ONNX Runtime", FOLDED, ".onnx"),
+            ("OpenVINO", FOLDED, ".xml"),
+            ("AOTInductor", FOLDED, ".aoti.pt2"),
             ("TorchScript", "fused", ".pt"),
         )
     ]
