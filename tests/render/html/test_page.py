@@ -292,6 +292,18 @@ def test_every_sample_is_a_dot(browser: Browser, report: Path) -> None:
     assert browser.run(f"document.querySelectorAll('{marks}').length") == 4 * 20
 
 
+def test_of_thousands_of_calls_so_many_are_dots_that_the_page_can_be_sent() -> None:
+    def longer(row: Row) -> Row:
+        samples = tuple(1e-3 + 1e-6 * i for i in range(5000))
+        return replace(row, latency=replace(row.latency, samples_s=samples))
+
+    page = replace(COMPARISON, rows=tuple(map(longer, COMPARISON.rows))).to_html()
+    assert len(page.encode()) < MOST_BYTES
+    assert "200 of up to 5000 of each form, from the fastest to the slowest" in page
+    assert '"ms":1.0,' in page
+    assert '"ms":5.999,' in page
+
+
 def test_charts_answer_to_the_pointer(browser: Browser, report: Path) -> None:
     browser.open(report)
     for chart in ("latency-local", "trade-off", "size", "answers", "layers"):
