@@ -632,6 +632,16 @@ def test_what_each_device_is_at_is_shown_on_a_terminal_and_nowhere_else(
         assert ("local: round 1 of 3    ssh:[::1]: pushing" in shown) == (terminal is not None)
 
 
+def test_a_quiet_run_shows_nothing_of_its_steps(
+    model_files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torchfuse.commands.bench_meanwhile._SAVE_AND_SHOW_EVERY_S", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal, to rich
+    words = ["bench", model_files("third.pt"), DIMS, "--iter=2", "--warmup=0", "--csv=-"]
+    assert "round 1 of 2" in CliRunner().invoke(cli, words).stderr
+    assert "round 1 of 2" not in CliRunner().invoke(cli, [*words, "--quiet"]).stderr
+
+
 @pytest.mark.parametrize("form", ["json", "csv", "markdown"])
 def test_a_dash_prints_the_form_in_place_of_the_text(
     model_files: Callable[[str], str], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,7 +63,7 @@ class Preprocessing:
             from PIL import Image, ImageOps
         except ImportError as error:
             raise CalibrationError(
-                "Reading pictures takes Pillow; install it: pip install pillow."
+                "Reading pictures takes Pillow; install it: pip install 'torchfuse[pictures]'."
             ) from error
         try:
             with Image.open(path) as opened:
