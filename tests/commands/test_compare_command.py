@@ -206,7 +206,7 @@ def test_what_was_measured_is_saved_as_it_comes(
 def test_a_second_run_makes_no_file_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--targets", "pt", "--runs", "2", "--folder", "files", "--json", "-"]
     first = Comparison.from_json(run(*words).stdout)
-    monkeypatch.setattr("torchfuse.comparing.jobs.export", None)
+    monkeypatch.setattr("torchfuse.comparing.jobs.exported", None)
     second = Comparison.from_json(run(*words).stdout)
     assert [row.size_bytes for row in second.rows] == [row.size_bytes for row in first.rows]
     assert second.rows[0].latency.samples_s != first.rows[0].latency.samples_s
