@@ -174,6 +174,7 @@ def _open(namespace: dict[str, Any]) -> None:
     stack.callback(sys.modules.pop, "net", None)
     # One for all pages: what one exported, the next need not.
     stack.enter_context(patch.dict("os.environ", XDG_CACHE_HOME=str(tutorial().parent / "cache")))
+    stack.enter_context(patch.dict("os.environ", OMP_NUM_THREADS="1"))  # as in `tutorial`
     namespace.update(stack=stack, quick=True, lacking=lambda name: find_spec(name) is None)
 
 

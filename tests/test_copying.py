@@ -221,3 +221,13 @@ def test_a_copy_that_runs_the_original_by_a_global_name_is_refused(verify: bool)
     with pytest.raises(FusionError, match=r"runs the original \(its `conv`\).*inplace=True"):
         torchfuse.fuse(model, IMAGE, verify=verify)
     assert len(torchfuse.fuse(model, IMAGE, verify=verify, inplace=True).plan.fusions) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_the_parameters_of_a_scripted_part_are_leaves_as_they_were():
+    model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2))
+    model[0].bias.requires_grad_(False)
+    found = copied(model)
+    assert all(parameter.is_leaf for parameter in found.parameters())
+    assert [p.requires_grad for p in found.parameters()] == [True, False, True, True]
+    found.half()  # reads each `.grad`, of which torch warns where it is no leaf

@@ -333,6 +333,15 @@ def test_a_model_of_timm_needs_no_input(timm):
     assert not loaded.model.training
 
 
+def test_a_model_of_timm_without_a_checkpoint_is_said_to_have_random_weights(timm, tmp_path):
+    doubt = load("timm:tiny_net(width=5)").doubt
+    assert "the weights of 'timm:tiny_net(width=5)' are random" in doubt
+    assert "give 'timm:tiny_net(pretrained=True)', or --weights" in doubt
+    assert load("timm:tiny_net(pretrained=True)").doubt is None
+    torch.save(load("timm:tiny_net").model.state_dict(), tmp_path / "tiny.pt")
+    assert load("timm:tiny_net", (), tmp_path / "tiny.pt").doubt is None
+
+
 def test_a_model_that_timm_does_not_have_is_one_sentence_with_what_is_near(timm):
     with pytest.raises(InputError, match=r"timm 1.0 has no model 'tinynet' \(did you mean 'tiny_"):
         load("timm:tinynet")

@@ -26,7 +26,7 @@ __all__ = [
 
 # Names of variants that every comparison has.
 NOT_FUSED = "not fused"
-FOLDED = "folded by lowering"  # ExecuTorch folds batch norms, whether the model was fused or not
+FOLDED = "folded by lowering"  # the target folds batch norms, whether the model was fused or not
 
 LOCAL = "local"  # this machine, as --device calls it
 

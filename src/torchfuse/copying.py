@@ -51,6 +51,7 @@ def copied(model: Model) -> Model:
         with torch.inference_mode(False), hushed:
             made = copy.deepcopy(model, memo)
             _require_apart(model, made)
+            _make_leaves(model, made)
             _Rebinding(model, made).rebind()
             return made
     except UnsupportedError:
@@ -89,6 +90,21 @@ def _require_apart(model: nn.Module, made: nn.Module) -> None:
                 "the same object in the copy, and the model itself must stay as it is; let "
                 "__deepcopy__ copy all modules and tensors."
             )
+
+
+def _make_leaves(model: nn.Module, made: nn.Module) -> None:
+    """Make the parameters of scripted parts what those of the original are, leaves.
+
+    torch copies them as if that were a part of what gradients flow through, and warns of each whose
+    `.grad` is read from then on, as `half()` does.
+    """
+    for module, its_copy in zip(model.modules(), made.modules(), strict=True):
+        if isinstance(its_copy, torch.jit.ScriptModule):
+            pairs = zip(
+                module.parameters(recurse=False), its_copy.parameters(recurse=False), strict=True
+            )
+            for parameter, copy_of_it in pairs:
+                copy_of_it.detach_().requires_grad_(parameter.requires_grad)
 
 
 class _Rebinding:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -49,7 +49,7 @@ from torchfuse.targets.opening import check
 from torchfuse.targets.options import check_options
 from torchfuse.targets.target import CheckedFile, Made, Request
 
-__all__ = ["export", "in_the_shape_of", "load", "loaded"]
+__all__ = ["CALIBRATED_ON_NOISE", "export", "exported", "in_the_shape_of", "load", "loaded"]
 
 _MIN_SQNR_DB = {"fp16": 30.0, "bf16": 30.0}  # against the model
 # Kernels round int8 otherwise than torchao's simulation does, and dozens of layers multiply it:
@@ -67,7 +67,7 @@ _SUSPECT = (
     "calibrated on other data than it is meant for; give calibration inputs like the example's"
 )
 
-_RANDOM = (
+CALIBRATED_ON_NOISE = (
     "calibrated on random inputs, so it is for measuring speed, not for use; calibrate it on real "
     "inputs"
 )
@@ -120,6 +120,41 @@ def export(
             NaN, or cannot run on its inputs.
         UnsupportedError: the target cannot do it, or its output differs from the model's.
     """
+    return exported(
+        model,
+        example_inputs,
+        path,
+        precision=precision,
+        calibration=calibration,
+        data=data,
+        random_examples=random_examples,
+        dynamic_shapes=dynamic_shapes,
+        optimize=optimize,
+        preprocessing=preprocessing,
+    ).artifact
+
+
+class Exported(NamedTuple):
+    """What was written, and what it was made from."""
+
+    artifact: Artifact
+    reference: nn.Module  # the model given, or the quantized one made of it
+
+
+def exported(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    precision: Precision | None = None,
+    calibration: Any = None,
+    data: Any = None,
+    random_examples: bool = False,
+    dynamic_shapes: Any = None,
+    optimize: bool = True,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+) -> Exported:
+    """Do what `export` does, for whoever goes on with the quantized model."""
     path = Path(path)
     target = target_for(path)
     paths = {
@@ -172,11 +207,11 @@ def export(
     examples = [*examples, *made.other_cases]
     equivalence, suspicions = _compared(model, made, target.form, examples, judging)
     if made.delegation is not None and made.delegation.warning is not None:
-        warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=2)
+        warnings.warn(made.delegation.warning, DelegationWarning, stacklevel=3)
     calibrated_on_noise = calibrating is not None and calibrating.random
-    notes = [*made.notes, *suspicions, *([_RANDOM] if calibrated_on_noise else [])]
+    notes = [*made.notes, *suspicions, *([CALIBRATED_ON_NOISE] if calibrated_on_noise else [])]
     for note in notes:
-        warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=2)
+        warnings.warn(f"'{path.name}' was {note}.", ExportWarning, stacklevel=3)
     metadata = {
         "format": target.form,
         "precision": made.precision,
@@ -190,7 +225,7 @@ def export(
     files = target.seal(made.files, metadata)
     # The first file last: it holds the checksums of the others.
     write_all_atomically({paths[suffix]: files[suffix] for suffix in reversed(paths)})
-    return Artifact(
+    artifact = Artifact(
         path=path,
         format=target.form,
         precision=made.precision,
@@ -205,6 +240,7 @@ def export(
         beside=tuple(paths[suffix] for suffix in target.beside),
         verified_on=verified_on,
     )
+    return Exported(artifact, made.reference)
 
 
 def _read(

@@ -74,6 +74,7 @@ class LoadedModel:
     example_inputs: Any  # as `torchfuse.plan` takes them
     exported: bool = False
     random_inputs: bool = False  # they are noise of the sizes that were given
+    random_weights: bool = False  # for certain: no checkpoint was asked for
 
     @property
     def title(self) -> str | None:
@@ -82,6 +83,16 @@ class LoadedModel:
         if self.exported:
             return None if source.path is None else source.path.stem
         return source.attribute if source.module == _TIMM else None
+
+    @property
+    def doubt(self) -> str | None:
+        """What is to be said of its answers; None: nothing is known against them."""
+        if not self.random_weights:
+            return None
+        return (
+            f"the weights of '{self.name}' are random: its times and sizes are the model's, its "
+            f"answers are not; give '{self.name.partition('(')[0]}(pretrained=True)', or --weights"
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -212,8 +223,19 @@ def load(
         _load_weights(model, weights)
     if given is None and not specs:
         specs = parse_inputs(otherwise)
-    noise = bool(specs) or source.module == _TIMM
-    return LoadedModel(text, model.eval(), _example_inputs(text, specs, given), random_inputs=noise)
+    return LoadedModel(
+        text,
+        model.eval(),
+        _example_inputs(text, specs, given),
+        random_inputs=bool(specs) or source.module == _TIMM,
+        random_weights=source.module == _TIMM and weights is None and not _has_weights(source),
+    )
+
+
+def _has_weights(source: ModelSource) -> bool:
+    """Whether timm was asked for a checkpoint."""
+    asked = (*source.args[:1], *map(source.kwargs.get, ("pretrained", "checkpoint_path")))
+    return any(asked)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

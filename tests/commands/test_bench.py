@@ -58,6 +58,17 @@ def test_an_exported_program_is_no_file_to_run_and_it_is_said_how_to_make_one(
     assert f"'torchfuse export {path} -o model.pte'" in errors
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_state_dict_is_no_file_to_run_and_it_is_said_what_it_is_for(
+    bench: Bench, tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"net{suffix}"
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    status, _, errors = bench(str(path))
+    assert status == 2
+    assert "load it into the model that torchfuse.fuse returns, and export that" in errors
+
+
 def test_with_model_it_is_speed_benchmark_torch(bench: Bench, model_files: Files) -> None:
     status, printed, errors = bench(
         f"--model={model_files('third.pt')}", DIMS, "--input_type=float"
@@ -619,6 +630,16 @@ def test_what_each_device_is_at_is_shown_on_a_terminal_and_nowhere_else(
             progress.show("ssh:[::1]", "pushing")
         shown = capsys.readouterr().err
         assert ("local: round 1 of 3    ssh:[::1]: pushing" in shown) == (terminal is not None)
+
+
+def test_a_quiet_run_shows_nothing_of_its_steps(
+    model_files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torchfuse.commands.bench_meanwhile._SAVE_AND_SHOW_EVERY_S", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal, to rich
+    words = ["bench", model_files("third.pt"), DIMS, "--iter=2", "--warmup=0", "--csv=-"]
+    assert "round 1 of 2" in CliRunner().invoke(cli, words).stderr
+    assert "round 1 of 2" not in CliRunner().invoke(cli, [*words, "--quiet"]).stderr
 
 
 @pytest.mark.parametrize("form", ["json", "csv", "markdown"])

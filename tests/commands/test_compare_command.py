@@ -97,7 +97,7 @@ def test_the_table_is_on_stdout_and_warnings_are_on_stderr(measured: Comparison)
     result = run("--json", "c.json", "--folder", "files")
     assert result.stdout.startswith("variant")
     assert "fusing was not compared" in result.stdout
-    assert "Note, Net, left out: int8\n" in result.stdout
+    assert "Note: left out: int8\n" in result.stdout
     assert result.stdout.endswith("\nThe files are in files.\n")
     assert result.stderr == "Warning: it fell.\n"
     assert Comparison.from_json(Path("c.json").read_text()) == measured
@@ -206,7 +206,7 @@ def test_what_was_measured_is_saved_as_it_comes(
 def test_a_second_run_makes_no_file_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--targets", "pt", "--runs", "2", "--folder", "files", "--json", "-"]
     first = Comparison.from_json(run(*words).stdout)
-    monkeypatch.setattr("torchfuse.comparing.jobs.export", None)
+    monkeypatch.setattr("torchfuse.comparing.jobs.exported", None)
     second = Comparison.from_json(run(*words).stdout)
     assert [row.size_bytes for row in second.rows] == [row.size_bytes for row in first.rows]
     assert second.rows[0].latency.samples_s != first.rows[0].latency.samples_s

@@ -75,7 +75,9 @@ def test_a_state_dict_loads_into_a_fused_model(nets: str, tmp_path: Path, suffix
             return torch.load(path, weights_only=True)
 
     out = tmp_path / f"net{suffix}"
-    assert run(f"{nets}:net", "-o", out).exit_code == 0
+    result = run(f"{nets}:net", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "These are weights, for the model that torchfuse.fuse returns to load" in result.stdout
     model = reference(nets)
     fused = torchfuse.fuse(model, IMAGE).model
     fused.load_state_dict(load_file(out))

@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import torchfuse
@@ -16,6 +18,7 @@ from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.errors import InputError, TorchfuseError
 from torchfuse.inputs import Case
+from torchfuse.quantizing.preprocessing import Preprocessing
 from torchfuse.timing import Measurement
 
 X = torch.eye(4)
@@ -81,6 +84,23 @@ def test_labels_beyond_the_models_classes_are_known_before_anything_is_made(labe
     with pytest.raises(InputError, match="Expected labels of 0 to 3, since the model tells 4"):
         torchfuse.compare(Scores().eval(), X[:1], validation=data, progress=steps.append)
     assert steps == []
+
+
+def test_folders_that_are_no_classes_of_the_model_are_data_without_labels_and_a_note(
+    tmp_path: Path,
+) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (4, 4), (60 * number, 90, 20)).save(tmp_path / name / f"{number}.png")
+    model = nn.Sequential(nn.Conv2d(3, 5, 4), nn.Flatten()).eval()
+    found = torchfuse.compare(
+        model, torch.rand(1, 3, 4, 4), targets=["eager"], validation=tmp_path, runs=2,
+        preprocessing=Preprocessing((4, 4)),
+    )  # fmt: skip
+    assert "accuracy is not measured: Expected labels of the 5 classes" in found.notes[0]
+    assert (found.accuracy_of, found.rows[0].accuracy) == (None, None)
+    assert found.rows[1].answers.agreement.value == 1
 
 
 def test_classes_by_name_must_be_as_many_as_the_models(tmp_path) -> None:
@@ -159,7 +179,7 @@ def test_int8_is_calibrated_on_what_answers_are_not_compared_on() -> None:
     assert found.before[1].inputs == (0,)
     assert found.before[0].time_s > 0
     assert found.devices[0].name == "local"
-    assert "Sequential, answers on 3 of the 12 samples of 12 given cases, held out" in str(found)
+    assert "Answers are compared on 3 of the 12 samples of 12 given cases, held out" in str(found)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert "measuring the noise of each layer" in steps
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import torchfuse
+from torchfuse import comparing
 from torchfuse.comparing import _holds
 from torchfuse.comparison import FOLDED, Comparison
 from torchfuse.errors import ArtifactError, CalibrationError, InputError
@@ -68,12 +69,34 @@ def comparison():
     return torchfuse.compare(model, data[0], calibration=data, evaluate=lambda _: 0.5, runs=2)
 
 
+def test_what_all_files_were_compared_on_is_one_note_with_the_name_of_the_data(comparison):
+    told = [note for note in comparison.notes if note.startswith("files were compared")]
+    assert told == [
+        "files were compared with the model on the example and 4 inputs of 4 given cases"
+    ]
+
+
 def test_a_figure_on_the_calibration_data_is_called_so(comparison):
     assert comparison.notes[0] == (
         "int8 is calibrated on 4 given cases, 4 samples, and its difference is on a calibration "
         "sample itself"
     )
-    assert f"Note, Sequential, {comparison.notes[0]}" in str(comparison).splitlines()
+    assert f"Note: {comparison.notes[0]}" in str(comparison).splitlines()
+
+
+def test_layers_are_looked_into_in_what_the_file_was_made_of(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("it was quantized again")
+
+    monkeypatch.setattr(comparing, "quantize", never)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    data = [torch.rand(1, 3, 8, 8) for _ in range(4)]
+    found = torchfuse.compare(
+        model, X, variants=["int8"], targets=["pte"], calibration=data, runs=2
+    )
+    assert {layer.module for layer in found.layers} == {"0", "3"}
+    assert set(found.in_int8) == {"0", "3"}
 
 
 def test_int8_is_judged_as_its_file_was(comparison):
@@ -129,5 +152,15 @@ def test_a_comparison_has_the_name_that_was_asked_for(eager):
 
 def test_the_samples_of_a_row_are_one_step(eager):
     _, steps = eager
+    assert steps.count("getting ready to time on local") == 1
     assert steps.count("comparing fused, eager, fp32") == 1
     assert "comparing fused, eager, fp32, 2 of 2" in steps
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_model_with_a_scripted_part_is_compared():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    model = nn.Sequential(scripted, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    found = torchfuse.compare(model, X, targets=["eager", "pte"], runs=2)
+    assert found.find("fused", "eager", "fp32").difference.passed
+    assert any(operation.time_s is not None for operation in found.before)

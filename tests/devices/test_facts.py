@@ -3,6 +3,7 @@
 The texts are as these devices print them.
 """
 
+import os
 from typing import Any
 
 import pytest
@@ -92,6 +93,13 @@ def test_what_it_prints_becomes_facts(printed: str, facts: dict[str, Any]) -> No
     found = facts_from("adb:1", printed)
     assert found.name == "adb:1"
     assert {name: getattr(found, name) for name in facts} == facts
+
+
+def test_cores_are_the_machines_whatever_number_of_threads_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which `nproc` prints in place of the cores
+    assert facts_of(Local()).cores == len(os.sched_getaffinity(0))
 
 
 def test_this_machine_says_what_it_is() -> None:

@@ -1,5 +1,6 @@
 """The normalisation can go into the file, where the phone cannot get it wrong."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import torchfuse
 from torchfuse import Preprocessing, WithPreprocessing
-from torchfuse.errors import InputError
+from torchfuse.errors import CalibrationError, InputError
 from torchfuse.targets.opening import check
 
 
@@ -113,6 +114,14 @@ def test_a_picture_that_was_taken_sideways_is_turned(tmp_path: Path) -> None:
     seen = EIGHT.pixels(tmp_path / "one.png")
     assert seen[0, :, 4:].unique().tolist() == [255]
     assert seen[0, :, :4].unique().tolist() == [0]
+
+
+def test_without_pillow_it_is_said_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(CalibrationError, match=r"takes Pillow; .* 'torchfuse\[pictures\]'"):
+        Preprocessing((8, 8)).pixels(folder / "0.png")
 
 
 def test_pictures_of_other_sizes_are_cut_to_the_middle(tmp_path: Path) -> None:

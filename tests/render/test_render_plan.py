@@ -95,6 +95,21 @@ def test_skips_for_one_reason_are_one_row() -> None:
     assert "The output of `blocks.99.conv` is also read by another use: mul." in shown
 
 
+def test_skips_for_one_reason_are_one_row_whatever_block_they_are_in() -> None:
+    skips = tuple(
+        Skip(
+            (f"blocks.{i}.conv", f"blocks.{i}.bn"),
+            f"The output of `blocks.{i}.conv` is also read by another use: add in `blocks.{i}`.",
+            "",
+            "conv_bn",
+        )
+        for i in range(52)
+    )
+    shown = text(replace(EMPTY, skips=skips))
+    assert "The output of `…` is also read by another use: add in `…`." in shown
+    assert "and 48 more" in shown
+
+
 def test_the_model_itself_has_a_name() -> None:
     skip = Skip(("",), "Its class is to stay.", "", "branches")
     assert "the model itself" in text(replace(PLAN, skips=(skip,)))

@@ -14,6 +14,7 @@ from torchfuse.errors import ArtifactError, UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
+from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.quieting import quiet
 from torchfuse.targets.torchscript import scripting
 from torchfuse.targets.torchscript.mobile_optimizer import folded, frozen
@@ -145,6 +146,28 @@ def test_a_model_that_cannot_be_scripted_is_traced_and_says_so():
     scripted = scripting.script(model, CASE)
     assert "variable number of arguments" in scripted.traced_because
     torch.testing.assert_close(scripted.module(INPUT), model(INPUT))
+
+
+def test_a_reason_ends_before_the_place_in_the_code_that_follows_it():
+    class Annotated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.__class__.__annotations__ = {"scale": "Tensor"}  # as text, from __future__
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x):
+            return x * self.scale
+
+    scripted = scripting.script(Annotated().eval(), CASE)
+    assert scripted.traced_because == "Unknown type annotation: 'Tensor'"
+
+
+def test_a_model_behind_its_preprocessing_is_scripted():
+    model = WithPreprocessing(nn.Conv2d(3, 4, 1).eval(), Preprocessing((8, 8)))
+    pixels = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8)
+    scripted = scripting.script(model, Case((pixels,)))
+    assert scripted.traced_because is None
+    torch.testing.assert_close(scripted.module(pixels), model(pixels))
 
 
 def test_keyword_inputs_are_traced_by_position():

@@ -15,6 +15,7 @@ from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import input_option
 from torchfuse.commands.status import NOISE
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
+from torchfuse.render.progress import quiet_option
 from torchfuse.speed_benchmark import FLAGS, Options
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _a_file(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..
 @_a_file("json", "Save every sample, ratio and fact there, after every round; '-' prints it.")
 @_a_file("csv", "Save a row a measurement there; '-' prints them.")
 @_a_file("markdown", "Save a table a device there; '-' prints it.")
+@quiet_option
 @click.option("--resume", is_flag=True, help="Go on with the run that --json holds.")
 @click.option(
     "--fail-on-noise", is_flag=True,

@@ -127,6 +127,8 @@ class Progress:
         from rich.console import Console
         from rich.live import Live
 
+        from torchfuse.render.progress import is_quiet
+
         console = Console(stderr=True)
         self._steps: dict[str, str] = {}
         self._shown_at_s = time.monotonic()
@@ -138,7 +140,7 @@ class Progress:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._is_shown = console.is_terminal
+        self._is_shown = console.is_terminal and not is_quiet()
         if self._is_shown:
             self._live.start()
         return self

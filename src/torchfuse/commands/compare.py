@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,6 +235,8 @@ def command(
             progress=step,
             partial=so_far.append,
         )
+    if loaded.doubt is not None:
+        comparison = replace(comparison, notes=(loaded.doubt, *comparison.notes))
     write_results(files, comparison)
     if STDOUT not in files.values():
         _show(comparison, folder)

@@ -84,6 +84,11 @@ def command(
     write_atomically(output, data)
     difference = f"largest relative difference {check.max_rel:.1e}"
     click.echo(f"\nWrote {output} ({len(data):,} bytes), {difference}.")
+    if output.suffix != ".pt2":
+        click.echo(
+            "These are weights, for the model that torchfuse.fuse returns to load; 'torchfuse "
+            "export' writes a file that runs."
+        )
 
 
 def _serialised(fused: Any, suffix: str) -> bytes:

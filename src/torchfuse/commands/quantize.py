@@ -126,6 +126,8 @@ def command(
         )
     given.check()
     loaded = model_source.load(model, inputs, weights, given.inputs())
+    if loaded.doubt is not None:
+        click.echo(f"Note: {loaded.doubt}.", err=True)
     import torchfuse
     from torchfuse.quantizing.calibration import CalibrationData
 

@@ -54,7 +54,12 @@ from torchfuse.errors import (
 )
 from torchfuse.fusing import fuse
 from torchfuse.inputs import Case, cases
-from torchfuse.quantizing import quantize, require_eval_mode, require_forward
+from torchfuse.quantizing import (
+    layers_of_int8,
+    quantize,
+    require_eval_mode,
+    require_forward,
+)
 from torchfuse.quantizing.calibration import (
     CalibrationData,
     read_calibration,
@@ -225,11 +230,19 @@ def begin(
         examples = [Case(case.args, case.kwargs) for case in examples]
     require_forward(examples)
     notes: list[str] = []
-    cases_, samples, told = _data(
+    always: list[str] = []
+    calibrating, samples, told = _data(
         model, examples, data, validation, calibration, preprocessing, notes
     )
     if samples is not None:
-        check_labels(model, samples, examples[0])
+        try:
+            check_labels(model, samples, examples[0])
+        except InputError as error:
+            if samples.classes is None:
+                raise
+            # Folders may be no classes of the model's: answers are compared all the same.
+            always.append(f"accuracy is not measured: {error}")
+            samples = replace(samples, labels=None, classes=None)
     if evaluate is not None:
         progress("evaluating the model")
         accuracy_from(evaluate, model)  # what is wrong with it is known before the long work
@@ -241,7 +254,7 @@ def begin(
         fused, plan = {"fused": result.model}, result.plan
     inside = isinstance(model, WithPreprocessing)  # then nobody who calls it has to do it
     kept = None if inside else preprocessing
-    subject = Subject(model, fused, examples, cases_, samples, evaluate, kept)
+    subject = Subject(model, fused, examples, calibrating, samples, evaluate, kept)
     progress("looking for what was made before")
     digest = digest_of(subject)
     settings = None if digest is None else _digest_with(digest, runs, threads, chosen, targets)
@@ -269,6 +282,7 @@ def begin(
         runs,
         threads,
         digest,
+        tuple(always),
     )
 
 
@@ -315,7 +329,7 @@ class Work:
     subject: Subject
     cache: Cache | None
     folder: Path
-    base: Comparison  # what is known without rows
+    base: Comparison  # what is known without rows; its notes are of int8
     progress: Progress
     chosen: Sequence[str]  # variants
     in_process: Sequence[str]  # targets
@@ -323,6 +337,7 @@ class Work:
     runs: int
     threads: int
     digest: str | None  # of the content alone
+    always: tuple[str, ...] = ()  # notes, whatever becomes of the rows
     earlier: Mapping[str, Measurement] = field(default_factory=dict)  # of this machine, by row
     places: list[Place] = field(default_factory=list)
     artifacts: dict[Place, Artifact] = field(default_factory=dict)
@@ -332,6 +347,7 @@ class Work:
     evaluated: dict[Place, Evaluated] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)  # more fields of the result
     unfinished: str | None = None
+    int8: fx.GraphModule | None = None  # what a file was made from here, until it is explained
 
     def go_on_with(self, earlier: Comparison) -> None:
         """Take over the rounds of an interrupted comparison.
@@ -376,6 +392,7 @@ class Work:
         verified = f"files were compared with the model on {built.artifact.verified_on}"
         if verified not in self.notes:
             self.notes.append(verified)
+        self.int8 = built.int8 or self.int8
         self.artifacts[place] = built.artifact
         self.places.append(place)
 
@@ -427,29 +444,32 @@ class Work:
         if self.subject.calibration is None or all(p.precision != "int8" for p in self.places):
             return
         self.progress("measuring the noise of each layer")
+        find = functools.partial(self._noise, self.int8)
+        self.int8 = None  # it is as large as the model
         try:
-            noise = (
-                self._noise() if self.cache is None
-                else self.cache.result("noise", _Noise, self._noise)
-            )  # fmt: skip
+            noise = find() if self.cache is None else self.cache.result("noise", _Noise, find)
         except TorchfuseError as error:  # the row is there all the same
             self.notes.append(f"the noise of each layer is not known: {error}")
             return
         self.known["layers"], self.known["in_int8"] = noise.layers, noise.in_int8
 
-    def _noise(self) -> "_Noise":
+    def _noise(self, int8: fx.GraphModule | None) -> "_Noise":
         assert self.subject.calibration is not None
-        step = -(-len(self.subject.calibration) // _EXPLAINED)
-        cases_ = self.subject.calibration[::step]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", QuantizationWarning)  # the file's notes say it
-            made = quantize(self.subject.model, self.subject.examples[0], cases_, explain=True)
+        model, example = self.subject.model, self.subject.examples[0]
+        given = self.subject.calibration.cases
+        if int8 is None:  # the file was found in the cache, or is not of torchao's int8
+            given = given[:: -(-len(given) // _EXPLAINED)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", QuantizationWarning)  # the file's notes say it
+                made = quantize(model, example, given).model
+            assert isinstance(made, fx.GraphModule)
+            int8 = made
+        errors, layers = layers_of_int8(model, example, given, int8, look=_EXPLAINED)
         return _Noise(
             tuple(
-                LayerNoise(e.module, e.operator, e.sqnr_db, e.own_sqnr_db, e.cause)
-                for e in made.report.layers
+                LayerNoise(e.module, e.operator, e.sqnr_db, e.own_sqnr_db, e.cause) for e in errors
             ),
-            tuple(layer.module for layer in made.layers if layer.int8),
+            tuple(layer.module for layer in layers if layer.int8),
         )
 
     def measure(self, device: str) -> None:
@@ -459,6 +479,7 @@ class Work:
             self.notes.append(f"left out: {device}, since there is no file to run there")
             return
         self.timed[device] = places
+        self.progress(f"getting ready to time on {device}")
 
         def take(found: Measured) -> None:
             self.measured[device] = found
@@ -519,7 +540,7 @@ class Work:
         return replace(
             self.base,
             rows=tuple(rows),
-            notes=(*self._of_the_data(), *self.notes),
+            notes=(*self.always, *self._of_the_data(), *self.notes),
             devices=tuple(found.device for found in self.measured.values()),
             unfinished=self.unfinished,
             **self.known,
@@ -570,8 +591,8 @@ def _data(
     calibration: Any,
     preprocessing: Preprocessing | None,
     notes: list[str],
-) -> tuple[list[Case] | None, Samples | None, str | None]:
-    """Return calibration cases, validation samples and what the latter are; say so in `notes`."""
+) -> tuple[CalibrationData | None, Samples | None, str | None]:
+    """Return calibration data, validation samples and what the latter are; say so in `notes`."""
     case = examples[0]
     as_pixels = isinstance(model, WithPreprocessing)
     names = argument_names(model)
@@ -580,26 +601,26 @@ def _data(
         return read_samples(given, case, preprocessing, as_pixels=as_pixels, names=names)
 
     validating = None if validation is None else read(validation)
-    cases_: list[Case] | None = None
+    found: CalibrationData | None = None
     if calibration is not None or (isinstance(data, str) and data == "random"):
         given = calibration if calibration is not None else data
         found = read_calibration(given, case, preprocessing, as_pixels=as_pixels, names=names)
         notes.append(_calibrated(found, examples))
-        cases_ = found.cases
     elif data is not None:
         calibrating = read(data)
         if validating is None:
             calibrating, validating = held_out(calibrating)
         cases_ = calibration_cases(calibrating, case, _MOST_CALIBRATION)
-        notes.append(_calibrated(CalibrationData(cases_, calibrating.source), examples))
+        found = CalibrationData(cases_, calibrating.source)
+        notes.append(_calibrated(found, examples))
     if validating is None:
-        return cases_, None, None
+        return found, None, None
     if len(validating) < (size := batch_size(case)):
         raise CalibrationError(
             f"Expected at least {size} validation samples, as many as the example's batch, got "
             f"{len(validating)}, {validating.source}; give more data, or a smaller example."
         )
-    return cases_, validating, validating.source
+    return found, validating, validating.source
 
 
 def _calibrated(data: CalibrationData, examples: list[Case]) -> str:

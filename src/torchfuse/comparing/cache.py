@@ -267,7 +267,10 @@ def digest_of(subject: Subject) -> str | None:
             _take_model(module, subject.examples[0], digest.update, take)
     except TorchfuseError:
         return None
-    for cases in (subject.examples, subject.calibration or ()):
+    calibration = subject.calibration
+    if calibration is not None:
+        take(calibration.source, calibration.random)  # which the files say
+    for cases in (subject.examples, () if calibration is None else calibration.cases):
         for case in cases:
             take(case, case.method)
             for leaf in pytree.tree_leaves((case.args, dict(case.kwargs))):

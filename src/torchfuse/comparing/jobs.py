@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import Artifact, Precision
@@ -34,8 +34,9 @@ from torchfuse.errors import (
     QuantizationWarning,
     UnsupportedError,
 )
-from torchfuse.exporting import export, in_the_shape_of, load
+from torchfuse.exporting import CALIBRATED_ON_NOISE, exported, in_the_shape_of, load
 from torchfuse.inputs import Case
+from torchfuse.quantizing.calibration import SETTLED, CalibrationData
 from torchfuse.quantizing.measures import name_of, number_from
 from torchfuse.quantizing.preprocessing import Preprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
@@ -77,18 +78,21 @@ class Subject:
     model: nn.Module
     variants: Mapping[str, nn.Module]  # fused models by name
     examples: list[Case]  # the first is what is timed
-    calibration: list[Case] | None
+    calibration: CalibrationData | None
     validation: Samples | None
     evaluate: Evaluation | None
     preprocessing: Preprocessing | None
 
     @property
-    def alike(self) -> list[Case] | None:
+    def alike(self) -> CalibrationData | None:
         """The calibration cases of the example's shape, to compare files on; None: there are none.
 
         Not all are: calibration takes other sizes too.
         """
-        return in_the_shape_of(self.examples[0], self.calibration or (), _MOST_COMPARED) or None
+        if self.calibration is None:
+            return None
+        found = in_the_shape_of(self.examples[0], self.calibration.cases, _MOST_COMPARED)
+        return replace(self.calibration, cases=found, labels=None) if found else None
 
     @cached_property
     def expected(self) -> list[list[torch.Tensor]]:
@@ -130,6 +134,7 @@ class Built:
     notes: tuple[str, ...]  # sentences
     left_out: str | None  # why
     took_s: float
+    int8: fx.GraphModule | None = None  # what was made on the way, for whoever looks into it here
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ def build(job: Build, subject: Subject) -> Built:
         with warnings.catch_warnings():
             for kind in (ExportWarning, QuantizationWarning):  # they become notes
                 warnings.simplefilter("ignore", kind)
-            artifact = export(
+            artifact, reference = exported(
                 subject.module(place.variant),
                 subject.examples,
                 place.path,
@@ -192,10 +197,15 @@ def build(job: Build, subject: Subject) -> Built:
             )
     except UnsupportedError as error:
         return Built(None, (), str(error), time.perf_counter() - began_s)
-    notes = [f"{place.path.name}: {note}" for note in artifact.notes]
+    # That it was calibrated on noise is said once, of all files.
+    told = [note for note in artifact.notes if note != CALIBRATED_ON_NOISE]
+    notes = [f"{place.path.name}: {note}" for note in told]
     if artifact.delegation is not None and artifact.delegation.warning is not None:
         notes.insert(0, f"{place.precision} {place.target}: {artifact.delegation.warning}")
-    return Built(artifact, tuple(notes), None, time.perf_counter() - began_s)
+    int8 = None
+    if isinstance(reference, fx.GraphModule) and SETTLED in reference.meta:  # by `quantize`
+        int8 = reference
+    return Built(artifact, tuple(notes), None, time.perf_counter() - began_s, int8)
 
 
 def measure(

@@ -53,7 +53,10 @@ def operations(model: nn.Module, case: Case) -> tuple[Operation, ...]:
 
 
 def _module_times(model: nn.Module, case: Case) -> Mapping[str, float]:
-    """Return the median time of each module without children that is called once, in seconds."""
+    """Return the median time of each module without children that is called once, in seconds.
+
+    Scripted modules take no hooks: theirs are not known.
+    """
     timed = copied(model)
     samples_s: dict[str, list[float]] = {}
     began_s: dict[str, float] = {}
@@ -65,7 +68,9 @@ def _module_times(model: nn.Module, case: Case) -> Mapping[str, float]:
         samples_s.setdefault(path, []).append(time.perf_counter() - began_s[path])
 
     for path, module in timed.named_modules():
-        if not any(True for _ in module.children()) and not isinstance(module, nn.Identity):
+        if isinstance(module, nn.Identity | torch.jit.ScriptModule):
+            continue
+        if not any(True for _ in module.children()):
             module.register_forward_pre_hook(lambda *_, path=path: begin(path))
             module.register_forward_hook(lambda *_, path=path: end(path))
     with torch.inference_mode():

@@ -37,6 +37,7 @@ first() { [ -r "$1" ] && tr -d '\000' <"$1" | head -n 1; }
 prop() { command -v getprop >/dev/null 2>&1 && getprop "$1" 2>/dev/null; }
 say architecture "$(uname -m)"
 say kernel "$(uname -sr)"
+unset OMP_NUM_THREADS OMP_THREAD_LIMIT # nproc would print these and not the cores
 say cores "$(nproc 2>/dev/null || grep -c '^processor' /proc/cpuinfo 2>/dev/null)"
 say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo 2>/dev/null)"
 say product "$(prop ro.product.manufacturer) $(prop ro.product.model)"

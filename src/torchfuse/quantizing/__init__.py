@@ -13,6 +13,7 @@ from torchfuse.inputs import cases, require_finite_tensors, require_float32
 from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
     CALIBRATED,
+    SETTLED,
     CalibrationData,
     calibrate,
     read_calibration,
@@ -31,7 +32,7 @@ from torchfuse.quantizing.report import (
     QuantizationReport,
     samples_in_words,
 )
-from torchfuse.quantizing.sensitivity import without_few_samples
+from torchfuse.quantizing.sensitivity import layer_errors, without_few_samples
 from torchfuse.quantizing.static import QuantizedLayer, argument_names, is_quantized_graph
 from torchfuse.quantizing.unquantized import (
     in_float,
@@ -47,12 +48,14 @@ if TYPE_CHECKING:
 
     from torchfuse.inputs import Case
     from torchfuse.quantizing.preprocessing import Preprocessing
+    from torchfuse.quantizing.report import LayerError
 
 __all__ = [
     "QuantizationResult",
     "QuantizedLayer",
     "calibrate",
     "is_quantized_graph",
+    "layers_of_int8",
     "quantize",
     "read_calibration",
     "require_converted",
@@ -188,6 +191,7 @@ def quantize(
     if calibrated is not None:
         found.model.meta[CALIBRATED] = f"{calibrated.source}, {calibrated.samples} samples"
     has_settled = calibrated is not None and calibrated.settled is True
+    found.model.meta[SETTLED] = has_settled
     report = QuantizationReport(
         scheme=chosen if backend == "xnnpack" else f"{chosen} for {backend}",
         calibrated=calibrated,
@@ -201,6 +205,25 @@ def quantize(
         max_drop=found.max_drop,
     )
     return QuantizationResult(found.model, layers, report)
+
+
+def layers_of_int8(
+    model: nn.Module, example_inputs: Any, data: Sequence[Case], int8: fx.GraphModule, *, look: int
+) -> tuple[tuple[LayerError, ...], tuple[QuantizedLayer, ...]]:
+    """Return the error and the precision of each layer of what `quantize` made of `model`.
+
+    `data` is what it was calibrated on, of which no more than `look` cases are looked at.
+
+    Raises:
+        UnsupportedError: torch.export cannot capture the model.
+    """
+    cases_ = data[:: -(-len(data) // look)]
+    with quiet(), random_state_kept():
+        reference = static.float_graph(model, cases(example_inputs)[0], list(data), None)
+        errors = layer_errors(int8, reference, cases_)
+    # How many are looked at says nothing of how many there were to calibrate on.
+    enough = int8.meta.get(SETTLED) or len(cases_) < len(data)
+    return without_few_samples(errors) if enough else errors, tuple(static.layers_of(int8))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torchfuse.restoring import put_back
 
 __all__ = [
     "CALIBRATED",
+    "SETTLED",
     "CalibrationData",
     "calibrate",
     "checked_calibration",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 CALIBRATED = "torchfuse_calibrated"  # in a quantized graph's meta: on what data, in words
+SETTLED = "torchfuse_settled"  # likewise: whether its ranges had
 RANDOM = "random"  # calibration on noise, for a look at speed; asked for by name only
 _RANDOM_SAMPLES = 16
 _ARRAYS = (".npy", ".npz")

@@ -1,7 +1,6 @@
 """How a picture becomes the model's input: size, mean, standard deviation, layout."""
 
-from __future__ import annotations
-
+# No annotations from __future__: torch.jit.script reads those of `WithPreprocessing`, not as text.
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +53,7 @@ class Preprocessing:
         if self.layout not in ("NCHW", "NHWC"):
             raise InputError(f"Expected the layout NCHW or NHWC, got {self.layout!r}.")
 
-    def pixels(self, path: Path) -> Tensor:
+    def pixels(self, path: "Path") -> Tensor:
         """Return one picture as uint8 `[1, height, width, 3]`, resized and cropped.
 
         Raises:
@@ -64,7 +63,7 @@ class Preprocessing:
             from PIL import Image, ImageOps
         except ImportError as error:
             raise CalibrationError(
-                "Reading pictures takes Pillow; install it: pip install pillow."
+                "Reading pictures takes Pillow; install it: pip install 'torchfuse[pictures]'."
             ) from error
         try:
             with Image.open(path) as opened:
@@ -124,7 +123,7 @@ def _rgb(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def pictures_in(folder: Path) -> Iterator[Path]:
+def pictures_in(folder: "Path") -> "Iterator[Path]":
     """Yield the picture files of a folder and the folders in it, by name; hidden ones are not."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)

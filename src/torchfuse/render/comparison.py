@@ -32,6 +32,7 @@ __all__ = [
     "delegation_lines",
     "headings",
     "lead",
+    "legend",
     "markdown",
     "renderable",
     "table",
@@ -42,8 +43,13 @@ Pairs = list[tuple[str, Row | None, Row | None]]  # where, before, after
 
 _HEADINGS = ("median", "IQR", "speed-up", "size", "differs by", "accuracy")
 _LEGEND = (
-    "Differences are from the first row's outputs, on the example inputs: the largest over the "
-    "largest output, or in dB, signal to noise."
+    "Speed-ups are over the first row of each device; in brackets are 95 % intervals; IQR is the "
+    "range of the middle half of the times. Differences are from the first row's outputs, on the "
+    "example inputs: the largest over the largest output, or in dB, signal to noise."
+)
+_FOLDED_LEGEND = (
+    " Folded by lowering: what makes such a file folds batch norms itself, so that there is none "
+    "that is not fused."
 )
 
 
@@ -55,15 +61,23 @@ def text(comparison: Comparison, width: int | None = None) -> str:
 
 def renderable(comparisons: Sequence[Comparison]) -> RenderableType:
     """Return all but the cautions, as rich prints it."""
-    parts: list[RenderableType] = [table(comparisons), Text(_LEGEND)]
+    parts: list[RenderableType] = [table(comparisons), Text(legend(comparisons))]
     for comparison in comparisons:
         parts += [Text(), Text(closing_sentence(comparison))]
     parts.append(Text())
     for comparison in comparisons:
-        parts += [Text(line) for line in answer_lines(comparison)]
-        parts += [Text(line) for line in delegation_lines(comparison)]
-        parts += [Text(f"Note, {comparison.model}, {note}") for note in comparison.notes]
+        # Of one alone it is known which is meant.
+        name = "" if len(comparisons) == 1 else f", {comparison.model}"
+        lines = [*answer_lines(comparison), *delegation_lines(comparison)]
+        parts += [Text(f"{name[2:]}: {line}" if name else line) for line in lines]
+        parts += [Text(f"Note{name}: {note}") for note in comparison.notes]
     return Group(*parts)
+
+
+def legend(comparisons: Sequence[Comparison]) -> str:
+    """Return what the words of the table mean."""
+    folded = any(row.variant == FOLDED for c in comparisons for row in c.rows)
+    return _LEGEND + (_FOLDED_LEGEND if folded else "")
 
 
 def caution_lines(comparisons: Sequence[Comparison]) -> list[str]:
@@ -98,7 +112,7 @@ def markdown(comparison: Comparison) -> str:
         *comparison.notes,
         *caution_lines([comparison]),
     ]
-    closing = [_LEGEND, "", closing_sentence(comparison)]
+    closing = [legend([comparison]), "", closing_sentence(comparison)]
     return "\n".join([*lines, "", *closing, "", *(f"- {line}" for line in more)]).rstrip() + "\n"
 
 
@@ -214,6 +228,9 @@ def _pairs(comparison: Comparison) -> tuple[Pairs, Pairs]:
         (place, comparison.find(variant, target, "fp32"), comparison.find(variant, target, "int8"))
         for place, variant, target in (
             ("ExecuTorch", FOLDED, ".pte"),
+            ("ONNX Runtime", FOLDED, ".onnx"),
+            ("OpenVINO", FOLDED, ".xml"),
+            ("AOTInductor", FOLDED, ".aoti.pt2"),
             ("TorchScript", "fused", ".pt"),
         )
     ]
@@ -250,7 +267,7 @@ def answer_lines(comparison: Comparison) -> list[str]:
     if comparison.accuracy_of is not None:
         is_known = any(row.accuracy is not None for row in comparison.rows)
         what = f" Accuracy is {comparison.accuracy_of}." if is_known else _NO_SCORES
-    lines = [f"{comparison.model}, answers on {comparison.validation}.{what}"]
+    lines = [f"Answers are compared on {comparison.validation}.{what}"]
     same = []
     for row in comparison.rows:
         answers = row.answers
@@ -296,7 +313,7 @@ def delegation_lines(comparison: Comparison) -> list[str]:
             macs = "" if share is None else f"{100 * share:.1f} % of the multiply-accumulates and "
             calls = row.delegation.calls_delegated + row.delegation.calls_left
             lines.append(
-                f"{comparison.model}, {row.precision} {row.target}: {row.delegation.delegate} runs "
-                f"{macs}{row.delegation.calls_delegated} of {calls} operator calls."
+                f"{row.precision} {row.target}: {row.delegation.delegate} runs {macs}"
+                f"{row.delegation.calls_delegated} of {calls} operator calls."
             )
     return lines

@@ -13,13 +13,18 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-__all__ = ["progress", "quiet_option", "suite_progress"]
+__all__ = ["is_quiet", "progress", "quiet_option", "suite_progress"]
 
 _WORTH_SAYING_S = 1.0
 
 
 class _Shown:
     is_quiet = False  # --quiet of the command that runs
+
+
+def is_quiet() -> bool:
+    """Whether --quiet was given."""
+    return _Shown.is_quiet
 
 
 def _set(_ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:

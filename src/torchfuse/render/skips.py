@@ -20,7 +20,7 @@ class SkipGroup:
     """All skips of one rule for one reason."""
 
     rule: str | None
-    reason: str  # with the names of its own modules left out where there are several skips
+    reason: str  # with the names of its own modules and blocks left out where there are several
     hint: str
     modules: tuple[tuple[str, ...], ...]
 
@@ -41,6 +41,8 @@ def grouped(skips: Iterable[Skip]) -> list[SkipGroup]:
 
 
 def _without_names(text: str, skip: Skip) -> str:
-    for name in sorted(skip.modules, key=len, reverse=True):
-        text = text.replace(f"`{name}`", _ANY)
+    for name in skip.modules:
+        parts = name.split(".")
+        for count in range(len(parts), 0, -1):  # and the blocks that it is in
+            text = text.replace(f"`{'.'.join(parts[:count])}`", _ANY)
     return text

@@ -15,6 +15,7 @@ from torchfuse.targets.target import CheckedFile
 __all__ = ["check", "first_load"]
 
 _PROGRAM, _COMPILED = ".pt2", ".aoti.pt2"
+_WEIGHTS = (".safetensors", ".pth")
 _FIRST_LOAD_TIMEOUT_S = 120  # importing torch on a slow disk takes most of it
 
 
@@ -35,6 +36,11 @@ def check(path: str | os.PathLike[str]) -> CheckedFile:
             f"Expected a file that a runtime runs, got '{path}': an exported program is a model, "
             f"and no runtime's file; make one of it ('torchfuse export {path} -o model.pte'; "
             "'torchfuse targets' lists others), or see all of them with 'torchfuse compare'."
+        )
+    if path.suffix in _WEIGHTS:
+        raise ArtifactError(
+            f"Expected a file that a runtime runs, got '{path}': a state dict holds weights and no "
+            "model; load it into the model that torchfuse.fuse returns, and export that."
         )
     target = target_for(path)
     files = {target.suffix: _read(path, "a model file")}

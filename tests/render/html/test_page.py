@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torchfuse.comparison import (
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.noise import Caution
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.profiling import OperatorTime, Profile
 from torchfuse.render import libraries
@@ -170,6 +172,47 @@ def test_it_fits_any_width_and_says_nothing_to_the_console(
     assert (tmp_path / "page.png").stat().st_size > 20_000
 
 
+@pytest.mark.parametrize("width", [360, 760, 864, 1400])
+def test_a_quantity_of_all_rows_stands_below_itself(
+    browser: Browser, report: Path, width: int
+) -> None:
+    browser.open(report, width)
+    places = browser.run(
+        "[...document.querySelectorAll('.rows tbody td')].map(cell => {"
+        " const box = cell.getBoundingClientRect(); const right = getComputedStyle(cell).textAlign"
+        " === 'right'; return [cell.dataset.label, Math.round(right ? box.right : box.left)]; })"
+    )
+    assert len(places) == 4 * 7
+    assert len({tuple(place) for place in places}) == 7
+
+
+def test_no_chart_is_cut_on_a_phone(browser: Browser, report: Path) -> None:
+    browser.open(report, 360)
+    edges = browser.run(
+        "[...document.querySelectorAll('.narrow text')].map(e => e.getBoundingClientRect().right)"
+    )
+    assert max(edges) <= 360
+
+
+def test_what_makes_the_times_doubtful_stands_above_them(tmp_path: Path, browser: Browser) -> None:
+    load = Caution("other-load", "other programs used 87% of the time; close them", fails=True)
+    spread = Caution("spread", "the median is known to ±9% only", fails=True, name="a row")
+    first, *others = COMPARISON.rows
+    doubtful = replace(first, latency=replace(first.latency, cautions=(load, spread)))
+    page = tmp_path / "page.html"
+    page.write_text(replace(COMPARISON, rows=(doubtful, *others)).to_html())
+    browser.open(page)
+    shown = browser.run("document.querySelector('header').innerText")
+    assert "The times are doubtful. Other programs used 87% of the time; close them." in shown
+    assert "known to" not in shown
+
+
+def test_an_interval_and_the_command_are_not_broken_in_their_words(report: Path) -> None:
+    text = report.read_text()
+    assert re.search(r"\(\d\.\d\d…\u2060\d\.\d\d\)", text)
+    assert "<span>--data</span> <span>a.npz</span>" in text
+
+
 def test_what_takes_time_waits_until_it_is_wanted(browser: Browser, report: Path) -> None:
     browser.open(report)
     assert browser.run("typeof vegaEmbed") == "undefined"
@@ -220,6 +263,18 @@ def test_every_sample_is_a_dot(browser: Browser, report: Path) -> None:
     browser.open(report)
     marks = "#latency-local .wide svg .mark-symbol.role-mark path"
     assert browser.run(f"document.querySelectorAll('{marks}').length") == 4 * 20
+
+
+def test_of_thousands_of_calls_so_many_are_dots_that_the_page_can_be_sent() -> None:
+    def longer(row: Row) -> Row:
+        samples = tuple(1e-3 + 1e-6 * i for i in range(5000))
+        return replace(row, latency=replace(row.latency, samples_s=samples))
+
+    page = replace(COMPARISON, rows=tuple(map(longer, COMPARISON.rows))).to_html()
+    assert len(page.encode()) < MOST_BYTES
+    assert "200 of up to 5000 of each form, from the fastest to the slowest" in page
+    assert '"ms":1.0,' in page
+    assert '"ms":5.999,' in page
 
 
 def test_charts_answer_to_the_pointer(browser: Browser, report: Path) -> None:

@@ -19,6 +19,9 @@ from torchfuse.render.comparison import (
     headings,
     lead,
 )
+from torchfuse.render.comparison import (
+    legend as table_legend,
+)
 from torchfuse.render.html.charts import charts, pareto, row_name
 from torchfuse.render.html.figures import figures
 from torchfuse.render.html.picture import legend, picture
@@ -40,6 +43,7 @@ __all__ = ["fragment", "page"]
 _VEGA = "window.vegaEmbed = vegaEmbed;"
 _MOST_OPERATORS = 12
 _UNIT = re.compile(r"(?<=\d) (?=(%|[mµn]?s|[kMG]?B|bytes|dB)(?!\w))")
+_RANGE = re.compile(r"…(?=\d)")
 _TYPES = re.compile(r", [A-Z]{1,3}\d+[A-Z]*(?=[,)])")  # ", QS8, QC8W" of an XNNPACK kernel
 _MOST_MODULES = 12  # of a group of skips, shown without opening it
 
@@ -68,16 +72,18 @@ def page(comparison: Comparison) -> str:
         charts=made,
         specs=_json({chart.name: [chart.wide, chart.narrow] for chart in made}),
         pareto=[row_name(row) for row in pareto(comparison.rows)],
-        answers=_without_name(answer_lines(comparison), comparison),
-        delegation=_without_name(delegation_lines(comparison), comparison),
+        answers=answer_lines(comparison),
+        delegation=delegation_lines(comparison),
         profiles=_side_by_side(comparison.profiles),
         cautions=caution_lines([comparison]),
+        doubts=_doubts(comparison),
         plan=plan,
         shares="" if plan is None else shares(plan),
         skips=[] if plan is None else grouped(plan.skips),
         most_modules=_MOST_MODULES,
         graph=_json(picture(comparison)) if comparison.before else None,
         legend=legend(comparison),
+        table_legend=table_legend([comparison]),
         css=text("page.css"),
         script=text("page.js"),
         cytoscape=_script(text("vendor/cytoscape.min.js")),
@@ -89,14 +95,14 @@ def page(comparison: Comparison) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Return the text with no line break between a number and its unit."""
-    return _UNIT.sub("\u00a0", text)
+    """Return the text with no line break between a number and its unit, or inside an interval."""
+    return _RANGE.sub("…\u2060", _UNIT.sub("\u00a0", text))
 
 
-def _without_name(lines: Iterable[str], comparison: Comparison) -> list[str]:
-    """Return the lines without the model's name, which stands above them."""
-    found = [line.removeprefix(f"{comparison.model}, ") for line in lines]
-    return [f"{line[0].upper()}{line[1:]}" for line in found]
+def _doubts(comparison: Comparison) -> list[str]:
+    """Return what makes all times doubtful, to stand above them: what else the machine did."""
+    found = [c.text for c in comparison.cautions if c.fails and c.name is None]
+    return [f"{text[0].upper()}{text[1:]}." for text in dict.fromkeys(found)]
 
 
 def _side_by_side(profiles: Iterable[Profile]) -> list[dict[str, Any]]:

@@ -147,6 +147,8 @@ def _y(rows: Sequence[Row], width: int, field: str = "name") -> alt.Y:
 def _latency(rows: Sequence[Row], where: str, device: str) -> Chart:
     import altair as alt
 
+    most = max(row.latency.runs for row in rows)
+    dots = min(most, max(_FEWEST_DOTS, _MOST_DOTS // len(rows)))  # of each row
     values = [
         {
             "name": row_name(row),
@@ -155,7 +157,9 @@ def _latency(rows: Sequence[Row], where: str, device: str) -> Chart:
             "jitter": round(shift, 2),
         }
         for row in rows
-        for sample, shift in zip(row.latency.samples_s, _jitter(row.latency.runs), strict=True)
+        for sample, shift in zip(
+            _evenly(row.latency.samples_s, dots), _jitter(min(dots, row.latency.runs)), strict=True
+        )
     ]
     medians = [
         {"name": row_name(row), "precision": row.precision, "ms": row.latency.median_s * 1e3}
@@ -196,13 +200,30 @@ def _latency(rows: Sequence[Row], where: str, device: str) -> Chart:
         )
         return alt.layer(dots, centre).properties(height=30 * len(rows))
 
+    caption = "Each dot is one timed call; the line is the median."
+    if dots < most:
+        caption = (
+            f"Each dot is one timed call, {dots} of up to {most} of each form, from the fastest to "
+            "the slowest; the line is the median of all."
+        )
     slug = "".join(c if c.isalnum() else "-" for c in device)
     return _chart(
         f"latency-{slug}",
         f"Time of every single call{where}",
-        "Each dot is one timed call; the line is the median.",
+        caption,
         draw,
     )
+
+
+_MOST_DOTS, _FEWEST_DOTS = 800, 50  # a dot takes 800 bytes: a page has to be small enough to send
+
+
+def _evenly(samples: Sequence[float], count: int) -> Sequence[float]:
+    """Return all samples, or so many of them: evenly by rank, from the least to the largest."""
+    if len(samples) <= count:
+        return samples
+    ranked = sorted(samples)
+    return [ranked[round(i * (len(ranked) - 1) / (count - 1))] for i in range(count)]
 
 
 def _spread(times_s: Sequence[float]) -> bool:
@@ -446,7 +467,11 @@ def _layers(comparison: Comparison) -> Chart:
     import altair as alt
 
     worst = comparison.layers[:_MOST_LAYERS]
-    names = [f"{layer.module or 'the model itself'} ({layer.operator})" for layer in worst]
+    modules = [layer.module or "the model itself" for layer in worst]
+    names = [
+        module if modules.count(module) == 1 else f"{module} ({layer.operator})"
+        for module, layer in zip(modules, worst, strict=True)
+    ]
     values = [
         {"name": name, "what": what, "db": min(value, _EXACT_DB)}
         for name, layer in zip(names, worst, strict=True)
@@ -470,6 +495,8 @@ def _layers(comparison: Comparison) -> Chart:
                 domain=["with all before it in int8", "its own share"],
                 range=["var(--int8)", "var(--fp32)"],
             ),
+            # Beside each other they are wider than a phone.
+            legend=alt.Legend(columns=2 if width == _WIDE else 1),
         )
         base = alt.Chart(alt.Data(values=values)).encode(
             x=alt.X(

@@ -37,8 +37,8 @@ def figures(comparison: Comparison) -> list[Figure]:
                 "Fastest",
                 f"{ratio.value:.2f}×",
                 f"{_named(fastest)}: {duration(fastest.latency.median_s)} a call, where "
-                f"{_named(first)} takes {duration(first.latency.median_s)} "
-                f"({ratio.low:.2f}…{ratio.high:.2f})",
+                f"{_named(first)} takes {duration(first.latency.median_s)}; "
+                f"95 % interval {ratio.low:.2f}…{ratio.high:.2f}",
             )
         )
     sized = [row for row in rows if row.size_bytes]

@@ -95,7 +95,8 @@ def script(model: nn.Module, case: Case) -> Scripted:
             scripted = torch.jit.script(model)
             run(scripted, case)
         except Exception as error:  # noqa: BLE001  # the compiler raises whatever it likes
-            reason = re.sub(r" at 0x[0-9a-f]+", "", first_line(error))  # the same each time
+            # The same each time; and some end where the place in the code would follow.
+            reason = re.sub(r" at 0x[0-9a-f]+| at$", "", first_line(error))
         else:
             return Scripted(scripted, None)
         try:
