@@ -67,7 +67,7 @@ def made(request: Request) -> Made:
         loaded = OnnxModel(payload, signature, threads=1)
     except ArtifactError as error:
         raise UnsupportedError(
-            f"The {found.precision} model does not run here: {error}."
+            f"ONNX Runtime does not run the {found.precision} model here: {error}."
         ) from error
     taken = len(model.graph.input)
     tensors = sum(shape is not None for shape in input_shapes(found.program))

@@ -63,7 +63,9 @@ def made(request: Request) -> Made:
             files[".xml"], files[".bin"], signature, precision=precision, threads=1
         )
     except ArtifactError as error:
-        raise UnsupportedError(f"The {precision} model does not run here: {error}.") from error
+        raise UnsupportedError(
+            f"OpenVINO does not run the {precision} model here: {error}."
+        ) from error
     if precision != "int8" and loaded.precision != precision:
         raise UnsupportedError(
             f"OpenVINO computes in {loaded.precision} on this CPU where {precision} was asked for; "
