@@ -27,6 +27,7 @@ from target_table.models import MODELS
 
 import torchfuse
 from torchfuse.inputs import Case
+from torchfuse.quantizing.measures import sqnr_of_outputs
 from torchfuse.quantizing.static import float_graph
 from torchfuse.quieting import quiet
 from torchfuse.targets.openvino.compiled import OpenVinoModel
@@ -68,16 +69,9 @@ def by_nncf(model: nn.Module, data: list[Tensor]) -> Any:
         return torchfuse.load(path, threads=1)
 
 
-def sqnr_db(model: nn.Module, call: Any, samples: list[Tensor]) -> float:
-    """Return the ratio of signal to noise over all samples and outputs."""
-    signal = noise = 0.0
-    for sample in samples:
-        for a, b in zip(
-            pytree.tree_leaves(model(sample)), pytree.tree_leaves(call(sample)), strict=True
-        ):
-            signal += float(a.square().sum())
-            noise += float((a - b).square().sum())
-    return float(10 * torch.tensor(signal / noise).log10())
+def outputs(call: Any, samples: list[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors that a model or a file returns for each sample."""
+    return [pytree.tree_leaves(call(sample)) for sample in samples]
 
 
 def main() -> None:
@@ -102,7 +96,10 @@ def main() -> None:
                 "nncf": by_nncf(model, data),
                 "executorch": by_executorchs_quantizer(model, data),
             }
-            quality = {key: sqnr_db(model, call, samples) for key, call in made.items()}
+            expected = outputs(model, samples)
+            quality = {
+                key: sqnr_of_outputs(expected, outputs(call, samples)) for key, call in made.items()
+            }
             times = measure_interleaved(
                 made, Case((data[0],)), runs=given.runs, threads=1, clock=CLOCKS[given.clock]
             )
