@@ -114,7 +114,8 @@ def _converted(program: torch.export.ExportedProgram, *, quantized: bool) -> Any
         lines = [line for line in str(error).splitlines() if "No conversion rule" in line]
         reason = (lines or [first_line(error)])[0].strip().rstrip(".")
         raise UnsupportedError(
-            f"OpenVINO cannot convert this model: {reason}; try '.pte' or '.onnx'."
+            f"OpenVINO cannot convert this model: {reason}; '.pt' has all operators, and "
+            "'.pte' and '.onnx' have others; or replace it in the model."
         ) from error
 
 
