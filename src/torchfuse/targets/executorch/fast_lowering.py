@@ -286,24 +286,31 @@ def _identical(some: Any, others: Any) -> bool:
 
 @contextlib.contextmanager
 def _verifying_only_what_changed() -> Iterator[None]:
-    """Run a graph through the check of its operators' types once, not after every step.
+    """Run a graph, or its copy, through the check of its operators' types once.
 
-    The check runs every operator on fake tensors.
+    The check runs every operator on fake tensors, after every step.
     """
     verifier = import_module("executorch.exir.verification.verifier")
-    checked: weakref.WeakKeyDictionary[fx.GraphModule, list[Any]] = weakref.WeakKeyDictionary()
+    checked: set[tuple[Any, ...]] = set()
 
     def wrap(check: Callable[..., None]) -> Callable[..., None]:
         def check_if_changed(graph_module: fx.GraphModule) -> None:
-            state = _state(graph_module)
-            if not _same(checked.get(graph_module), state):
+            typed = tuple(
+                (node.name, node.op, node.target, str(node.args), str(node.kwargs), _dtypes(node))
+                for node in graph_module.graph.nodes
+            )
+            if typed not in checked:
                 check(graph_module)
-                checked[graph_module] = state
+                checked.add(typed)
 
         return check_if_changed
 
     with _replaced(verifier, "_check_tensor_args_matching_op_allowed_dtype", wrap):
         yield
+
+
+def _dtypes(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(getattr(leaf, "dtype", None) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _state(graph_module: fx.GraphModule) -> list[Any]:
