@@ -121,8 +121,11 @@ def delegated(given: argparse.Namespace) -> list[dict[str, Any]]:
         for precision in given.precision or PRECISIONS:
             print(f"  {name}, {precision}", file=sys.stderr)
             data = calibration(name) if precision == "int8" else None
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                _, facts = ours(model, x, Path(folder) / "model.pte", precision, data)
+            try:
+                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                    _, facts = ours(model, x, Path(folder) / "model.pte", precision, data)
+            except UnsupportedError as error:
+                facts = {"error": first_line(error)}
             rows.append({"model": name, "precision": precision, "files": {f"{OURS}.pte": facts}})
     return rows
 

@@ -78,8 +78,11 @@ def delegation_table(rows: Sequence[Row]) -> Iterator[str]:
         f"{'':22} {'':5} {'MACs':>7} {'values':>7} {'pieces':>6} {'float between int8':>19}  left"
     )
     for row in rows:
-        taken = row["files"].get(f"{OURS}.pte", {}).get("delegation")
+        found = row["files"].get(f"{OURS}.pte", {})
+        taken = found.get("delegation")
         if taken is None:
+            if "error" in found:
+                yield f"{row['model']:22} {row['precision']:5} {found['error']:.100}"
             continue
         left = ", ".join(f"{count}× {name}" for name, count in taken["left"].items()) or "nothing"
         plain = row["files"].get(f"{PLAIN}.pte", {})
