@@ -1,6 +1,7 @@
 """OpenVINO in int8: `nncf.quantize` against ExecuTorch's OpenVINOQuantizer on the same graph.
 
-Both calibrate on the same images, and both files run in OpenVINO on one thread. Shown is the ratio
+MobileNetV2 has ImageNet weights and photos, the others random ones. Both calibrate on the same
+images, and both files run in OpenVINO on one thread. Shown is the ratio
 of signal to noise over other images, against the model in float, and the ratio of the times.
 
     python benchmarks/openvino_quantizers.py [--only NAME] [--json FILE] [--clock cpu]
@@ -22,19 +23,42 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(sys.prefix) / "models"))  # where `make targets` puts timm
 
 from target_table.models import MODELS
 
 import torchfuse
 from torchfuse.inputs import Case
+from torchfuse.quantizing.measures import sqnr_of_outputs
 from torchfuse.quantizing.static import float_graph
 from torchfuse.quieting import quiet
 from torchfuse.targets.openvino.compiled import OpenVinoModel
 from torchfuse.timing import measure_interleaved, ratio
 
-NETS = ("mobilenet_v2", "regnetx_002", "mobilenetv3_small_100")
+TRAINED = "mobilenet_v2, trained"
+NETS = (TRAINED, "resnet18", "vit_tiny_patch16_224")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CALIBRATION, SAMPLES = 16, 32
+
+
+def trained() -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """Return MobileNetV2 with ImageNet weights, with views of some photos, and of others."""
+    from quantization_accuracy import package, pretrained, views
+
+    photos = sorted((package("foolbox") / "data").glob("imagenet_*.jpg"))
+    given, others = photos[: CALIBRATION // 2], photos[CALIBRATION // 2 :]
+    data, samples = (
+        [view for path in paths for view in views(path)[:count].split(1)]
+        for paths, count in ((given, 2), (others, 3))
+    )
+    return pretrained(), data, samples
+
+
+def untrained(name: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """Return a model with random weights, with random images, and with others."""
+    entry = MODELS[name]
+    data, samples = entry.inputs(CALIBRATION, seed=3), entry.inputs(SAMPLES, seed=4)
+    return entry.model(), list(data.split(1)), list(samples.split(1))
 
 
 def by_executorchs_quantizer(model: nn.Module, data: list[Tensor]) -> OpenVinoModel:
@@ -68,22 +92,15 @@ def by_nncf(model: nn.Module, data: list[Tensor]) -> Any:
         return torchfuse.load(path, threads=1)
 
 
-def sqnr_db(model: nn.Module, call: Any, samples: list[Tensor]) -> float:
-    """Return the ratio of signal to noise over all samples and outputs."""
-    signal = noise = 0.0
-    for sample in samples:
-        for a, b in zip(
-            pytree.tree_leaves(model(sample)), pytree.tree_leaves(call(sample)), strict=True
-        ):
-            signal += float(a.square().sum())
-            noise += float((a - b).square().sum())
-    return float(10 * torch.tensor(signal / noise).log10())
+def outputs(call: Any, samples: list[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors that a model or a file returns for each sample."""
+    return [pytree.tree_leaves(call(sample)) for sample in samples]
 
 
 def main() -> None:
     """Print a line for each net, and write all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", action="append", choices=MODELS)
+    parser.add_argument("--only", action="append", choices=(TRAINED, *MODELS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -93,16 +110,16 @@ def main() -> None:
     rows = []
     print(f"{'':22} {'nncf.quantize':>14} {'OpenVINOQuantizer':>18}  time of the first / second")
     for name in given.only or NETS:
-        entry = MODELS[name]
-        model = entry.model()
-        data = list(entry.inputs(CALIBRATION, seed=3).split(1))
-        samples = list(entry.inputs(SAMPLES, seed=4).split(1))
+        model, data, samples = trained() if name == TRAINED else untrained(name)
         with torch.no_grad():
             made = {
                 "nncf": by_nncf(model, data),
                 "executorch": by_executorchs_quantizer(model, data),
             }
-            quality = {key: sqnr_db(model, call, samples) for key, call in made.items()}
+            expected = outputs(model, samples)
+            quality = {
+                key: sqnr_of_outputs(expected, outputs(call, samples)) for key, call in made.items()
+            }
             times = measure_interleaved(
                 made, Case((data[0],)), runs=given.runs, threads=1, clock=CLOCKS[given.clock]
             )

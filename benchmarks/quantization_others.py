@@ -26,16 +26,12 @@ from torch import Tensor, nn
 import torchfuse
 from torchfuse.models import digits
 from torchfuse.quantizing import quantize
+from torchfuse.quantizing.measures import sqnr_of_outputs
 from torchfuse.quantizing.recovery import STEPS
 
 TOKENS, SENTENCES, CALIBRATION = 32, 200, 64
 TARGET_DIGITS_POINTS = 0.5
 WIDTH, EPOCHS = 32, 12
-
-
-def sqnr_db(expected: Tensor, got: Tensor) -> float:
-    """Return the signal-to-noise ratio over all values."""
-    return 10 * torch.log10(expected.square().sum() / (expected - got).square().sum()).item()
 
 
 def exported(model: nn.Module, inputs: Any) -> tuple[Any, int]:
@@ -72,7 +68,7 @@ def rows_of(name: str, model: nn.Module, data: digits.Digits) -> list[dict[str, 
         rows.append(
             {"model": name, "scheme": scheme, "measure": "top-1", "before": before,
              "after": 100 * digits.accuracy(run, data), "size_share": size / float_bytes,
-             "sqnr_db": sqnr_db(expected, got)}
+             "sqnr_db": sqnr_of_outputs([[expected]], [[got]])}
         )  # fmt: skip
     return rows
 
@@ -194,7 +190,8 @@ def face_rows() -> list[dict[str, Any]]:
             rows.append(
                 {"model": name, "scheme": scheme, "measure": "top-1", "before": before,
                  "after": 100 * (got.argmax(1) == wanted).double().mean().item(),
-                 "size_share": size / float_bytes, "sqnr_db": sqnr_db(expected, got)}
+                 "size_share": size / float_bytes,
+                 "sqnr_db": sqnr_of_outputs([[expected]], [[got]])}
             )  # fmt: skip
     return rows
 
@@ -261,7 +258,7 @@ def minilm_rows() -> list[dict[str, Any]]:
         rows.append(
             {"model": "MiniLM", "scheme": scheme, "measure": "same nearest sentence",
              "before": 100.0, "after": same, "size_share": size / float_bytes,
-             "sqnr_db": sqnr_db(expected, got)}
+             "sqnr_db": sqnr_of_outputs([[expected]], [[got]])}
         )  # fmt: skip
     return rows
 

@@ -10,6 +10,7 @@ most 1 dB and 1 point of agreement worse than ours.
     python benchmarks/targets.py --json targets.json                # all: an hour or two
     python benchmarks/targets.py --only yolo --precision int8 --json targets.json
     python benchmarks/targets.py --table targets.json               # what was measured so far
+    python benchmarks/targets.py --delegation                       # what XNNPACK takes: minutes
 
 The JSON is written after each model and precision; what is in it already, of others, stays. Needs
 timm; `--clock cpu` is for a machine that others use too.
@@ -17,6 +18,8 @@ timm; `--clock cpu` is for a machine that others use too.
 
 import argparse
 import json
+import math
+import os
 import platform
 import sys
 import tempfile
@@ -31,15 +34,25 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(sys.prefix) / "models"))  # where `make targets` puts timm
 
 from target_table.models import MODELS
 from target_table.plain_files import frozen, plain
-from target_table.table import OURS, PLAIN, SUFFIXES, block, delegation_table, fastest_table
+from target_table.table import (
+    OURS,
+    PLAIN,
+    SUFFIXES,
+    block,
+    delegation_table,
+    export_table,
+    fastest_table,
+)
 
 import torchfuse
 from torchfuse.artifacts import Artifact, write_atomically
 from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.inputs import Case
+from torchfuse.quantizing.measures import sqnr_of_outputs
 from torchfuse.targets.aotinductor.cpu import this_cpu
 from torchfuse.timing import measure_interleaved
 
@@ -52,13 +65,13 @@ def measured(name: str, precision: str, given: argparse.Namespace) -> dict[str, 
     """Return what was found of one model in one precision, as it lies in the JSON."""
     entry = MODELS[name]
     model, x = entry.model(), entry.inputs(1, seed=1)
-    data = list(entry.inputs(CALIBRATION, seed=3).split(1)) if precision == "int8" else None
+    data = calibration(name) if precision == "int8" else None
     files: dict[str, dict[str, Any]] = {}
     callables: dict[str, Callable[..., Any]] = {}
 
     def add(key: str, make: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]) -> None:
         print(f"  {name}, {precision}: {key}", file=sys.stderr)
-        start = time.process_time()
+        start = cpu_s()
         try:
             callables[key], files[key] = make()
         except Exception as error:  # a peer that cannot is part of the result
@@ -66,7 +79,7 @@ def measured(name: str, precision: str, given: argparse.Namespace) -> dict[str, 
                 raise
             files[key] = {"error": f"{type(error).__name__}: {first_line(error):.100}"}
             return
-        files[key]["made_s"] = time.process_time() - start
+        files[key]["made_s"] = cpu_s() - start
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for suffix in given.target or SUFFIXES:
@@ -93,6 +106,33 @@ def measured(name: str, precision: str, given: argparse.Namespace) -> dict[str, 
         "turn_runs": next(iter(times.values())).turn_runs,
         "files": files,
     }
+
+
+def cpu_s() -> float:
+    """Return the CPU time of this process and of those that it waited for, compilers among them."""
+    return sum(os.times()[:4])
+
+
+def delegated(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return rows of our `.pte` alone, not measured, with what XNNPACK takes of it."""
+    rows = []
+    for name in given.only or MODELS:
+        model, x = MODELS[name].model(), MODELS[name].inputs(1, seed=1)
+        for precision in given.precision or PRECISIONS:
+            print(f"  {name}, {precision}", file=sys.stderr)
+            data = calibration(name) if precision == "int8" else None
+            try:
+                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                    _, facts = ours(model, x, Path(folder) / "model.pte", precision, data)
+            except UnsupportedError as error:
+                facts = {"error": first_line(error)}
+            rows.append({"model": name, "precision": precision, "files": {f"{OURS}.pte": facts}})
+    return rows
+
+
+def calibration(name: str) -> list[Tensor]:
+    """Return the images that all int8 files of a model are calibrated on."""
+    return list(MODELS[name].inputs(CALIBRATION, seed=3).split(1))
 
 
 def ours(
@@ -135,9 +175,8 @@ def judge(
         got = [outputs(call, sample) for sample in samples]
         matched = (zip(a, b, strict=True) for a, b in zip(expected, got, strict=True))
         pairs = [pair for each in matched for pair in each]
-        noise = sum(float((a - b).square().sum()) for a, b in pairs)
-        signal = sum(float(a.square().sum()) for a, _ in pairs)
-        files[key]["sqnr_db"] = float(10 * torch.tensor(signal / max(noise, 1e-30)).log10())
+        decibels = sqnr_of_outputs(expected, got)
+        files[key]["sqnr_db"] = decibels if math.isfinite(decibels) else None  # None: equal
         same = [bool(a.argmax() == b.argmax()) for a, b in pairs if a.dim() == 2]
         files[key]["agreement"] = sum(same) / len(same) if len(same) == len(samples) else None
 
@@ -167,6 +206,11 @@ def merged(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     return [kept[key] for key in sorted(kept, key=order.index)]
 
 
+def tables(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what was found as three tables."""
+    return [*fastest_table(rows), "", *delegation_table(rows), "", *export_table(rows)]
+
+
 def main() -> None:
     """Print a block for each model and precision, and write all as JSON after each."""
     parser = argparse.ArgumentParser(
@@ -180,14 +224,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30, help="timed calls of each file")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="images to be judged on")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument(
+        "--delegation", action="store_true", help="measure nothing, show what XNNPACK takes"
+    )
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="measure nothing")
     given = parser.parse_args()
     if given.table:
         rows = [row for path in given.table for row in json.loads(path.read_text())]
-        print("\n".join([*fastest_table(rows), "", *delegation_table(rows)]))
+        print("\n".join(tables(rows)))
         return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if given.delegation:
+        print("\n".join(delegation_table(delegated(given))))
+        return
     warm_up(given)
     rows = []
     for name in given.only or MODELS:
@@ -198,7 +248,7 @@ def main() -> None:
             if given.json is not None:
                 text = json.dumps(merged(given.json, row), indent=1) + "\n"
                 write_atomically(given.json, text.encode())
-    print("\n".join(["", *fastest_table(rows), "", *delegation_table(rows)]))
+    print("\n".join(["", *tables(rows)]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """MODEL, --input and --weights: what they accept, and one sentence for what they do not."""
 
+import logging
 import subprocess
 import sys
 import types
@@ -227,6 +228,22 @@ def test_a_damaged_exported_program_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04 not a program")
     with pytest.raises(InputError, match=r"damaged\.pt2' is not an exported program"):
         load(str(path))
+
+
+def test_why_an_exported_program_cannot_be_loaded_is_said_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "half.pt2"
+    program = torch.export.export(nn.Linear(2, 3), (torch.ones(4, 2),))
+    torch.export.save(program, path)
+    path.write_bytes(path.read_bytes()[:-500])
+    logging.getLogger("torch.export").addHandler(caplog.handler)
+    try:
+        with pytest.raises(InputError, match=r"half\.pt2' .* \(RuntimeError: PytorchStreamReader"):
+            load(str(path))
+    finally:
+        logging.getLogger("torch.export").removeHandler(caplog.handler)
+    assert not [each for each in caplog.records if each.name == "torch.export"]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

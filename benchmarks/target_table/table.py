@@ -13,6 +13,7 @@ __all__ = [
     "block",
     "counting_peers",
     "delegation_table",
+    "export_table",
     "fastest_table",
 ]
 
@@ -31,7 +32,7 @@ def block(row: Row) -> Iterator[str]:
         if "error" in found:
             yield f"  {key:19} {found['error']}"
             continue
-        quality = f"{found['sqnr_db']:6.1f} dB"
+        quality = f"{_decibels(found):6.1f} dB"
         if found["agreement"] is not None:
             quality += f" {100 * found['agreement']:6.1f} % of classes"
         made = "" if found["made_s"] is None else f"  made in {found['made_s']:6.1f} s"
@@ -77,8 +78,11 @@ def delegation_table(rows: Sequence[Row]) -> Iterator[str]:
         f"{'':22} {'':5} {'MACs':>7} {'values':>7} {'pieces':>6} {'float between int8':>19}  left"
     )
     for row in rows:
-        taken = row["files"].get(f"{OURS}.pte", {}).get("delegation")
+        found = row["files"].get(f"{OURS}.pte", {})
+        taken = found.get("delegation")
         if taken is None:
+            if "error" in found:
+                yield f"{row['model']:22} {row['precision']:5} {found['error']:.100}"
             continue
         left = ", ".join(f"{count}× {name}" for name, count in taken["left"].items()) or "nothing"
         plain = row["files"].get(f"{PLAIN}.pte", {})
@@ -88,6 +92,22 @@ def delegation_table(rows: Sequence[Row]) -> Iterator[str]:
             f"{taken['pieces']:>6} {taken['conversions']:>19}  {left}"
             f"{'' if 'error' not in plain else '  (no plain file)'}"
         )
+
+
+def export_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield how long making each file took, ours and the plain one, in CPU time, and the ratio."""
+    yield f"{'making the file, CPU s':22} {'':5}" + "".join(f"{suffix:>22}" for suffix in SUFFIXES)
+    for row in rows:
+        cells = [_making(row, suffix) for suffix in SUFFIXES]
+        yield f"{row['model']:22} {row['precision']:5}" + "".join(f"{cell:>22}" for cell in cells)
+
+
+def _making(row: Row, suffix: str) -> str:
+    pair = [row["files"].get(f"{whose}{suffix}", {}).get("made_s") for whose in (OURS, PLAIN)]
+    if None in pair:
+        return "-"
+    ours, plain = pair
+    return f"{ours:.1f} / {plain:.1f} = {ours / plain:.2f}"
 
 
 def counting_peers(row: Row, ours: str) -> list[str]:
@@ -100,11 +120,15 @@ def counting_peers(row: Row, ours: str) -> list[str]:
 
 
 def _as_good(peer: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    if peer["sqnr_db"] < ours["sqnr_db"] - _AS_GOOD_DB:
+    if _decibels(peer) < _decibels(ours) - _AS_GOOD_DB:
         return False
     if peer["agreement"] is None:
         return True
     return bool(100 * (ours["agreement"] - peer["agreement"]) <= _AS_GOOD_POINTS)
+
+
+def _decibels(found: Mapping[str, Any]) -> float:
+    return math.inf if found["sqnr_db"] is None else float(found["sqnr_db"])
 
 
 def _fastest(row: Row) -> tuple[str, str] | None:

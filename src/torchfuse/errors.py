@@ -1,5 +1,7 @@
 """The errors a user can cause, each one clear sentence: expected, got, what to do."""
 
+import re
+
 __all__ = [
     "ArtifactError",
     "CalibrationError",
@@ -66,9 +68,10 @@ def first_line(error: BaseException) -> str:
     >>> first_line(RuntimeError("\n  Expected 3 channels.\nException raised from …"))
     'Expected 3 channels'
     """
-    lines = (line.strip(" .") for line in str(error).splitlines())
+    lines = (_WHERE.sub("", line).strip(" .") for line in str(error).splitlines())
     line = next(filter(None, lines), type(error).__name__)
     return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE].rsplit(" ", 1)[0] + " …"
 
 
+_WHERE = re.compile(r"^\[enforce fail at \S+\] *")  # in torch's sources
 _LONGEST_LINE = 300  # torch's dispatcher puts all backends that there are on one

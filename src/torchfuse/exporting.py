@@ -327,7 +327,11 @@ def loaded(file: CheckedFile, *, threads: int | None = None) -> Callable[..., An
     try:
         return target.load(file, threads=threads)
     except ArtifactError as error:
-        raise ArtifactError(f"'{file.path}' cannot be loaded: {error}") from error
+        other = target.other_version(file.metadata)
+        told = "" if other is None else f"; {other}: install that, or export the model again"
+        raise ArtifactError(
+            f"{target.name} {target.version} cannot load '{file.path}': {error}{told}."
+        ) from error
 
 
 def _own_version() -> str | None:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -404,13 +405,31 @@ def _load_program(path: Path) -> ExportedProgram:
 
     if not path.is_file():
         raise _missing_file(path, "*.pt2")
+    logger, heard = logging.getLogger("torch.export"), _Heard()
+    logger.addFilter(heard)
     try:
         return torch.export.load(path)
-    except Exception as error:
+    except Exception as raised:
+        error = heard.error or raised
         raise InputError(
             f"'{path}' is not an exported program that torch {torch.__version__} can load "
-            f"({type(error).__name__}: {first_line(error)}); save it with torch.export.save."
-        ) from error
+            f"({type(error).__name__}: {first_line(error)}): it is damaged, or of another torch; "
+            "save it again with torch.export.save."
+        ) from raised
+    finally:
+        logger.removeFilter(heard)
+
+
+class _Heard(logging.Filter):
+    """Takes the error that torch.export only writes to its log, with its traceback, out of it."""
+
+    error: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or record.exc_info[1] is None:
+            return True
+        self.error = record.exc_info[1]
+        return False
 
 
 def _module_of(text: str, program: ExportedProgram, example_inputs: Any) -> nn.Module:

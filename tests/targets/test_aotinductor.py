@@ -85,7 +85,7 @@ def test_a_file_for_another_cpu_or_torch_is_refused_before_its_code_is_loaded(
         ArtifactError, match=r"compiled for A CPU of 2030 with avx2048, which .* has"
     ):
         torchfuse.load(with_metadata(fp32, tmp_path, cpu=cpu))
-    with pytest.raises(ArtifactError, match=r"compiled for torch 2\.12\.0, and this is 2\.13"):
+    with pytest.raises(ArtifactError, match=r"made with torch 2\.12\.0, and this is 2\.13"):
         torchfuse.load(with_metadata(fp32, tmp_path, torch="2.12.0"))
 
 

@@ -78,6 +78,7 @@ def test_everything_is_as_before_afterwards_and_after_an_error() -> None:
     with quiet():
         from executorch.backends.xnnpack._passes import XNNPACKPassManager
         from executorch.exir.pass_base import _ExportPassBase
+        from executorch.exir.verification import verifier
 
     def replaceable() -> list[Any]:
         return [
@@ -85,6 +86,7 @@ def test_everything_is_as_before_afterwards_and_after_an_error() -> None:
             torch.export.ExportedProgram.run_decompositions,
             XNNPACKPassManager.transform,
             _ExportPassBase.call,
+            verifier._check_tensor_args_matching_op_allowed_dtype,
             hasattr(NodeSource, "__deepcopy__"),
         ]
 
@@ -114,6 +116,72 @@ def test_a_graph_that_was_not_compiled_is_when_someone_looks() -> None:
     assert "forward" not in vars(type(module)) or "return x" in module.code
     torch.testing.assert_close(module(torch.tensor([-1.0])), torch.tensor([-1.0]))
     assert "return x" in module.code
+
+
+def handed_on(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return given
+
+
+def another_operator(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (torch.ops.aten.sigmoid.default, *given[1:])
+
+
+def another_keyword(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*given[:2], {**given[2], "alpha": 1}, given[3])
+
+
+def other_metadata(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    given[3]["seen"] = True
+    return given
+
+
+def needs_a_trace(pass_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    pass_.tracer.create_proxy("call_function", *given[:3])
+    return given
+
+
+@pytest.mark.parametrize(
+    ("change", "is_handed_on"),
+    [
+        (handed_on, True),
+        (another_operator, False),
+        (another_keyword, False),
+        (other_metadata, False),
+        (needs_a_trace, False),
+    ],
+)
+def test_only_a_pass_that_hands_every_call_on_as_it_is_traces_nothing(
+    change: Any, is_handed_on: bool
+) -> None:
+    with quiet():
+        from executorch.exir.pass_base import ExportPass
+
+    class Pass(ExportPass):
+        def call_operator(self, *given: Any) -> Any:
+            return super().call_operator(*change(self, given))
+
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).eval()
+    graph_module = torch.export.export(model, (torch.ones(1, 3),)).graph_module
+    assert fast_lowering._hands_on_every_call(Pass(), graph_module) is is_handed_on
+
+
+def test_a_graph_that_was_changed_is_verified_again() -> None:
+    with quiet():
+        from executorch.exir.verification import verifier
+
+    checked: list[fx.GraphModule] = []
+    graph = fx.Graph()
+    relu = graph.call_function(torch.relu, (graph.placeholder("x"),))
+    graph.output(relu)
+    module = fx.GraphModule(nn.Module(), graph)
+    with pytest.MonkeyPatch.context() as patch:
+        name = "_check_tensor_args_matching_op_allowed_dtype"
+        patch.setattr(verifier, name, checked.append)
+        with fast_lowering.without_waste():
+            for target in (torch.relu, torch.relu, torch.sigmoid):
+                relu.target = target
+                getattr(verifier, name)(module)
+    assert len(checked) == 2
 
 
 @pytest.mark.parametrize("patterns", fast_lowering._PATTERNS, ids=lambda p: p.function)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import nncf
 import openvino
 import pytest
 import torch
@@ -80,6 +82,47 @@ def test_int8_is_nncfs_or_that_of_quantize(model: nn.Module, tmp_path: Path) -> 
             if str(op.get_rt_info()["layerType"].astype(str)) == "Convolution"
         }
         assert kinds <= {"u8", "i8"}
+
+
+class Attention(nn.Module):
+    """By torch's own function, or spelled out."""
+
+    def __init__(self, *, is_spelled_out: bool) -> None:
+        super().__init__()
+        self.to_parts, self.is_spelled_out = nn.Linear(8, 24), is_spelled_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_parts(x).chunk(3, -1)
+        if self.is_spelled_out:
+            return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "kind"),
+    [
+        (Attention(is_spelled_out=True), (1, 6, 8), nncf.ModelType.TRANSFORMER),
+        (Attention(is_spelled_out=False), (1, 6, 8), nncf.ModelType.TRANSFORMER),
+        (nn.Sequential(nn.Linear(8, 4), nn.Softmax(-1)), (1, 8), None),
+    ],
+)
+def test_nncf_is_told_of_an_attention(
+    net: nn.Module,
+    shape: tuple[int, ...],
+    kind: nncf.ModelType | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, quantize = [], nncf.quantize
+
+    def listening(*args: Any, **options: Any) -> Any:
+        told.append(options["model_type"])
+        return quantize(*args, **options)
+
+    monkeypatch.setattr(nncf, "quantize", listening)
+    data = list(torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)))
+    torchfuse.export(net.eval(), data[0], tmp_path / "n.xml", precision="int8", calibration=data)
+    assert told == [kind]
 
 
 def test_sizes_may_be_dynamic(model: nn.Module, tmp_path: Path) -> None:

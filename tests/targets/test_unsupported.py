@@ -23,9 +23,9 @@ class Bessel(nn.Module):
 TABLE = [
     (".pte", SingularValues(), r"svd.*'\.pt' has all operators, and '\.onnx' and '\.xml' have"),
     (".pte", Bessel(), r"special_i1e.*'\.pt' has all operators"),
-    (".onnx", Bessel(), r"ONNX cannot have this model: .*bessel_i1e; '\.pte' and '\.pt' have"),
-    (".xml", SingularValues(), r"svd.*try '\.pte' or '\.onnx'"),
-    (".xml", Bessel(), r"i1e.*try '\.pte' or '\.onnx'"),
+    (".onnx", Bessel(), r"ONNX cannot have this model: .*bessel_i1e; '\.pt' has all"),
+    (".xml", SingularValues(), r"svd.*'\.pt' has all operators, and '\.pte' and '\.onnx' have"),
+    (".xml", Bessel(), r"i1e.*'\.pt' has all operators"),
 ]
 
 

@@ -4,13 +4,14 @@ import functools
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
-from torchfuse.errors import ArtifactError
+from torchfuse.errors import ArtifactError, first_line
 from torchfuse.runner.interpreter import command_for, environment
 from torchfuse.targets import target_for
 from torchfuse.targets.sealing import check_form, damaged
-from torchfuse.targets.target import CheckedFile
+from torchfuse.targets.target import CheckedFile, Target
 
 __all__ = ["check", "first_load"]
 
@@ -58,7 +59,7 @@ def check(path: str | os.PathLike[str]) -> CheckedFile:
         digest = hashlib.sha256()
         for data in files.values():
             digest.update(data)
-        _first_load(path, digest.hexdigest())
+        _first_load(target, path, digest.hexdigest())
     data = files.pop(target.suffix)
     return CheckedFile(path, target.form, data, metadata, files)
 
@@ -74,7 +75,7 @@ def _read(path: Path, what: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=64)  # one child per file and contents
-def _first_load(path: Path, _sha256: str) -> None:
+def _first_load(target: Target, path: Path, _sha256: str) -> None:
     # A fresh interpreter and not a fork: a fork of a process with torch's threads can hang.
     try:
         child = subprocess.run(  # noqa: S603  # our own interpreter and module, no shell
@@ -92,9 +93,16 @@ def _first_load(path: Path, _sha256: str) -> None:
         raise damaged(path, f"the runtime dies loading it (signal {-child.returncode})")
     if child.returncode > 0:
         lines = child.stderr.strip().splitlines() or ["no message"]
-        raise damaged(path, f"the runtime refuses it ({lines[-1]})")
+        raise damaged(
+            path,
+            f"{target.name} {target.version} refuses it ({lines[-1]}), as it may what was made for "
+            "another version",
+        )
 
 
 def first_load(path: str) -> None:
     """Load `path`; what is wrong ends up as the last line of stderr, or as the exit by a signal."""
-    target_for(path).first_load(Path(path))
+    try:
+        target_for(path).first_load(Path(path))
+    except Exception as error:  # noqa: BLE001  # the parent says it
+        sys.exit(first_line(error))

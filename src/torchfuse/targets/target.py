@@ -105,6 +105,13 @@ class Target(ABC):
         except PackageNotFoundError:
             return None
 
+    def other_version(self, metadata: Mapping[str, Any] | None) -> str | None:
+        """Say that a file was made with another version of the runtime than is here; None: no."""
+        made_by, here = (metadata or {}).get(self.distribution), self.version
+        if made_by is None or here is None or made_by.split("+")[0] == here.split("+")[0]:
+            return None
+        return f"it was made with {self.distribution} {made_by}, and this is {here}"
+
     @property
     def install(self) -> str:
         """The line that installs what this target needs."""

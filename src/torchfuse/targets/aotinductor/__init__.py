@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,12 +68,8 @@ class AotInductor(ZipSeal, Target):
         from torchfuse.targets.aotinductor.compiled import AotiModel
 
         metadata = file.metadata or {}
-        made_by = metadata.get("torch", version("torch"))
-        if made_by.split("+")[0] != version("torch").split("+")[0]:
-            raise ArtifactError(
-                f"it was compiled for torch {made_by}, and this is {version('torch')}; export it "
-                "again"
-            )
+        if self.other_version(metadata) is not None:
+            raise ArtifactError("it is machine code for one torch")
         if (lacking := what_lacks(this_cpu(), metadata.get("cpu", {}))) is not None:
             raise ArtifactError(f"{lacking}; export it again on this machine")
         return AotiModel(

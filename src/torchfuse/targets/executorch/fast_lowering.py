@@ -15,8 +15,11 @@ from importlib import import_module
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.traceback import NodeSource
+from torch.utils import _pytree as pytree
 
 from torchfuse.quieting import quiet
 
@@ -203,11 +206,11 @@ def operators(graph: fx.Graph) -> set[str]:
 def _tracing_only_what_changed() -> Iterator[None]:
     """Give back a graph that was just traced and has not changed since, instead of tracing it.
 
-    Most of XNNPACK's passes find nothing to change in a given model, and trace it again all the
-    same. A pass that hooks into the tracing itself always traces.
+    Most passes find nothing to change in a given model, and trace it again all the same. One that
+    hooks into the calls is asked of each whether it would change it; one that hooks into more of
+    the tracing always traces.
     """
     from executorch.exir.pass_base import ExportPass, _ExportPassBase
-    from torch.fx.passes.infra.pass_base import PassResult
 
     hooks = {
         name
@@ -217,14 +220,17 @@ def _tracing_only_what_changed() -> Iterator[None]:
     }
     traced: weakref.WeakKeyDictionary[fx.GraphModule, list[Any]] = weakref.WeakKeyDictionary()
 
-    def only_traces(pass_: Any) -> bool:
-        return isinstance(pass_, ExportPass) and all(
-            getattr(type(pass_), name) is getattr(ExportPass, name) for name in hooks
-        )
+    def changes_nothing(pass_: Any, graph_module: fx.GraphModule) -> bool:
+        if not isinstance(pass_, ExportPass):
+            return False
+        own = {n for n in hooks if getattr(type(pass_), n) is not getattr(ExportPass, n)}
+        return not own or (own == {"call_operator"} and _hands_on_every_call(pass_, graph_module))
 
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
         def call_if_changed(pass_: Any, graph_module: fx.GraphModule) -> Any:
-            if only_traces(pass_) and _same(traced.get(graph_module), _state(graph_module)):
+            if _same(traced.get(graph_module), _state(graph_module)) and changes_nothing(
+                pass_, graph_module
+            ):
                 return PassResult(graph_module, True)
             result = call(pass_, graph_module)
             traced[result.graph_module] = _state(result.graph_module)
@@ -234,6 +240,77 @@ def _tracing_only_what_changed() -> Iterator[None]:
 
     with _replaced(_ExportPassBase, "call", wrap):
         yield
+
+
+def _hands_on_every_call(pass_: Any, graph_module: fx.GraphModule) -> bool:
+    """Whether a pass's `call_operator` calls its base's with what it is given, and no more."""
+    from executorch.exir.pass_base import NodeMetadata, ProxyValue, _ExportPassBase
+
+    handed_on: list[tuple[Any, ...]] = []
+
+    def note(_: Any, *given: Any) -> Any:
+        handed_on.append(given)
+        return value
+
+    with _replaced(_ExportPassBase, "call_operator", lambda _: note):
+        for node in graph_module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if not isinstance(node.target, OpOverload) or "val" not in node.meta:
+                return False
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs),
+                lambda arg: ProxyValue(arg.meta.get("val"), fx.Proxy(arg)),
+            )
+            given = (node.target, args, dict(kwargs), NodeMetadata(node.meta))
+            value = ProxyValue(node.meta["val"], fx.Proxy(node))
+            handed_on.clear()
+            try:
+                pass_.call_operator(*given)
+            except Exception:  # noqa: BLE001  # it needs a real trace
+                return False
+            if len(handed_on) != 1 or not _identical(handed_on[0], given):
+                return False
+            if not _identical(given[3].data, dict(node.meta)):
+                return False
+    return True
+
+
+def _identical(some: Any, others: Any) -> bool:
+    """Whether two nestings have one form, and the very same things in it."""
+    (leaves, spec), (other_leaves, other_spec) = map(pytree.tree_flatten, (some, others))
+    return bool(spec == other_spec) and all(
+        a is b for a, b in zip(leaves, other_leaves, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def _verifying_only_what_changed() -> Iterator[None]:
+    """Run a graph, or its copy, through the check of its operators' types once.
+
+    The check runs every operator on fake tensors, after every step.
+    """
+    verifier = import_module("executorch.exir.verification.verifier")
+    checked: set[tuple[Any, ...]] = set()
+
+    def wrap(check: Callable[..., None]) -> Callable[..., None]:
+        def check_if_changed(graph_module: fx.GraphModule) -> None:
+            typed = tuple(
+                (node.name, node.op, node.target, str(node.args), str(node.kwargs), _dtypes(node))
+                for node in graph_module.graph.nodes
+            )
+            if typed not in checked:
+                check(graph_module)
+                checked.add(typed)
+
+        return check_if_changed
+
+    with _replaced(verifier, "_check_tensor_args_matching_op_allowed_dtype", wrap):
+        yield
+
+
+def _dtypes(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(getattr(leaf, "dtype", None) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _state(graph_module: fx.GraphModule) -> list[Any]:
@@ -260,4 +337,5 @@ PIECES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "decomposing again": _decomposing_only_what_decomposes,
     "patterns that cannot match": _without_patterns_that_cannot_match,
     "tracing what did not change": _tracing_only_what_changed,
+    "verifying what did not change": _verifying_only_what_changed,
 }

@@ -29,7 +29,7 @@ def made(request: Request) -> Made:
         loaded = ExecutorchModel(lowered.program, lowered.signature)
     except ArtifactError as error:
         raise UnsupportedError(
-            f"The {found.precision} program does not run here: {error}"
+            f"ExecuTorch does not run the {found.precision} program here: {error}."
         ) from error
     return Made(
         files={".pte": lowered.program},

@@ -1,14 +1,13 @@
 """An ExecuTorch program that is loaded, and the runtime that runs it, with its thread pool."""
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchfuse.errors import ArtifactError, UnsupportedError, first_line
+from torchfuse.errors import ArtifactError, UnsupportedError
 from torchfuse.quieting import quiet, quiet_runtime
 from torchfuse.targets.calling import Input, Model, described
-from torchfuse.targets.executorch.first_load import SCALAR_TYPES
+from torchfuse.targets.executorch.first_load import SCALAR_TYPES, reason
 
 __all__ = ["ExecutorchModel", "runtime", "set_threads", "threads"]
 
@@ -70,18 +69,16 @@ class ExecutorchModel(Model):
         set_threads(count)
 
     def _load(self) -> None:
+        lines: list[str] = []
         try:
             # The method points into the program, and the program into the bytes: all are kept.
-            with quiet_runtime():
+            with quiet_runtime() as lines:
                 self._program = runtime()._load_program_from_buffer(
                     self._bytes, program_verification=runtime().Verification.InternalConsistency
                 )
                 self._method = self._program.load_method("forward")
         except (RuntimeError, KeyError) as error:
-            raise ArtifactError(
-                f"ExecuTorch's runtime cannot load the program: {first_line(error)}; it may need "
-                "another version, or a backend or kernel that this build of the runtime lacks."
-            ) from error
+            raise ArtifactError(reason(lines, error)) from error
         self._pool = _pool
 
     def _execute(self, inputs: list[Any]) -> Sequence[Any]:
@@ -98,16 +95,13 @@ class ExecutorchModel(Model):
         return outputs
 
     def _listening(self, inputs: list[Any]) -> Sequence[Any]:
-        # The runtime's exceptions hold an error number, and the reason is what it prints.
         lines: list[str] = []
         try:
             with quiet_runtime() as lines:
                 outputs: Sequence[Any] = self._method(inputs)
         except RuntimeError as error:
-            reasons = [re.sub(r"^\[.*?\] (Check failed \(.*?\): )?", "", line) for line in lines]
             raise UnsupportedError(
-                f"ExecuTorch cannot run the program on {described(inputs)}: "
-                f"{(reasons or [first_line(error)])[0].rstrip('.')}."
+                f"ExecuTorch cannot run the program on {described(inputs)}: {reason(lines, error)}."
             ) from error
         return outputs
 

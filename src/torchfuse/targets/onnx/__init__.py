@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchfuse.errors import ArtifactError
 from torchfuse.targets.sealing import damaged, sealed_text, unseal_text
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
@@ -62,9 +63,16 @@ class Onnx(Target):
 
         try:
             model = onnx.load_model_from_string(files[self.suffix])
-            onnx.checker.check_model(model)
+            outside = _outside(path, model)
+            if not outside:
+                onnx.checker.check_model(model)
         except Exception as error:
             raise damaged(path, f"it is no valid ONNX model ({error!s:.100})") from error
+        if outside:
+            raise ArtifactError(
+                f"Expected an ONNX model in one file, but '{path}' has its weights in {outside} "
+                f"beside it; write it into one: onnx.save(onnx.load('{path}'), 'one_file.onnx')."
+            )
 
     def first_load(self, path: Path) -> None:
         """Make a session of it."""
@@ -84,6 +92,21 @@ class Onnx(Target):
         return OnnxModel(
             file.data, metadata.get("signature"), metadata.get("preprocessing"), threads
         )
+
+
+def _outside(path: Path, model: Any) -> str:
+    """Return the names of the files beside a model that it has weights in; "" where it has none."""
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    names = {
+        ExternalDataInfo(tensor).location
+        for tensor in model.graph.initializer
+        if uses_external_data(tensor)
+    }
+    return ", ".join(
+        f"'{name}'" + ("" if (path.parent / name).is_file() else ", which is missing,")
+        for name in sorted(names)
+    )
 
 
 def _entry_before(text_length: int) -> bytes:

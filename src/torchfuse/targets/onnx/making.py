@@ -30,6 +30,7 @@ __all__ = ["made", "model_of"]
 
 _LARGEST_BYTES = 2**31 - 1  # of a protocol buffer
 _INT8_TO_UINT8 = 128
+_OTHERS = "'.pt' has all operators, and '.pte' and '.xml' have others; or replace it in the model"
 
 
 def made(request: Request) -> Made:
@@ -67,7 +68,7 @@ def made(request: Request) -> Made:
         loaded = OnnxModel(payload, signature, threads=1)
     except ArtifactError as error:
         raise UnsupportedError(
-            f"The {found.precision} model does not run here: {error}."
+            f"ONNX Runtime does not run the {found.precision} model here: {error}."
         ) from error
     taken = len(model.graph.input)
     tensors = sum(shape is not None for shape in input_shapes(found.program))
@@ -170,8 +171,8 @@ def _reason(error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     for text in chain:
         if (found := re.search(r"No ONNX function found for .*?op='([\w.:]+)'", text)) is not None:
-            return f"it has no form of {found[1]}; '.pte' and '.pt' have"
-    return f"{first_line(Exception(chain[-1] or chain[0])).rstrip('.')}; try '.pte'"
+            return f"it has no form of {found[1]}; {_OTHERS}"
+    return f"{first_line(Exception(chain[-1] or chain[0])).rstrip('.')}; {_OTHERS}"
 
 
 def _make_activations_unsigned(model: Any) -> None:

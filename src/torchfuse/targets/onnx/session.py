@@ -1,6 +1,7 @@
 """An ONNX model in a session of ONNX Runtime."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def session(model: bytes, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no class of their own
-        raise ArtifactError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
+        raise ArtifactError(_told(error)) from error
 
 
 class OnnxModel(Model):
@@ -89,9 +90,23 @@ class OnnxModel(Model):
             outputs = self._session.run(self._outputs, self._feed(inputs))
         except Exception as error:
             raise UnsupportedError(
-                f"ONNX Runtime cannot run the model on {described(inputs)}: {first_line(error)}."
+                f"ONNX Runtime cannot run the model on {described(inputs)}: {_told(error)}."
             ) from error
         return [torch.from_numpy(output) for output in outputs]
+
+
+# Its number and name, and where in its sources: the file and the function.
+_WHERE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (?:/\S+ .*?\) (?=[A-Z]))?")
+
+
+_OPSET = re.compile(r"Opset (\d+) .* is till opset (\d+)")
+
+
+def _told(error: Exception) -> str:
+    opset = _OPSET.search(str(error))
+    if opset is not None:
+        return f"it is of ONNX's opset {opset[1]}, and the newest that is known is {opset[2]}"
+    return first_line(Exception(_WHERE.sub("", str(error))))
 
 
 def _input(given: Any) -> Input:

@@ -41,7 +41,7 @@ class OpenVinoModel(Model):
         try:
             self._model = self._core.read_model(xml, weights)
         except Exception as error:  # its exceptions have no class of their own
-            raise ArtifactError(f"OpenVINO refuses the model: {_told(error)}") from error
+            raise ArtifactError(_told(error)) from error
         self._hint = HINTS[precision]
         self.set_threads(threads or cores())
         inputs = (
@@ -73,7 +73,7 @@ class OpenVinoModel(Model):
         try:
             self._compiled = self._core.compile_model(self._model, "CPU", configuration)
         except Exception as error:
-            raise ArtifactError(f"OpenVINO cannot compile the model: {_told(error)}") from error
+            raise ArtifactError(f"it cannot compile it: {_told(error)}") from error
         self._threads = count
 
     def bound(self, inputs: list[Any]) -> Callable[[], Sequence[Any]]:

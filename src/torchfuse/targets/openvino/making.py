@@ -63,7 +63,9 @@ def made(request: Request) -> Made:
             files[".xml"], files[".bin"], signature, precision=precision, threads=1
         )
     except ArtifactError as error:
-        raise UnsupportedError(f"The {precision} model does not run here: {error}.") from error
+        raise UnsupportedError(
+            f"OpenVINO does not run the {precision} model here: {error}."
+        ) from error
     if precision != "int8" and loaded.precision != precision:
         raise UnsupportedError(
             f"OpenVINO computes in {loaded.precision} on this CPU where {precision} was asked for; "
@@ -112,7 +114,8 @@ def _converted(program: torch.export.ExportedProgram, *, quantized: bool) -> Any
         lines = [line for line in str(error).splitlines() if "No conversion rule" in line]
         reason = (lines or [first_line(error)])[0].strip().rstrip(".")
         raise UnsupportedError(
-            f"OpenVINO cannot convert this model: {reason}; try '.pte' or '.onnx'."
+            f"OpenVINO cannot convert this model: {reason}; '.pt' has all operators, and "
+            "'.pte' and '.onnx' have others; or replace it in the model."
         ) from error
 
 
@@ -143,13 +146,31 @@ def _quantized(model: Any, data: Sequence[Case]) -> Any:
     import nncf
 
     samples = [[leaf.detach().numpy() for leaf in _tensors(case)] for case in data]
+    kind = nncf.ModelType.TRANSFORMER if _has_attention(model) else None
     try:
-        return nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples))
+        return nncf.quantize(
+            model, nncf.Dataset(samples), subset_size=len(samples), model_type=kind
+        )
     except Exception as error:
         raise UnsupportedError(
             f"NNCF cannot quantize this model: {first_line(error).rstrip('.')}; give what "
             "torchfuse.quantize returns."
         ) from error
+
+
+def _has_attention(model: Any) -> bool:
+    """Whether there is an attention, which NNCF has to be told of.
+
+    Unasked it quantizes what is around the softmax, and its sums: ViT-Tiny has 6 dB by that, and
+    21 dB otherwise, in less time.
+    """
+    kinds = {op.get_type_name() for op in model.get_ops()}
+    return "ScaledDotProductAttention" in kinds or any(
+        reader.get_node().get_type_name() == "MatMul"
+        for op in model.get_ops()
+        if op.get_type_name() == "Softmax"
+        for reader in op.output(0).get_target_inputs()
+    )
 
 
 def _tensors(case: Case) -> list[torch.Tensor]:
