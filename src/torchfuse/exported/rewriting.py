@@ -221,14 +221,16 @@ class _Rewriting(EditedProgram):
             first = memory.position[node]
             for given in node.all_input_nodes:
                 for root in memory.roots[given] - going:
-                    if any(first <= memory.position[w] <= last for w in memory.writes[root]) and (
-                        not self._writes_alone(edit, root)
-                    ):
+                    writes = [w for w in memory.writes[root] if first <= memory.position[w] <= last]
+                    alone = not writes or (
+                        going.issuperset(writes) and self._writes_alone(edit, root)
+                    )
+                    if not alone:
                         return Refusal(f"What `{_path(node)}` reads is changed in place.")
         return None
 
     def _writes_alone(self, edit: Edit, root: Node) -> bool:
-        """Whether memory is changed by what goes only, and nobody else would see that it is not.
+        """Whether nobody would see that memory is no longer changed by what goes.
 
         As in `y = x.clone(); conv(y.sub_(mean).div_(std))`: what reads `y` afterwards, by whatever
         name, saw the changed values, and so does `conv` if it is given an older name.
@@ -236,15 +238,14 @@ class _Rewriting(EditedProgram):
         memory, going = self.reading.memory, set(edit.goes)
         position, writes = memory.position, memory.writes[root]
         ours = memory.sharing(edit.goes[-1])
-        if root.op != "call_function" or not going.issuperset(writes):
-            return False
         for reader in memory.readers[root]:
             for given in reader.all_input_nodes:
                 if root not in memory.roots[given] or (reader not in going and given in ours):
                     continue
-                if any(position[given] < position[w] < position[reader] for w in writes):
+                seen = [w for w in writes if position[given] < position[w] < position[reader]]
+                if seen and (reader in going or not going.isdisjoint(seen)):
                     return False
-        return True
+        return root.op == "call_function"
 
     def _moves_memory(self, edit: Edit, result: NewCall | Node) -> Refusal | None:
         """A later change in place must not reach more, or less, than it did."""

@@ -59,7 +59,9 @@ def _undone(reading: Reading, node: Node) -> Node | None:
     x: Any = node.args[0]
     order = order_of_axes(node)
     may_copy = order is None
+    between: list[Node] = []
     while isinstance(x, Node) and x.op == "call_function" and x.args:
+        between.append(x)
         if x.target in _COPIES:
             x, may_copy = x.args[0], True
         elif order is None and reshapes(x):
@@ -71,10 +73,26 @@ def _undone(reading: Reading, node: Node) -> Node | None:
             return None
         shaped = isinstance(x, Node) and same_shape(x.meta["val"].shape, node.meta["val"].shape)
         if shaped and (order is None or order == sorted(order)):
-            # A change in place of the one is none of the other, if it is a copy.
-            written = may_copy and any(map(reading.memory.is_written, (x, node)))
-            return None if written else x
+            alone = not may_copy or _is_read_by_it_alone(reading, x, between, node)
+            return x if alone else None
     return None
+
+
+def _is_read_by_it_alone(reading: Reading, x: Node, between: list[Node], node: Node) -> bool:
+    """Whether nobody tells whether `node` is a copy of `x`: of what is changed in place, a view."""
+    memory = reading.memory
+    if not memory.is_written(x) and not memory.is_written(node):
+        return True
+    ours = {*between, *memory.sharing(node)}
+    for root in memory.roots[x]:
+        for reader in memory.readers[root]:
+            given = {other for other in reader.all_input_nodes if root in memory.roots[other]}
+            is_later = memory.position[reader] > memory.position[x]
+            if is_later and reader not in ours and not given <= ours:
+                return False
+        if root.op != "call_function":
+            return False
+    return True
 
 
 REWRITE = Rewrite(
