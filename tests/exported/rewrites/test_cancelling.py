@@ -75,6 +75,15 @@ def test_what_changes_in_place_in_between_or_afterwards_stays(body: object) -> N
     assert fused(body, X, "cancelling").plan.fusions == ()  # type: ignore[arg-type]
 
 
+def test_a_copy_that_is_viewed_later_stays() -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        y = F.relu(x).permute(0, 2, 3, 1)
+        z = y.reshape(2, 6, 12).reshape(2, 6, 3, 4)  # contiguous, as `y` is not
+        return F.gelu(z).view(2, -1)
+
+    assert calls(fused(body, X))["reshape"] == 2
+
+
 def test_what_is_read_in_between_stays() -> None:
     result = fused(lambda m, x: (F.gelu((y := x.transpose(1, 2)).transpose(1, 2)), F.relu(y)), X)
     assert calls(result)["gelu"] == 1

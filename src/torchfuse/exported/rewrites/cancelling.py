@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
 from torchfuse.exported.reading import same_shape
@@ -73,6 +74,8 @@ def _undone(reading: Reading, node: Node) -> Node | None:
             return None
         shaped = isinstance(x, Node) and same_shape(x.meta["val"].shape, node.meta["val"].shape)
         if shaped and (order is None or order == sorted(order)):
+            if may_copy and not is_contiguous_or_false(x.meta["val"]):
+                return None  # what views the copy later could not view this
             alone = not may_copy or _is_read_by_it_alone(reading, x, between, node)
             return x if alone else None
     return None

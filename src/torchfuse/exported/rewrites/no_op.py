@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
 from torchfuse.exported.reading import arguments, same_shape
@@ -56,7 +57,7 @@ def _does_nothing(reading: Reading, node: Node, x: Node) -> bool:
     if node.target is aten.contiguous.default:
         # (a view needs it where an input comes in another memory format than the example's)
         views = any(user.target is aten.view.default for user in node.users)
-        return not node.kwargs and given.is_contiguous() and not views
+        return not node.kwargs and is_contiguous_or_false(given) and not views
     affine = reading.affine(node)
     return (
         affine is not None and not affine.affine.shifts and bool((affine.affine.scale == 1).all())
