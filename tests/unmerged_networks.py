@@ -163,11 +163,17 @@ class _Writing:
             f"{shift} - {x}", f"{x} / {self.random.choice((2, 4, 0.5))}", f"-{x}",
             f"F.dropout({x}, 0.1, False)", f"{x} + 0", f"{x}.to(torch.float64)",
             f"{x}.permute({turned}).permute({turned})", f"{x}.reshape({x}.shape)",
+            f"{x}.clone().mul_({scale}).add_({shift})", f"{x}.flatten(1).reshape({x}.shape)",
+            f"torch.multiply({x}, torch.tensor(4.0))", f"{x}.unsqueeze(1).squeeze(1)",
         )  # fmt: skip
         return self.random.choice(written)
 
     def layer(self, x: str, shape: _Shape) -> str:
-        return self.around(self.conv(x, shape), shape.out)
+        x = self.conv(x, shape)
+        if self.random.random() < 0.2:  # layer scale of channels that were moved to the end
+            scale = self.constant(self.powers(shape.out), trained=True)
+            x = self.line(f"({x}.movedim(1, -1) * {scale}).movedim(-1, 1)")
+        return self.around(x, shape.out)
 
     def chained(self, x: str, shape: _Shape) -> str:
         """Write one layer as two in a row, which take more multiply-adds."""

@@ -450,6 +450,12 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: make(Summed(on_values, a=conv(3), b=conv(1))),
         "Its forward cannot be traced",
     ),
+    "a tensor of numbers": (
+        lambda: make(
+            Summed(lambda m, x: (m.a(x) + m.b(x)) * torch.tensor(2.0), a=conv(3), b=conv(1))
+        ),
+        "Its forward makes a tensor of numbers",
+    ),
     "a hook on a branch": (lambda: make(hooked()), "`blocks.0.point` has hooks"),
     "a weight that is used elsewhere": (
         lambda: make(tied()),

@@ -197,6 +197,56 @@ def test_a_rounded_value_between_is_not_skipped() -> None:
     assert result.plan.fusions == ()
 
 
+def changed_by_what_goes(m: Model, x: Tensor) -> object:
+    return m.conv2(F.relu(x).mul_(2).div_(3))
+
+
+def read_before(m: Model, x: Tensor) -> object:
+    y = F.relu(x)
+    before = y.exp()
+    return m.conv2(y.mul_(2)), before
+
+
+def read_through_an_older_view(m: Model, x: Tensor) -> object:
+    y = F.relu(x)
+    view = y[:, :2]
+    return m.conv2(y.mul_(2)), view.exp()
+
+
+def read_through_a_newer_view(m: Model, x: Tensor) -> object:
+    y = F.relu(x)
+    z = y.view(2, 4, 30)
+    made = m.conv2(y.mul_(2))
+    return made, z.view(2, 4, 6, 5).exp()
+
+
+def changed_again(m: Model, x: Tensor) -> object:
+    y = F.relu(x)
+    view = y[:]
+    made = m.conv2(y.mul_(2))
+    view.add_(1)
+    return made, view
+
+
+@pytest.mark.parametrize("body", [changed_by_what_goes, read_before])
+def test_a_change_in_place_goes_with_what_makes_it(body: object) -> None:
+    assert "affine_layer" in rules(fused(body, X, **layers()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "body", [read_through_an_older_view, read_through_a_newer_view, changed_again]
+)
+def test_a_change_in_place_that_others_see_stays(body: object) -> None:
+    result = fused(body, X, **layers())  # type: ignore[arg-type]
+    assert result.plan.fusions == ()
+    assert "changed in place" in reasons(result)
+
+
+def test_a_change_of_the_input_itself_stays() -> None:
+    program = export(Model(lambda m, x: m.conv2(x.mul_(2)), **layers()).eval(), (X.clone(),))
+    assert torchfuse.fuse_exported(program, verify=False).plan.fusions == ()
+
+
 def test_the_order_of_the_rules_is_written_down() -> None:
     assert [rule.name for rule in REWRITES][:2] == ["no_op", "cancelling"]
 

@@ -40,3 +40,23 @@ def test_a_program_costs_what_its_module_does() -> None:
     assert (
         torchfuse.fuse_exported(program, verify=False).plan.whole == torchfuse.plan(model, x).whole
     )
+
+
+class RepVgg(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.norm(x)
+
+
+def test_norms_that_go_into_the_layers_beside_or_after_them_are_merged() -> None:
+    model = nn.Sequential(RepVgg(), nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)).eval()
+    x = torch.rand(1, 3, 6, 6)
+    whole = torchfuse.plan(model, x).whole
+    assert whole is not None
+    assert (whole.norms, whole.norms_merged) == (2, 1)  # the last one stays in a module
+    whole = torchfuse.fuse_exported(torch.export.export(model, (x,))).plan.whole
+    assert whole is not None
+    assert (whole.norms, whole.norms_merged) == (2, 2)

@@ -118,6 +118,8 @@ def _traced(block: nn.Module, inputs: int, inlined: set[str]) -> fx.Graph:
         written = name.endswith("_") and not name.endswith("__")
         if node.op in ("call_function", "call_method") and (written or node.kwargs.get("inplace")):
             raise _NotCarriedError(f"Its forward calls {name}, which changes a tensor in place.")
+        if node.op == "get_attr" and not hasattr(block, str(node.target).partition(".")[0]):
+            raise _NotCarriedError("Its forward makes a tensor of numbers, as torch.tensor does.")
         if "training" in node.kwargs or ("dropout" in name and node.op != "call_module"):
             raise _NotCarriedError(f"Its forward calls {name}, which is told the training mode.")
     return first

@@ -231,7 +231,11 @@ def _rewritten(
         return wide, rewrite(wide_folded, prove=False, rules=rules, refuted=refuted).program
 
     # A norm that is no longer there was taken in after all.
-    norms = _paths_of_norms(more.program)
+    left = _norms(more.program)
+    norms = {module_path(node) or node.name for node in left}
+    whole = folded.plan.whole
+    if whole is not None:
+        whole = dataclasses.replace(whole, norms_merged=max(0, whole.norms - len(left)))
     skips = [skip for skip in folded.plan.skips if skip.modules[-1] in norms]
     more_is_said = {skip.modules for skip in more.skips}
     skips = [s for s in skips if s.rule is not None or s.modules not in more_is_said]
@@ -240,6 +244,7 @@ def _rewritten(
         folded.plan,
         fusions=(*folded.plan.fusions, *more.fusions),
         skips=(*skips, *(skip for skip in more.skips if skip.modules not in said)),
+        whole=whole,
     )
     key_map = {
         key: None if went is None else more.key_map.get(went)
@@ -249,12 +254,8 @@ def _rewritten(
     return Folded(more.program, plan, key_map, in_float64, parts, folded.refuted, refuted)
 
 
-def _paths_of_norms(program: ExportedProgram) -> set[str]:
-    return {
-        module_path(node) or node.name
-        for node in program.graph.nodes
-        if node.target is aten.batch_norm.default
-    }
+def _norms(program: ExportedProgram) -> list[Node]:
+    return [node for node in program.graph.nodes if node.target is aten.batch_norm.default]
 
 
 class _Edit(EditedProgram):
@@ -446,8 +447,7 @@ def _elements(node: Node) -> int | None:
 
 def _whole(program: ExportedProgram, merged: int) -> Whole:
     found = program_cost(program)
-    norms = sum(node.target is aten.batch_norm.default for node in program.graph.nodes)
-    return Whole(found.macs, found.traffic_bytes, norms, merged)
+    return Whole(found.macs, found.traffic_bytes, len(_norms(program)), merged)
 
 
 def _scope(program: ExportedProgram) -> tuple[str, ...]:

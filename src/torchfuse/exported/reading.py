@@ -26,6 +26,8 @@ __all__ = ["AffineCall", "LayerCall", "Reading", "arguments", "each", "same_shap
 aten = torch.ops.aten
 
 _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+# Tensors of one number, of the size of what they are given
+_LIKE = {aten.zeros_like.default: 0.0, aten.ones_like.default: 1.0}
 # Tensors made of numbers alone
 _MAKERS = (aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default)
 
@@ -44,11 +46,21 @@ _TRANSPOSED = {
 }
 _MATMULS = (aten.matmul.default, aten.mm.default, aten.addmm.default)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar)
-_SUBS = (aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar, aten.sub_.Scalar)
+_SUBS = (
+    *(aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar, aten.sub_.Scalar),
+    *(aten.subtract.Tensor, aten.subtract_.Tensor, aten.subtract.Scalar),
+)
 _RSUBS = (aten.rsub.Tensor, aten.rsub.Scalar)
-_MULS = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar)
-_DIVS = (aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar)
-_NEGS = (aten.neg.default, aten.neg_.default)
+_MULS = (
+    *(aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar),
+    *(aten.multiply.Tensor, aten.multiply_.Tensor, aten.multiply.Scalar),
+)
+_DIVS = (
+    *(aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar),
+    *(aten.divide.Tensor, aten.divide_.Tensor, aten.divide.Scalar),
+    *(aten.true_divide.Tensor, aten.true_divide_.Tensor, aten.true_divide.Scalar),
+)
+_NEGS = (aten.neg.default, aten.neg_.default, aten.negative.default)
 _ELEMENTWISE = frozenset({*_ADDS, *_SUBS, *_RSUBS, *_MULS, *_DIVS, *_NEGS})
 
 
@@ -302,6 +314,8 @@ class Reading:
             return None
         if isinstance(given, (int, float)):
             return torch.tensor([float(given)], dtype=torch.float64), None
+        if isinstance(given, Node) and given.target in _LIKE and not self.memory.is_written(given):
+            return torch.tensor([_LIKE[given.target]], dtype=torch.float64), None
         if not self.is_constant(given) or self.is_constant(x):
             return None
         rank, shape = x.meta["val"].dim(), given.meta["val"].shape

@@ -122,6 +122,10 @@ class _Rewriting(EditedProgram):
         for node in list(self.graph.nodes):
             if node.target is aten._assert_tensor_metadata.default:
                 self.graph.erase_node(node)  # what it says of a dtype was settled at export
+            elif _detaches_a_number(node) and node.name not in self.named_outside:
+                node.replace_all_uses_with(node.args[0])  # it writes nothing, for all its schema
+                self.stands[node.name] = node.args[0].name
+                self.graph.erase_node(node)
         self.reading: Reading
         if rules and _is_plain(self.graph):
             self._rewrite_all()
@@ -217,15 +221,45 @@ class _Rewriting(EditedProgram):
             first = memory.position[node]
             for given in node.all_input_nodes:
                 for root in memory.roots[given] - going:
-                    if any(first <= memory.position[w] <= last for w in memory.writes[root]):
+                    writes = [w for w in memory.writes[root] if first <= memory.position[w] <= last]
+                    alone = not writes or (
+                        going.issuperset(writes) and self._writes_alone(edit, root)
+                    )
+                    if not alone:
                         return Refusal(f"What `{_path(node)}` reads is changed in place.")
         return None
+
+    def _writes_alone(self, edit: Edit, root: Node) -> bool:
+        """Whether nobody would see that memory is no longer changed by what goes.
+
+        As in `y = x.clone(); conv(y.sub_(mean).div_(std))`: what reads `y` afterwards, by whatever
+        name, saw the changed values, and so does `conv` if it is given an older name.
+        """
+        memory, going = self.reading.memory, set(edit.goes)
+        position, writes = memory.position, memory.writes[root]
+        ours = memory.sharing(edit.goes[-1])
+        for reader in memory.readers[root]:
+            for given in reader.all_input_nodes:
+                if root not in memory.roots[given] or (reader not in going and given in ours):
+                    continue
+                seen = [w for w in writes if position[given] < position[w] < position[reader]]
+                if seen and (reader in going or not going.isdisjoint(seen)):
+                    return False
+        return root.op == "call_function"
 
     def _moves_memory(self, edit: Edit, result: NewCall | Node) -> Refusal | None:
         """A later change in place must not reach more, or less, than it did."""
         memory, going, out = self.reading.memory, set(edit.goes), edit.goes[-1]
         last = memory.position[out]
         outside = memory.roots[out] - going
+        for node in set(_nodes(result)).difference(_inputs(edit)):  # it was read earlier than now
+            first = memory.position[node]
+            if any(
+                first < memory.position[w] <= last
+                for r in memory.roots[node]
+                for w in memory.writes[r]
+            ):
+                return Refusal(f"The output of `{_path(node)}` is changed in place in between.")
         touched = outside
         if isinstance(result, Node):
             if out.name in self.named_outside or any(user.op == "output" for user in out.users):
@@ -472,6 +506,16 @@ def _is_plain(graph: Graph) -> bool:
         or isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
         or getattr(node.target, "__module__", "") in ("_operator", "math", "torch")
         for node in graph.nodes
+    )
+
+
+def _detaches_a_number(node: Node) -> bool:
+    """Whether a node is the second of the two that `torch.tensor(…)` in a forward becomes."""
+    given = node.args[0] if node.args else None
+    return (
+        node.target is aten.detach_.default
+        and isinstance(given, Node)
+        and given.target is aten.lift_fresh_copy.default
     )
 
 

@@ -95,7 +95,9 @@ class Found:
             skips=tuple(self.skips),
             whole=whole(
                 self.subject.graph,
-                {match.second for rule, match in self.matches if rule.merge is None},
+                {match.second for rule, match in self.matches if rule.merge is None}.union(
+                    *(block.absorbed for block in self.blocks)
+                ),
             ),
         )
 

@@ -68,6 +68,35 @@ TAKES_IN: dict[str, tuple[dict[str, int], Callable[[Model, Tensor], object]]] = 
         {"flatten": 1, "linear": 1},
         lambda m, x: m.wide((x * m.norm.std).flatten(1)),
     ),
+    "mean and std written in the forward": (
+        {"conv2d": 1},
+        lambda m, x: m.conv((x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor(0.2)),
+    ),
+    "mean and std in place, of a copy": (
+        {"conv2d": 1},
+        lambda m, x: m.conv(x.clone().sub_(m.norm.mean).div_(m.norm.std)),
+    ),
+    "other words for the same": (
+        {"conv2d": 1},
+        lambda m, x: m.conv(torch.true_divide(torch.multiply(x, 3).subtract(1), 2)),
+    ),
+    "through global pooling and squeezing": (
+        {"adaptive_avg_pool2d": 1, "squeeze": 2, "linear": 1},
+        lambda m, x: m.head(m.pool(m.bn(x)).squeeze(-1).squeeze(-1)),
+    ),
+    "through global pooling and its one place": (
+        {"adaptive_avg_pool2d": 1, "select": 2, "linear": 1},
+        lambda m, x: m.head(m.pool(m.bn(x))[:, :, 0, 0]),
+    ),
+    "through places made tokens": (
+        {"flatten": 1, "transpose": 1, "linear": 1},
+        lambda m, x: m.head(m.bn(x).flatten(2).transpose(1, 2)),
+    ),
+    "through tokens made rows": (
+        {"permute": 1, "reshape": 1, "linear": 1},
+        lambda m, x: m.head(m.bn(x).permute(0, 2, 3, 1).reshape(-1, 3)),
+    ),
+    "through a window": ({"slice": 1, "conv2d": 1}, lambda m, x: m.conv(m.bn(x)[:, :, 1:, :])),
     "through a view": ({"view": 1, "linear": 1}, lambda m, x: m.wide(m.bn(x).view(2, -1))),
     "through channels last": (
         {"permute": 1, "linear": 1},

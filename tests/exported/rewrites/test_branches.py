@@ -91,6 +91,16 @@ def test_linear_layers_are_branches_too() -> None:
     assert calls(result) == {"linear": 1}  # a low-rank adapter is merged into its layer
 
 
+def test_a_change_in_place_that_only_the_branches_see_is_merged_too() -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        a = m.a(y)
+        y.mul_(2)
+        return a + m.b(y)
+
+    assert calls(fused(body, X, **layers())) == {"relu": 1, "conv2d": 1}
+
+
 def test_what_is_no_branch_of_that_input_stays_in_the_sum() -> None:
     result = fused(lambda m, x: m.a(x) + F.relu(x) + m.b(x) - F.gelu(x), X, **layers())
     assert calls(result) == {"relu": 1, "gelu": 1, "conv2d": 1, "add": 1, "sub": 1}
@@ -140,16 +150,17 @@ def read_again(m: Model, x: Tensor) -> object:
     return y + m.b(x), y
 
 
-def written_to(m: Model, x: Tensor) -> Tensor:
-    y = x + 1
+def written_to(m: Model, x: Tensor) -> object:
+    y = F.relu(x)
+    seen = y[:, 1:]
     a = m.a(y)
     y.mul_(2)
-    return a + m.b(y)
+    return a + m.b(y), seen
 
 
 STAYS: dict[str, tuple[str, Callable[[Model, Tensor], object]]] = {
     "a branch that is read again": ("", read_again),
-    "an input that is changed between": ("is changed in place", written_to),
+    "an input that is changed between, which others see": ("is changed in place", written_to),
     "a pool that counts no padding": (
         "",
         lambda m, x: m.a(x) + F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),

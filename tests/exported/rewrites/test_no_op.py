@@ -19,6 +19,10 @@ DOES_NOTHING = {
     "the same dtype": lambda m, x: F.relu(x.to(x.dtype)),
     "the same shape": lambda m, x: F.relu(x.reshape(2, 4, 6)),
     "a copy": lambda m, x: F.relu(x.clone()),
+    "a size that it has": lambda m, x: F.relu(x.expand_as(x)),
+    "all of it": lambda m, x: F.relu(x[:]),
+    "one alone side by side": lambda m, x: F.relu(torch.cat([x], 1)),
+    "adding zeros": lambda m, x: F.relu(torch.zeros_like(x) + x),
     "an identity": lambda m, x: F.relu(m.same(x)),
 }
 
@@ -55,6 +59,17 @@ def changed_input(m: Model, x: Tensor) -> object:
     y = x + 0
     y.relu_()
     return y + x
+
+
+def zeros_that_are_changed(m: Model, x: Tensor) -> object:
+    zeros = torch.zeros_like(x)
+    y = x + zeros[:]
+    zeros.add_(x)
+    return F.relu(y) + zeros
+
+
+def test_zeros_that_are_changed_in_place_stay() -> None:
+    assert "zeros_like" in calls(fused(zeros_that_are_changed, X))
 
 
 def test_a_copy_that_is_changed_in_place_stays() -> None:

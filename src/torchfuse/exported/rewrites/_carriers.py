@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,19 @@ from torch.fx import Node
 
 from torchfuse.exported.reading import arguments, each, same_shape
 
-__all__ = ["AVERAGES", "Carrier", "average_arguments", "carrier", "is_average", "order_of_axes"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "AVERAGES",
+    "Carrier",
+    "average_arguments",
+    "carrier",
+    "is_average",
+    "moves",
+    "order_of_axes",
+    "reshapes",
+]
 
 aten = torch.ops.aten
 
@@ -26,7 +38,21 @@ AVERAGES: dict[Any, int] = {
     aten.avg_pool2d.default: 2,
     aten.avg_pool3d.default: 3,
 }
-_FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
+# Values stay in their order
+_RESHAPES = frozenset(
+    {
+        *(aten.view.default, aten.reshape.default, aten.view_as.default, aten.reshape_as.default),
+        *(aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default),
+        *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+    }
+)
+_PERMUTES = frozenset(
+    {
+        *(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default),
+        *(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist),
+        *(aten.swapaxes.default, aten.swapdims.default, aten.numpy_T.default),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -47,13 +73,15 @@ def carrier(node: Node, axis: int) -> Carrier | None:
     given, made = x.meta.get("val"), node.meta.get("val")
     if not isinstance(given, Tensor) or not isinstance(made, Tensor):
         return None
-    if target in (aten.permute.default, aten.transpose.int):
-        return Carrier(x, order_of_axes(node)[axis], 1)
-    if target in _FLATTENS:
-        whole = same_shape(given.shape[:1], made.shape[:1]) and made.dim() == 2 < given.dim()
-        if axis != 1 or not whole or not all(isinstance(size, int) for size in given.shape[1:]):
-            return None
-        return Carrier(x, 1, prod(given.shape[2:]))
+    order = order_of_axes(node)
+    if order is not None:
+        return Carrier(x, order[axis], 1)
+    if target is aten.select.int:
+        return Carrier(x, axis + (axis >= arguments(node)[1] % given.dim()), 1)
+    if target is aten.slice.Tensor:
+        return Carrier(x, axis, 1) if arguments(node)[1] % given.dim() != axis else None
+    if target in _RESHAPES:
+        return _reshaped(x, given.shape, made.shape, axis)
     if not is_average(node, axis):
         return None
     if target is aten.mean.dim and not arguments(node)[2]:
@@ -62,16 +90,38 @@ def carrier(node: Node, axis: int) -> Carrier | None:
     return Carrier(x, axis, 1)
 
 
-def order_of_axes(node: Node) -> list[int]:
-    """Which axis of what it was given each axis of a transpose or permute is."""
-    rank = node.meta["val"].dim()
-    _, *dims = arguments(node)
-    if node.target is aten.permute.default:
-        return [axis % rank for axis in dims[0]]
-    order = list(range(rank))
-    a, b = (axis % rank for axis in dims)
-    order[a], order[b] = order[b], order[a]
-    return order
+def _reshaped(x: Node, given: Sequence[Any], made: Sequence[Any], axis: int) -> Carrier | None:
+    """How a reshape carries channels: with all axes before theirs, or after, or flattened."""
+    before = axis + 1
+    if same_shape(given[:before], made[:before]):
+        return Carrier(x, axis, 1)
+    after = len(made) - axis
+    if after <= len(given) and same_shape(given[len(given) - after :], made[axis:]):
+        return Carrier(x, len(given) - after, 1)
+    whole = same_shape(given[:1], made[:1]) and len(made) == 2 < len(given)
+    if axis != 1 or not whole or not all(isinstance(size, int) for size in given[1:]):
+        return None
+    return Carrier(x, 1, prod(given[2:]))
+
+
+def moves(node: Node) -> bool:
+    """Whether `node` gives all values that it was given, once each, in another order or shape."""
+    return reshapes(node) or node.target in _PERMUTES
+
+
+def reshapes(node: Node) -> bool:
+    """Whether `node` gives all values that it was given, in their order."""
+    return node.target in _RESHAPES
+
+
+def order_of_axes(node: Node) -> list[int] | None:
+    """Which axis of what it was given each axis of a permutation is; None: it is something else."""
+    if node.target not in _PERMUTES:
+        return None
+    assert callable(node.target)
+    sizes = range(1, node.meta["val"].dim() + 1)
+    permuted = node.target(torch.empty(*sizes, device="meta"), *node.args[1:], **node.kwargs)
+    return [size - 1 for size in permuted.shape]
 
 
 def is_average(node: Node, axis: int) -> bool:

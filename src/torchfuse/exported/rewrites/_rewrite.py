@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from torchfuse.algebra import Affine, Layer
-    from torchfuse.exported.reading import AffineCall, LayerCall, Reading
+    from torchfuse.exported.reading import Reading
 
 __all__ = ["Constant", "Edit", "NewCall", "Rewrite", "affine_of", "layer_of"]
 
@@ -116,8 +116,3 @@ def affine_of(affine: Affine, axis: int | None, rank: int, x: Any) -> NewCall | 
             made = NewCall(target, (made, Constant(value.reshape(sizes).clone(), role)))
     assert isinstance(made, (NewCall, Node))
     return made
-
-
-def fits(call: AffineCall, layer: LayerCall) -> bool:
-    """Whether an affine is along the channels of a layer, or alike everywhere."""
-    return call.axis in (None, layer.axis)

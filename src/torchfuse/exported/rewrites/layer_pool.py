@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torchfuse.algebra import Layer
 from torchfuse.exported.rewrites._carriers import carrier, is_average
 from torchfuse.exported.rewrites._rewrite import Edit, NewCall, Rewrite, layer_of
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from torchfuse.exported.reading import Reading
+    from torchfuse.planning import Refusal
 
 __all__ = ["REWRITE"]
 
@@ -24,19 +26,22 @@ def _find(reading: Reading, node: Node) -> list[Edit]:
         return []
     if any(size != 1 for size in (*layer.layer.kernel, *layer.layer.stride)):
         return []
-    # The average must have the channels where it had them, and the dimensions that the layer needs.
-    given, made = layer.node.meta["val"].dim(), node.meta["val"].dim()
-    axis = made - 1 - len(layer.layer.kernel)
+    # The average must have the channels where it had them, and the dimensions that the layer needs;
+    # where it leaves none but the channels' to the right, a convolution is a linear layer.
+    dims, gone = len(layer.layer.kernel), layer.node.meta["val"].dim() - node.meta["val"].dim()
+    is_flat = gone == dims and layer.layer.groups == 1
+    axis = node.meta["val"].dim() - 1 - (0 if is_flat else dims)
     found = carrier(node, axis) if is_average(node, axis) else None
-    if found is None or found.axis != layer.axis or (layer.layer.kernel and given != made):
+    if found is None or found.axis != layer.axis or (gone and dims and not is_flat):
         return []
-    return [
-        Edit(
-            (layer.node, node),
-            lambda: layer_of(layer.exact, NewCall(node.target, (layer.x, *node.args[1:]))),
-            named_after=layer.node,
-        )
-    ]
+
+    def result() -> NewCall | Refusal:
+        exact = layer.exact
+        if is_flat and dims:
+            exact = Layer(exact.weight.flatten(1), exact.bias)
+        return layer_of(exact, NewCall(node.target, (layer.x, *node.args[1:])))
+
+    return [Edit((layer.node, node), result, named_after=layer.node)]
 
 
 REWRITE = Rewrite(
