@@ -78,14 +78,16 @@ def _onnx(model: nn.Module, x: Tensor, data: Data) -> Callable[..., Any]:
 
 
 def _xml(model: nn.Module, x: Tensor, data: Data) -> Callable[..., Any]:
-    """OpenVINO's convert_model with f32 asked for, and nncf.quantize."""
+    """OpenVINO's convert_model with f32 asked for, and nncf.quantize, told of transformers."""
     import nncf
     import openvino
 
     converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
     if data is not None:
         samples = nncf.Dataset([sample.numpy() for sample in data])
-        converted = nncf.quantize(converted, samples, subset_size=len(data))
+        is_transformer = "Transformer" in type(model).__name__
+        kind = nncf.ModelType.TRANSFORMER if is_transformer else None
+        converted = nncf.quantize(converted, samples, subset_size=len(data), model_type=kind)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plain.xml"
         openvino.save_model(converted, path, compress_to_fp16=False)
