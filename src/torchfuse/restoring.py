@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
 import types
@@ -122,8 +123,10 @@ class Snapshot:
         for module in modules:
             if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
                 kept.keep_module(module)
+        kept.keep_globals(modules)
         self.changed = kept.changed  # names of attributes and entries that a run changed
         self._undo.append(kept.put_back)
+        self._undo.append(_noting_draws(kept.changed))
 
     def put_back(self) -> None:
         """Undo what a run did to attributes, flags, hooks and random states."""
@@ -178,6 +181,24 @@ def random_state_kept() -> Iterator[None]:
     finally:
         for step in undo:
             step()
+
+
+def _noting_draws(changed: set[str]) -> Callable[[], object]:
+    """Adds to `changed` whether Python's or numpy's random numbers were drawn.
+
+    (A tensor of torch's random numbers is asked for its truth, if a branch depends on it.)
+    """
+    before = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numbers = numpy.random.get_state()[2] if numpy is not None else None
+
+    def note() -> None:
+        if random.getstate() != before or (
+            numpy is not None and numpy.random.get_state()[2] != numbers
+        ):
+            changed.add("the random state")
+
+    return note
 
 
 def _random_state() -> list[Callable[[], object]]:
@@ -242,36 +263,53 @@ class _Attributes:
     """Shallow copies of the modules' attributes, and of the plain containers below them."""
 
     def __init__(self) -> None:
-        self.mappings: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
-        self.sequences: list[tuple[Any, list[Any]]] = []
-        self.sets: list[tuple[set[Any], set[Any]]] = []
+        self.mappings: list[tuple[str, MutableMapping[Any, Any], dict[Any, Any]]] = []
+        self.sequences: list[tuple[str, Any, list[Any]]] = []
+        self.sets: list[tuple[str, set[Any], set[Any]]] = []
+        self.globals: list[tuple[dict[str, Any], str, Any]] = []
         self.steps: list[Callable[[], object]] = []  # for what has a state and no entries
         self.seen: set[int] = set()
         self.changed: set[str] = set()
 
     def keep_module(self, module: nn.Module) -> None:
         attributes = dict(vars(module))
-        self.mappings.append((vars(module), attributes))
+        self.mappings.append(("", vars(module), attributes))
         for name, value in attributes.items():
             if name in MODULE_TABLES:
-                self.mappings.append((value, dict(value) if value else _NOTHING))
+                self.mappings.append((name, value, dict(value) if value else _NOTHING))
             elif type(value) not in _PLAIN and not isinstance(value, _ATOMS):
-                self.keep(value, _DEPTH)
+                self.keep(value, _DEPTH, name)
+                if isinstance(value, Iterator):
+                    self.changed.add(name)  # whoever takes its next entry changes it
 
-    def keep(self, value: Any, depth: int) -> None:
+    def keep_globals(self, modules: list[nn.Module]) -> None:
+        """Keeps numbers and containers that the modules' methods name, and are no attributes."""
+        classes: set[Any] = {type(module) for module in modules}
+        for space, name in {
+            (id(space), name): (space, name)
+            for class_ in classes
+            for space, name in _globals_of(class_)
+        }.values():
+            value = space.get(name)
+            if type(value) in (int, float, bool):
+                self.globals.append((space, name, value))
+            elif type(value) in (list, dict, set, deque):
+                self.keep(value, 0, name)
+
+    def keep(self, value: Any, depth: int, name: str) -> None:
         if id(value) in self.seen or depth < 0:
             return
         children: Any
         if isinstance(value, MutableMapping):
             entries = dict(value)
-            self.mappings.append((value, entries))
+            self.mappings.append((name, value, entries))
             children = entries.values()
         elif isinstance(value, (list, deque)):
             children = list(value)
-            self.sequences.append((value, children))
+            self.sequences.append((name, value, children))
         elif isinstance(value, set):
             children = ()
-            self.sets.append((value, set(value)))
+            self.sets.append((name, value, set(value)))
         elif (step := _restoring_step(value)) is not None:
             self.steps.append(step)
             children = ()
@@ -284,20 +322,52 @@ class _Attributes:
         self.seen.add(id(value))
         for child in children:
             if not isinstance(child, _ATOMS):
-                self.keep(child, depth - 1)
+                self.keep(child, depth - 1, name)
 
     def put_back(self) -> None:
-        for mapping, entries in self.mappings:
+        for name, mapping, entries in self.mappings:
             if mapping or entries:
-                self.changed.update(_refill(mapping, entries))
-        for sequence, items in self.sequences:
-            _refill_sequence(sequence, items)
-        for value, members in self.sets:
+                self.changed.update(key or name for key in _refill(mapping, entries))
+        for name, sequence, items in self.sequences:
+            if _refill_sequence(sequence, items):
+                self.changed.add(name)
+        for name, value, members in self.sets:
             if value != members:
+                self.changed.add(name)
                 value.clear()
                 value.update(members)
+        for space, name, value in self.globals:
+            if space.get(name) is not value:
+                self.changed.add(name)
+                space[name] = value
         for step in self.steps:
             step()
+
+
+@lru_cache(maxsize=4096)
+def _globals_of(class_: Any) -> tuple[tuple[dict[str, Any], str], ...]:
+    """The global names in the methods of a class, and in the functions that those name."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    members = [
+        inspect.unwrap(member)
+        for base in class_.__mro__
+        if not base.__module__.startswith("torch.")
+        for member in vars(base).values()
+        if isinstance(member, types.FunctionType)
+    ]
+    waiting = [member for member in members if isinstance(member, types.FunctionType)]
+    called = True
+    while waiting:
+        inner: list[types.FunctionType] = []
+        for function in waiting:
+            space = function.__globals__
+            for name in function.__code__.co_names:
+                if name in space and (id(space), name) not in found:
+                    found[id(space), name] = (space, name)
+                    if isinstance(space[name], types.FunctionType):
+                        inner.append(space[name])
+        waiting, called = (inner, False) if called else ([], False)
+    return tuple(found.values())
 
 
 def _restoring_step(value: Any) -> Callable[[], object] | None:
@@ -334,26 +404,30 @@ _ATOMS = (
 
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[str]:
-    """Gives a dictionary its entries back; the names of those that were others."""
+    """Gives a dictionary its entries back; the names of those that were others (or "")."""
     if (
         len(mapping) == len(entries)
         and all(map(is_, mapping, entries))
         and all(map(is_, mapping.values(), entries.values()))
     ):
         return []
-    names = [key for key in {**mapping, **entries} if isinstance(key, str)]
-    changed = [key for key in names if mapping.get(key) is not entries.get(key)]
+    changed = [
+        key if isinstance(key, str) else ""
+        for key in {**mapping, **entries}
+        if mapping.get(key) is not entries.get(key)
+    ]
     mapping.clear()
     mapping.update(entries)
     return changed
 
 
-def _refill_sequence(sequence: Any, items: list[Any]) -> None:
-    if len(sequence) != len(items) or any(
-        now is not old for now, old in zip(sequence, items, strict=True)
-    ):
-        sequence.clear()
-        sequence.extend(items)
+def _refill_sequence(sequence: Any, items: list[Any]) -> bool:
+    """Gives a list its entries back, and says whether they were others."""
+    if len(sequence) == len(items) and all(map(is_, sequence, items)):
+        return False
+    sequence.clear()
+    sequence.extend(items)
+    return True
 
 
 # Operators of torch that write nothing and return only what they made; most calls are of them.

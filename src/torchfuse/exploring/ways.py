@@ -6,10 +6,14 @@ to a *branch site*. Sites are answered otherwise in runs of their own, each by i
 at once; so are the sites that only such a run comes to. The model also runs at other sizes, where
 loops and indices, which ask nothing that can be seen, come out otherwise.
 
-What is found is evidence, with two limits. A false answer may lead to an error that a true one
-would not have led to (`if h >= 16: x.view(…, h // 16)`): such a way was not followed, unless the
-code itself raised at once. And what becomes a plain number (`int(h)`) is followed no further. In
-both cases the result says so in `lost`.
+So are calls of torch's functions in code that catches errors, which raise one, and what torch is
+set to (`torch.is_grad_enabled()`).
+
+What is found is evidence, with limits. A false answer may lead to an error that a true one would
+not have led to (`if h >= 16: x.view(…, h // 16)`): such a way was not followed, unless the code
+itself raised at once. What becomes a plain number (`int(h)`, an index, a range) is followed no
+further; nor is state that a run changes (`self.calls += 1`). Then the result says so in `lost`: a
+branch on something that is not followed may depend on that.
 """
 
 from __future__ import annotations
@@ -19,17 +23,21 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations, islice
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from torchfuse.capture.ambient import MODES, catches
+from torchfuse.capture.kinds import COUNTABLE
 from torchfuse.capture.recorded_run import record
 from torchfuse.errors import TorchfuseError
-from torchfuse.exploring.numbers import followed, listening
+from torchfuse.exploring.numbers import counted, followed, listening, plain
 from torchfuse.exploring.unheard import unheard
+from torchfuse.graph import Graph
 from torchfuse.inputs import Case, resized
+from torchfuse.restoring import restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,15 +45,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from torchfuse.graph import Graph
-
     Site = tuple[CodeType, int]  # a function, and a place in its bytecode
-    Span = tuple[int, int, int, int]
     # Which answers of a run are false: all that a site gives, (a number) one of them, or all those
     # that are not the one given here
     Lies = Mapping[Site, int | bool | None]
 
-__all__ = ["Way", "Ways", "explore"]
+__all__ = ["Way", "Ways", "called", "explore"]
 
 # Runs of one case; a model with more ways than that is one that was not followed.
 _RUNS = 256
@@ -72,8 +77,7 @@ class Ways:
     """The ways that were found, apart from the recorded one."""
 
     ways: tuple[Way, ...]
-    asked: frozenset[tuple[CodeType, Span]]  # the functions, and where in them a site is
-    sites: int  # their number
+    sites: int  # how many places were found where code asks
     runs: int  # of the model
     lost: str | None  # what could not be followed, as a clause; None: nothing
 
@@ -85,11 +89,42 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
     """
     explorer = _Explorer(model, recorded)
     found: list[Way] = []
+    if any(read.code is None for read in recorded.reads):
+        explorer.lost = "scripted code looks at values"
     with unheard(), listening(explorer):
         for index, case in enumerate(cases):
             found.extend(explorer.ways_of(index, case))
-    asked = frozenset((code, _span(code, instruction)) for code, instruction in explorer.known)
-    return Ways(tuple(found), asked, len(explorer.known), explorer.runs, explorer.lost)
+    return Ways(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
+
+
+def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType], ...] | None:
+    """The user's functions that are called, each with how many calls were recorded before.
+
+    None if the model does not run again.
+    """
+    found: list[tuple[int, CodeType]] = []
+    explorer = _Explorer(model, Graph("", ()))
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        own = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if event == "call" and explorer.graph is not None and own not in _NOT_THE_USERS:
+            found.append((len(explorer.graph.calls), frame.f_code))
+
+    before = sys.gettrace()
+    with unheard():
+        sys.settrace(note)  # (a profiler of C's could not be put back)
+        try:
+            record(model, cases, explorer)
+        except TorchfuseError:
+            return None
+        finally:
+            sys.settrace(before)
+    return tuple(found)
+
+
+_NOT_THE_USERS = sys.stdlib_module_names | {"torch", "torchfuse"}
+# A text that is made of a size: all of them come out otherwise at once.
+_TEXT: Site = (explore.__code__, -1)
 
 
 @dataclass
@@ -114,6 +149,7 @@ class _Explorer:
         """All ways of one case other than the recorded one."""
         recorded = _detailed(self.recorded, index)
         seen = {recorded}
+        yield from self._next_call(case, seen)
         base = None
         for given in (_dense(resized(case, batch=True, spatial=True)), case):
             graph = self._natural(given)
@@ -128,6 +164,27 @@ class _Explorer:
         other = _dense(resized(base, batch=True, spatial=False))
         yield from self._new(self._natural(other), str(other), seen)
         yield from self._otherwise(base, asked, visits, seen)
+
+    def _next_call(self, case: Case, seen: set[int]) -> Iterator[Way]:
+        """The way of the next call, where the recorded one changed the model's state.
+
+        A cache is filled by the first; what changes again may be anything at a later call.
+        """
+        if not self.recorded.changed:
+            return
+        with restored(self.model):
+            try:
+                with torch.no_grad():
+                    (self.model if case.method == "forward" else getattr(self.model, case.method))(
+                        *case.args, **case.kwargs
+                    )
+            except Exception:  # noqa: BLE001  # whatever the user's code raises
+                self._lost_at(None, f"{case} cannot be called twice")
+                return
+            graph = self._natural(case)
+        yield from self._new(graph, f"the next call of {case}", seen)
+        if graph is not None and graph.changed:
+            self._lost_at(None, f"`{min(graph.changed)}` may be another at the next call")
 
     @staticmethod
     def _new(graph: Graph | None, left_at: str, seen: set[int]) -> Iterator[Way]:
@@ -168,12 +225,13 @@ class _Explorer:
         add(asked, visits, {})
         budget = self.runs + _RUNS
         alone = 0
-        while self.lost is None:
+        lost_before = self.lost
+        while self.lost is lost_before:
             if not waiting:
                 if alone == len(sites):
                     break
                 alone = len(sites)  # (a combination may come to sites of its own)
-                waiting.extend(_combined(sites))
+                waiting.extend(_combined([site for site in sites if site is not _TEXT]))
                 continue
             if self.runs >= budget:
                 self.lost = f"it has more than {_RUNS} ways"
@@ -192,7 +250,9 @@ class _Explorer:
             return self._run(case, lies)
         except TorchfuseError as error:
             cause = error.__cause__
-            if cause is not None and self._raised_at_once(cause):
+            if isinstance(cause, _FailedError) or (
+                cause is not None and self._raised_at_once(cause)
+            ):
                 return None
             true = [(site, not self.asked.get(site, False)) for site in lies]
             if len(true) == 1 and true[0] in self.natural:
@@ -239,18 +299,49 @@ class _Explorer:
             return followed(real)
         if name in _VALUES:
             return followed(real) if not isinstance(real, bool) else self.truth(real)
-        if name in _TRUTHS:
+        if name in _TRUTHS or name in MODES:
             return self.truth(bool(real))
+        if name in COUNTABLE and isinstance(real, tuple):
+            return counted(real)
         if name in _PLAIN_ANSWERS:  # Python makes a plain number of whatever this answers
             self.lose(f"`{name}` gives a plain number")
         return real
+
+    def plain(self, value: Any) -> Any:
+        """What torch is given in place of numbers that are followed."""
+        return plain(value)
 
     def truth(self, real: bool) -> bool:
         """How a comparison comes out: as it would, unless this run answers otherwise."""
         frame = _asking()
         if _is_torch(frame):
             return real  # torch does the same for all sizes that it takes
-        site = (frame.f_code, frame.f_lasti)
+        return self._answered((frame.f_code, frame.f_lasti), real)
+
+    def text(self, real: str) -> str:
+        """What a size is in a text; which one it is, only comparing texts could tell."""
+        if _is_torch(_asking()):
+            return real
+        self.asked[_TEXT] = True
+        self.known.add(_TEXT)
+        if _TEXT not in self.lies:
+            return real
+        self._note_lie()
+        return "?"
+
+    def failing(self) -> None:
+        """Raises an error in place of a function of torch, where this run is to."""
+        frame: Any = _asking()
+        while frame is not None and frame.f_code.co_name != "_torchfuse_run":
+            if (
+                catches(frame.f_code)
+                and not _is_torch(frame)
+                and not self._answered((frame.f_code, frame.f_lasti), True)
+            ):
+                raise _FailedError
+            frame = frame.f_back
+
+    def _answered(self, site: Site, real: bool) -> bool:
         visit = self.visits[site]
         self.visits[site] += 1
         self.asked.setdefault(site, real)
@@ -266,9 +357,12 @@ class _Explorer:
             if visit >= _ANSWERS:
                 self._lost_at(site, "a loop may not end")
             elif false:
-                self.lied_after = len(self.graph.calls) if self.graph is not None else None
+                self._note_lie()
                 return not real
         return real
+
+    def _note_lie(self) -> None:
+        self.lied_after = len(self.graph.calls) if self.graph is not None else None
 
     def lose(self, what: str) -> None:
         """A number that is followed is no more."""
@@ -302,6 +396,10 @@ class _EndlessError(Exception):
     """Ends a run that would not end."""
 
 
+class _FailedError(RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
+    """What a function of torch raises for other inputs, whichever of these it is."""
+
+
 def _asking() -> Any:
     """The frame of the code that asks, without the recording and what leads to it."""
     frame: Any = sys._getframe(2)
@@ -318,18 +416,9 @@ def _is_torch(frame: Any) -> bool:
 
 
 def _place(code: CodeType, instruction: int) -> str:
+    if (code, instruction) == _TEXT:
+        return "a size in a text"
     return f"{code.co_filename.rsplit('/', 1)[-1]}:{_line(code, instruction)}"
-
-
-def _span(code: CodeType, instruction: int) -> Span:
-    """Where in the source an instruction is: first line and column, last line and column."""
-    positions = getattr(code, "co_positions", None)
-    if positions is None:  # Python 3.10 knows only lines
-        line = _line(code, instruction)
-        return line, -1, line, -1
-    where = next(islice(positions(), instruction // 2, None))
-    first, last, start, end = (-1 if number is None else number for number in where)
-    return first, start, last, end
 
 
 @lru_cache(maxsize=1024)
