@@ -68,8 +68,11 @@ class Questions(Protocol):
     def plain(self, value: Any) -> Any:
         """Arguments for torch, with what was made of answers as plain numbers."""
 
-    def failing(self) -> None:
-        """A function of torch is about to be called; an error raised here is its own."""
+    def called(self, name: str, elements: int) -> None:
+        """A function of torch is about to be given tensors of so many elements.
+
+        An error raised here is its own.
+        """
 
 
 def record(
@@ -314,7 +317,7 @@ class _Functions(TorchFunctionMode):
                     self._note_read("shape")
             return recording.answered(name, fact)
         if recording.questions is not None:
-            recording.questions.failing()
+            recording.questions.called(name, sum(t.numel() for t in _tensors((args, kwargs))))
         elif catches((frame := sys._getframe(1)).f_code):
             self._note_read("error", frame)
         known: set[int] = set()

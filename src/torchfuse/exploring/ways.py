@@ -62,6 +62,9 @@ _ANSWERS = 200
 _VISITS = 3
 # A site that a run with false answers comes to so often is in a loop that they never end.
 _ENDLESS = 1000
+# With false answers a call may be given so many times the elements that it has without, and so many
+# more: all boxes of a detector where a few were suppressed would take minutes and gigabytes.
+_TIMES_AS_LARGE, _MORE_ELEMENTS = 4, 100_000
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class _Explorer:
     asked: dict[Site, bool] = field(default_factory=dict)  # with the true answers
     visits: Counter[Site] = field(default_factory=Counter)
     usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
+    largest: Counter[str] = field(default_factory=Counter)  # elements in such a run, by function
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
     def ways_of(self, index: int, case: Case) -> Iterator[Way]:
@@ -329,8 +333,13 @@ class _Explorer:
         self._note_lie()
         return "?"
 
-    def failing(self) -> None:
-        """Raises an error in place of a function of torch, where this run is to."""
+    def called(self, name: str, elements: int) -> None:
+        """A function of torch is given so many; raises an error in its place, where this run is to."""
+        if not self.lies:
+            self.largest[name] = max(self.largest[name], elements)
+        elif elements > _TIMES_AS_LARGE * self.largest[name] + _MORE_ELEMENTS:
+            self._lost_at(None, f"another way gives `{name}` much more than at these inputs")
+            raise _EndlessError
         frame: Any = _asking()
         while frame is not None and frame.f_code.co_name != "_torchfuse_run":
             if (
