@@ -404,7 +404,7 @@ _ATOMS = (
 
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[str]:
-    """Gives a dictionary its entries back; the names of those that were others (or "")."""
+    """Gives a dictionary its entries back; the names of those that were no tensors."""
     if (
         len(mapping) == len(entries)
         and all(map(is_, mapping, entries))
@@ -414,11 +414,19 @@ def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[
     changed = [
         key if isinstance(key, str) else ""
         for key in {**mapping, **entries}
-        if mapping.get(key) is not entries.get(key)
+        if (now := mapping.get(key)) is not (before := entries.get(key))
+        and not (_is_tensors(now) and _is_tensors(before))
     ]
     mapping.clear()
     mapping.update(entries)
     return changed
+
+
+def _is_tensors(value: Any) -> bool:
+    """Whether it is one of tensors' values, which code cannot branch on without being seen."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def _refill_sequence(sequence: Any, items: list[Any]) -> bool:

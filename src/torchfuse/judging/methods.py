@@ -180,14 +180,15 @@ def _is_followed_by_itself(subject: Subject, match: Match, function: FunctionTyp
     """Whether a method of the model, called with the inputs of forward, was followed everywhere.
 
     Whoever calls it may give it more than that, where it takes more: then the two stand in it one
-    right after the other.
+    right after the other. So they do where something was lost.
     """
-    if holds_where_called_itself(subject, match, function.__name__) is not True:
+    holds = holds_where_called_itself(subject, match, function.__name__)
+    if holds is False or subject.entries.get(function.__name__) is None:
         return False
     parameters = list(inspect.signature(function).parameters.values())[1:]
     variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     given = {len(case.args) + len(case.kwargs) for case in subject.cases}
-    if not variable and given == {len(parameters)}:
+    if holds and not variable and given == {len(parameters)}:
         return True
     named = names_asked_for(function.__code__)
     parts = {part for path in match.modules for part in path.split(".")}
