@@ -31,8 +31,8 @@ from torchfuse.judging.sources import (
     names_in,
 )
 from torchfuse.judging.straight import (
-    branches,
     branches_on_an_argument,
+    may_branch,
     results_of,
     stand_side_by_side,
 )
@@ -79,7 +79,7 @@ def reached_apart(subject: Subject, match: Match, *, outside: str | None = None)
                 continue
             if caller is None:  # runs only as it ran, on ways that are explored
                 once = pair.calls_each_once(path, function)  # what is between is asked for there
-                if once or not branches(function.__code__) or not is_lost(subject):
+                if once or not is_lost(subject) or not may_branch(subject, function.__code__):
                     continue
                 return Refusal(
                     f"{type(module).__name__}.{function.__name__} mentions `{min(reached)}`, and "
@@ -234,14 +234,16 @@ def _changes_the_model(function: FunctionType) -> bool:
 def _only_past_the_model(
     subject: Subject, path: str, function: FunctionType, seen: frozenset[CodeType] = frozenset()
 ) -> bool:
-    """Whether a method of an inner module is called by others that nothing in the model calls.
+    """Whether a method of an inner module, or one that the module replaced by another of its own,
+    is called only by others that nothing in the model calls.
 
     `fuse_bn_tensor(self, branch)`, which `get_kernel_bias(self)` calls, which only those call that
     re-parameterise the block themselves.
     """
     seen |= {function.__code__}
     callers = {c.__code__: (p, c) for p, c in subject.mentions.get(function.__name__, ())}
-    return path != "" and all(
+    replaced = function.__name__ in vars(subject.modules[path])  # by one of the module's own
+    return (path != "" or replaced) and all(
         code not in seen
         and not _ran(subject, code, where)
         and _only_past_the_model(subject, where, caller, seen)

@@ -28,6 +28,7 @@ __all__ = [
     "branches",
     "branches_on_an_argument",
     "is_straight",
+    "may_branch",
     "picks",
     "results_of",
     "stand_side_by_side",
@@ -51,7 +52,7 @@ def _turning(subject: Subject, match: Match, first: Call, second: Call) -> Itera
     containers = _containers(subject, match)
 
     def may_turn(code: CodeType) -> bool:
-        return branches(code) or picks(code, containers)
+        return may_branch(subject, code) or picks(code, containers)
 
     around = 0
     for one, other in zip(*stacks, strict=False):
@@ -107,6 +108,11 @@ def _stack(subject: Subject, call: Call) -> list[Frame]:
         frames += entry.callers
         index = entry.parent
     return frames[::-1]
+
+
+def may_branch(subject: Subject, code: CodeType) -> bool:
+    """Whether the function has a branch that may come out otherwise at another call."""
+    return branches(code) and not subject.steady.decides(code)
 
 
 @lru_cache(maxsize=8192)

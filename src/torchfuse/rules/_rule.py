@@ -11,6 +11,7 @@ from torchfuse.exploring import called, explore
 from torchfuse.judging.attached import Attached, attached, first_paths, modules_in
 from torchfuse.judging.dataflow import batch_norms
 from torchfuse.judging.sources import edits_modules, functions_of, is_setup, names_in
+from torchfuse.judging.steady import Steady
 from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ class Subject:
     def ways(self) -> Ways:
         """The other ways through the code."""
         return explore(self.model, self.cases, self.graph)
+
+    @cached_property
+    def steady(self) -> Steady:
+        """The attributes that no call changes."""
+        graphs = (self.graph, *(way.graph for way in self.ways.ways))
+        return Steady(self.modules, graphs, [entry.function for entry in self.attached])
 
     @cached_property
     def called(self) -> tuple[tuple[int, CodeType], ...] | None:

@@ -1,0 +1,158 @@
+"""Branches that go by what a model is made of, such as `if self.norm is not None`.
+
+They come out the same at every call, whatever exploring lost, unless a call may write what they ask
+for. That is read in the source: no value tells who may write it.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dis
+import inspect
+from enum import Enum
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from torchfuse.judging.sources import functions_of, names_in, syntax_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torchfuse.graph import Graph
+
+__all__ = ["Steady"]
+
+# An attribute of these is what it is until it is written. (A list or an object may change inside.)
+_WHOLE = (bool, int, float, str, bytes, type(None), type, Enum, nn.Module, FunctionType)
+# Builtins that answer from what they are given.
+_ANSWERING = frozenset({"isinstance", "hasattr", "callable", "enumerate", "zip", "range"})
+# What writes an attribute whose name no instruction tells.
+_ANY = frozenset({"setattr", "__setattr__", "delattr", "__delattr__", "__dict__", "exec"})
+
+
+class Steady:
+    """The attributes of a model that no call changes."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        graphs: Sequence[Graph],
+        attached: Iterable[FunctionType],
+    ) -> None:
+        self.functions: dict[CodeType, FunctionType] = {f.__code__: f for f in attached}
+        self.owners: dict[CodeType, list[nn.Module]] = {}
+        for module in modules.values():
+            class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
+            for _, function in functions_of(class_):
+                self.functions[function.__code__] = function
+                self.owners.setdefault(function.__code__, []).append(module)
+        changed = {name for graph in graphs for name in graph.changed}
+        recorded = {code for graph in graphs for code, _ in graph.codes}
+        self.written = changed.union(*map(_stored, self._may_run(recorded)))
+        self.any_written = None in self.written
+
+    def decides(self, code: CodeType) -> bool:
+        """Whether each branch of a method goes by such attributes; False if there is no source."""
+        tree = syntax_of(code)
+        if self.any_written or code not in self.owners or tree is None or not tree.args.args:
+            return False
+        owner = tree.args.args[0].arg
+        return all(
+            isinstance(asked, ast.expr) and self._is_same(asked, code, owner)
+            for node in ast.walk(tree)
+            for asked in _asked(node, owner)
+        )
+
+    def _is_same(self, value: ast.expr, code: CodeType, owner: str) -> bool:
+        """Whether an expression in that method has the same value at every call."""
+        if isinstance(value, (ast.Constant, ast.BoolOp, ast.Tuple, ast.Compare, ast.UnaryOp)):
+            parts = [part for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
+            return all(self._is_same(part, code, owner) for part in parts)
+        if isinstance(value, ast.Call):
+            named = value.func.id if isinstance(value.func, ast.Name) else None
+            given = (*value.args, *(keyword.value for keyword in value.keywords))
+            return named in _ANSWERING and all(self._is_same(v, code, owner) for v in given)
+        names: list[str] = []
+        while isinstance(value, ast.Attribute):
+            names.insert(0, value.attr)
+            value = value.value
+        if not isinstance(value, ast.Name):
+            return False
+        if value.id == owner:
+            return self.written.isdisjoint(names) and all(
+                _is_whole(module, names) for module in self.owners[code]
+            )
+        space = self.functions[code].__globals__
+        known: Any = space.get(value.id, getattr(builtins, value.id, None))
+        for name in names:
+            known = inspect.getattr_static(known, name, None)
+        return isinstance(known, type) and value.id not in code.co_varnames
+
+    def _may_run(self, recorded: Iterable[CodeType]) -> Iterator[CodeType]:
+        """The functions that a call may come to, by the names in those that it did come to."""
+        by_name: dict[str, list[CodeType]] = {}
+        for code, function in self.functions.items():
+            by_name.setdefault(function.__name__, []).append(code)
+        waiting = [*recorded, *by_name.get("forward", ())]
+        seen: set[CodeType] = set()
+        while waiting:
+            code = waiting.pop()
+            if code in seen:
+                continue
+            seen.add(code)
+            yield code
+            space = self.functions[code].__globals__ if code in self.functions else {}
+            for name in names_in(code):
+                waiting += by_name.get(name, ())
+                called = inspect.unwrap(space[name]) if callable(space.get(name)) else None
+                if isinstance(called, FunctionType) and not called.__module__.startswith("torch."):
+                    self.functions.setdefault(called.__code__, called)
+                    waiting.append(called.__code__)
+
+
+def _asked(node: ast.AST, owner: str) -> Iterator[ast.AST]:
+    """What a branch goes by; a node that is no expression where that cannot be told."""
+    if isinstance(node, (ast.If, ast.IfExp)):
+        yield node.test
+    elif isinstance(node, ast.BoolOp):
+        yield from node.values[:-1]
+    elif isinstance(node, ast.Compare) and len(node.ops) > 1:
+        yield node
+    elif isinstance(node, ast.For):
+        yield node.iter
+    elif isinstance(node, ast.comprehension):
+        yield from (node.iter, *node.ifs)
+    elif isinstance(node, (ast.Try, ast.Match, ast.While, ast.AsyncFor)) or (
+        isinstance(node, ast.Name) and node.id == owner and not isinstance(node.ctx, ast.Load)
+    ):
+        yield node.ctx if isinstance(node, ast.Name) else node
+
+
+def _is_whole(value: Any, names: Sequence[str]) -> bool:
+    """Whether an attribute is an object's own or its class's, and can only change by a write."""
+    for name in names:
+        found = inspect.getattr_static(value, name, None)
+        if isinstance(value, nn.Module):
+            found = value._modules.get(name, value._parameters.get(name, found))
+        if found is not getattr(value, name, None):  # a property, a method
+            return False
+        value = found
+    return isinstance(value, _WHOLE)
+
+
+@lru_cache(maxsize=8192)
+def _stored(code: CodeType) -> frozenset[str | None]:
+    """The attributes that a function, and those inside it, write; None among them for any."""
+    names: set[str | None] = {
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR")
+    }
+    if not _ANY.isdisjoint(code.co_names):
+        names.add(None)
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(names).union(*map(_stored, inner))
