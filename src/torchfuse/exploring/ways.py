@@ -139,7 +139,7 @@ class _Explorer:
     lost: str | None = None
     runs: int = 0
     known: set[Site] = field(default_factory=set)
-    natural: set[tuple[Site, bool]] = field(default_factory=set)  # true answers at some size
+    natural: list[dict[Site, bool]] = field(default_factory=list)  # true answers, for each size
     # In this run
     graph: Graph | None = None
     lies: Lies = field(default_factory=dict)
@@ -203,7 +203,7 @@ class _Explorer:
             graph = self._run(case, {})
         except TorchfuseError:
             return None
-        self.natural |= set(self.asked.items())
+        self.natural.append(dict(self.asked))
         self.usual |= self.visits
         return graph
 
@@ -214,6 +214,7 @@ class _Explorer:
         waiting: list[Lies] = []
         sites: list[Site] = []
         settled: set[Site] = set()
+        others: list[Case] = []
 
         def add(new: Mapping[Site, bool], count: Counter[Site], before: Lies) -> None:
             for site in new:
@@ -241,30 +242,31 @@ class _Explorer:
                 self.lost = f"it has more than {_RUNS} ways"
                 return
             lies = waiting.pop(0)
-            graph = self._tried(case, lies)
+            graph, settled_so = self._tried(case, lies)
             # A check that raised asked as well: it may do so only because this answer is false.
             add(self.asked, self.visits, lies)
-            if graph is None:
-                continue
-            yield from self._new(graph, ", ".join(_place(*site) for site in lies), seen)
+            if graph is not None:
+                yield from self._new(graph, ", ".join(_place(*site) for site in lies), seen)
+            elif not settled_so:
+                wanted = {site: not self.asked.get(site, False) for site in lies}
+                if not others:  # sizes that are odd where these are even, and even where odd
+                    others.append(_trimmed(case))
+                    yield from self._new(self._natural(others[0]), str(others[0]), seen)
+                # Where another size takes this way by true answers, it was recorded.
+                if not any(wanted.items() <= true.items() for true in self.natural):
+                    self._lost_at(
+                        next(iter(lies)), "the other side of a branch ends in an error at this size"
+                    )
 
-    def _tried(self, case: Case, lies: Lies) -> Graph | None:
-        """What is recorded with these false answers; None if the code ends with an error there."""
+    def _tried(self, case: Case, lies: Lies) -> tuple[Graph | None, bool]:
+        """What is recorded with these false answers; else whether the code ends there by itself."""
         try:
-            return self._run(case, lies)
+            return self._run(case, lies), True
         except TorchfuseError as error:
             cause = error.__cause__
-            if isinstance(cause, _FailedError) or (
+            return None, isinstance(cause, _FailedError) or (
                 cause is not None and self._raised_at_once(cause)
-            ):
-                return None
-            true = [(site, not self.asked.get(site, False)) for site in lies]
-            if len(true) == 1 and true[0] in self.natural:
-                return None  # another size takes this way, and was recorded
-            self._lost_at(
-                next(iter(lies)), "the other side of a branch ends in an error at this size"
             )
-            return None
 
     def _run(self, case: Case, lies: Lies) -> Graph:
         self.runs += 1
@@ -334,7 +336,7 @@ class _Explorer:
         return "?"
 
     def called(self, name: str, elements: int) -> None:
-        """A function of torch is given so many; raises an error in its place, where this run is to."""
+        """A function of torch is given so many; raises in its place, where this run is to."""
         if not self.lies:
             self.largest[name] = max(self.largest[name], elements)
         elif elements > _TIMES_AS_LARGE * self.largest[name] + _MORE_ELEMENTS:
@@ -475,6 +477,20 @@ def _dense(case: Case) -> Case:
         lambda value: value.clone() if isinstance(value, torch.Tensor) else value,
         (case.args, dict(case.kwargs)),
     )
+    return Case(args, kwargs, case.method)
+
+
+def _trimmed(case: Case) -> Case:
+    """The case with images and sequences one element smaller in each dimension."""
+
+    def trimmed(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        for axis in range(2, value.dim()):
+            value = value.narrow(axis, 0, max(1, value.shape[axis] - 1))
+        return value.clone()
+
+    args, kwargs = tree_map(trimmed, (case.args, dict(case.kwargs)))
     return Case(args, kwargs, case.method)
 
 

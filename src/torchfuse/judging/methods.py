@@ -234,11 +234,11 @@ def _changes_the_model(function: FunctionType) -> bool:
 def _only_past_the_model(
     subject: Subject, path: str, function: FunctionType, seen: frozenset[CodeType] = frozenset()
 ) -> bool:
-    """Whether a method of an inner module, or one that the module replaced by another of its own,
-    is called only by others that nothing in the model calls.
+    """Whether a method of an inner module is called by others that nothing in the model calls.
 
     `fuse_bn_tensor(self, branch)`, which `get_kernel_bias(self)` calls, which only those call that
-    re-parameterise the block themselves.
+    re-parameterise the block themselves. Or a method, also of the model, which an attribute of the
+    module has replaced: its class's `forward` below `model.forward = …`.
     """
     seen |= {function.__code__}
     callers = {c.__code__: (p, c) for p, c in subject.mentions.get(function.__name__, ())}

@@ -50,7 +50,7 @@ class Steady:
             for _, function in functions_of(class_):
                 self.functions[function.__code__] = function
                 self.owners.setdefault(function.__code__, []).append(module)
-        changed = {name for graph in graphs for name in graph.changed}
+        changed: set[str | None] = {name for graph in graphs for name in graph.changed}
         recorded = {code for graph in graphs for code, _ in graph.codes}
         self.written = changed.union(*map(_stored, self._may_run(recorded)))
         self.any_written = None in self.written
