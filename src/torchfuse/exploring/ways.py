@@ -215,14 +215,18 @@ class _Explorer:
         sites: list[Site] = []
         settled: set[Site] = set()
         others: list[Case] = []
+        lost_before = self.lost
+        thorough = lost_before is None  # else what is in doubt is judged by its code anyway
 
         def add(new: Mapping[Site, bool], count: Counter[Site], before: Lies) -> None:
             for site in new:
                 if site not in sites:
                     sites.append(site)
                     waiting.append({**before, site: None})
-                    if 1 < count[site] <= _VISITS:
+                    if thorough and 1 < count[site] <= _VISITS:
                         waiting.extend({**before, site: n} for n in range(count[site]))
+                if not thorough:
+                    continue
                 if count[site] > 1 and site not in settled and _asks_for_equality(*site):
                     settled.add(site)  # of sizes with others: one answer for each pair of numbers
                     waiting.extend({**before, site: answer} for answer in (True, False))
@@ -230,10 +234,9 @@ class _Explorer:
         add(asked, visits, {})
         budget = self.runs + _RUNS
         alone = 0
-        lost_before = self.lost
         while self.lost is lost_before:
             if not waiting:
-                if alone == len(sites):
+                if alone == len(sites) or not thorough:
                     break
                 alone = len(sites)  # (a combination may come to sites of its own)
                 waiting.extend(_combined([site for site in sites if site is not _TEXT]))
