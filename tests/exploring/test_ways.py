@@ -156,6 +156,34 @@ def test_a_loop_that_a_false_answer_elsewhere_never_ends_is_lost():
     assert "may not end" in ways_of(forward).lost
 
 
+def test_a_loop_that_asks_nothing_ends_too():
+    def forward(self, x):
+        wide, count = x.shape[-1] > 2, 0
+        while count < 3:
+            x = x + 1
+            count += 1 if wide else 0
+        return self.bn(self.conv(x))
+
+    assert "without an end" in ways_of(forward).lost
+
+
+def test_an_error_is_no_loss_where_another_size_takes_that_way():
+    def forward(self, x):  # where an even size is padded too, it cannot be halved
+        if x.shape[-1] % 2 == 1:
+            x = F.pad(x, (0, 1))
+        return self.bn(self.conv(x.unflatten(-1, (-1, 2)).flatten(-2)))
+
+    assert ways_of(forward).lost is None
+
+
+def test_much_more_than_in_the_true_runs_is_not_computed():
+    def forward(self, x):
+        kept = x if x.shape[-1] > 2 else x.repeat(1, 1, 60, 60)
+        return self.bn(self.conv(kept.relu()))
+
+    assert "`relu` much more" in ways_of(forward).lost
+
+
 def test_a_check_that_only_a_false_answer_fails_is_passed():
     def forward(self, x):
         y = self.conv(x)

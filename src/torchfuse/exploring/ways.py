@@ -65,6 +65,8 @@ _ENDLESS = 1000
 # With false answers a call may be given so many times the elements that it has without, and so many
 # more: all boxes of a detector where a few were suppressed would take minutes and gigabytes.
 _TIMES_AS_LARGE, _MORE_ELEMENTS = 4, 100_000
+# So it may make more calls: a loop whose end was settled by a false answer asks nothing.
+_TIMES_AS_LONG, _MORE_CALLS = 4, 1000
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class _Explorer:
     visits: Counter[Site] = field(default_factory=Counter)
     usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
     largest: Counter[str] = field(default_factory=Counter)  # elements in such a run, by function
+    longest: int = 0  # the most calls in such a run
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
     def ways_of(self, index: int, case: Case) -> Iterator[Way]:
@@ -340,8 +343,13 @@ class _Explorer:
 
     def called(self, name: str, elements: int) -> None:
         """A function of torch is given so many; raises in its place, where this run is to."""
+        calls = len(self.graph.calls) if self.graph is not None else 0
         if not self.lies:
             self.largest[name] = max(self.largest[name], elements)
+            self.longest = max(self.longest, calls)
+        elif calls > _TIMES_AS_LONG * self.longest + _MORE_CALLS:
+            self._lost_at(None, f"another way calls `{name}` without an end")
+            raise _EndlessError
         elif elements > _TIMES_AS_LARGE * self.largest[name] + _MORE_ELEMENTS:
             self._lost_at(None, f"another way gives `{name}` much more than at these inputs")
             raise _EndlessError
