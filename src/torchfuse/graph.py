@@ -134,6 +134,8 @@ class Graph:
     # Python functions that were seen calling modules, each with the module it ran in
     codes: set[tuple[CodeType, str]] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)  # names of attributes that the pass changed
+    # Names of the modules' attributes that code wrote, be it the same value again
+    written: set[str] = field(default_factory=set)
     # Cases that handed work to another thread: when so many calls had been made
     handed_over: dict[int, int] = field(default_factory=dict)
 

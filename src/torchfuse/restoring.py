@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import inspect
+import os
 import random
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -267,6 +271,10 @@ class _Attributes:
         self.sequences: list[tuple[str, Any, list[Any]]] = []
         self.sets: list[tuple[str, set[Any], set[Any]]] = []
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
+        self.class_attributes: list[tuple[Any, str, Any]] = []
+        self.cells: list[tuple[types.CellType, Any]] = []
+        self.variables: list[tuple[contextvars.ContextVar[Any], Any]] = []
+        self.environment: dict[str, str] | None = None
         self.steps: list[Callable[[], object]] = []  # for what has a state and no entries
         self.seen: set[int] = set()
         self.changed: set[str] = set()
@@ -283,18 +291,59 @@ class _Attributes:
                     self.changed.add(name)  # whoever takes its next entry changes it
 
     def keep_globals(self, modules: list[nn.Module]) -> None:
-        """Keeps numbers and containers that the modules' methods name, and are no attributes."""
+        """Keeps what the modules' methods name, or hold, that is no attribute of a module."""
         classes: set[Any] = {type(module) for module in modules}
+        known = {id(f): f for class_ in classes for f in _functions_of(class_)}
+        for function in known.values():
+            for cell in function.__closure__ or ():
+                self._keep_cell(cell)
+            self.mappings.append(("", vars(function), dict(vars(function)) or _NOTHING))
+            for value in (
+                *(function.__defaults__ or ()),
+                *(function.__kwdefaults__ or {}).values(),
+            ):
+                self._keep_outside(value, function.__name__)
         for space, name in {
             (id(space), name): (space, name)
-            for class_ in classes
-            for space, name in _globals_of(class_)
+            for f in known.values()
+            for space, name in _globals_of(f)
         }.values():
             value = space.get(name)
-            if type(value) in (int, float, bool):
+            if isinstance(value, _NUMBERS):
                 self.globals.append((space, name, value))
-            elif type(value) in (list, dict, set, deque):
-                self.keep(value, 0, name)
+            self._keep_outside(value, name)
+        for base in dict.fromkeys(chain(*map(_users, classes))):
+            for name, value in vars(base).items():
+                if isinstance(value, _NUMBERS) and not name.startswith("__"):
+                    self.class_attributes.append((base, name, value))
+                self._keep_outside(value, name)
+
+    def _keep_cell(self, cell: types.CellType) -> None:
+        if cell == types.CellType():  # an empty one has no contents
+            return
+        value = cell.cell_contents
+        if isinstance(value, _NUMBERS):
+            self.cells.append((cell, value))
+        self._keep_outside(value, "a closure")
+
+    def _keep_outside(self, value: Any, name: str) -> None:
+        kind = type(value)
+        if kind in _PLAIN:
+            return
+        if isinstance(value, contextvars.ContextVar):
+            self.variables.append((value, value.get(_NOTHING)))
+        elif kind in (list, dict, set, deque):
+            self.keep(value, 0, name)
+        elif isinstance(value, Iterator):
+            self.changed.add(name)  # whoever takes its next entry changes it
+        elif value is os:
+            self.environment = dict(os.environ)
+        elif isinstance(value, threading.local) or (
+            not isinstance(value, _ATOMS)
+            and type(getattr(value, "__dict__", None)) is dict
+            and not kind.__module__.startswith(("torch.", "functools", "logging"))
+        ):
+            self.keep(vars(value), 0, name)
 
     def keep(self, value: Any, depth: int, name: str) -> None:
         if id(value) in self.seen or depth < 0:
@@ -340,34 +389,51 @@ class _Attributes:
             if space.get(name) is not value:
                 self.changed.add(name)
                 space[name] = value
+        for class_, name, value in self.class_attributes:
+            if vars(class_).get(name) is not value:
+                self.changed.add(name)
+                setattr(class_, name, value)
+        for cell, value in self.cells:
+            if cell.cell_contents is not value:
+                self.changed.add("a closure")
+                cell.cell_contents = value
+        for variable, value in self.variables:
+            if variable.get(_NOTHING) is not value:
+                self.changed.add(variable.name)
+                variable.set(value)
+        if self.environment is not None and dict(os.environ) != self.environment:
+            self.changed.add("environ")
+            os.environ.clear()
+            os.environ.update(self.environment)
         for step in self.steps:
             step()
 
 
+def _users(class_: Any) -> Iterator[Any]:
+    """A class and its bases, without torch's own."""
+    return (b for b in class_.__mro__ if b is not object and not b.__module__.startswith("torch."))
+
+
 @lru_cache(maxsize=4096)
-def _globals_of(class_: Any) -> tuple[tuple[dict[str, Any], str], ...]:
-    """The global names in the methods of a class, and in the functions that those name."""
-    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+def _functions_of(class_: Any) -> tuple[types.FunctionType, ...]:
+    """The methods of a class, and the functions that those name."""
     members = [
         inspect.unwrap(member)
-        for base in class_.__mro__
-        if not base.__module__.startswith("torch.")
+        for base in _users(class_)
         for member in vars(base).values()
         if isinstance(member, types.FunctionType)
     ]
-    waiting = [member for member in members if isinstance(member, types.FunctionType)]
-    called = True
-    while waiting:
-        inner: list[types.FunctionType] = []
-        for function in waiting:
-            space = function.__globals__
-            for name in function.__code__.co_names:
-                if name in space and (id(space), name) not in found:
-                    found[id(space), name] = (space, name)
-                    if isinstance(space[name], types.FunctionType):
-                        inner.append(space[name])
-        waiting, called = (inner, False) if called else ([], False)
-    return tuple(found.values())
+    found = [member for member in members if isinstance(member, types.FunctionType)]
+    named = [space[name] for function in found for space, name in _globals_of(function)]
+    found += [f for f in named if isinstance(f, types.FunctionType)]
+    return tuple(f for f in found if not f.__module__.startswith("torch."))
+
+
+@lru_cache(maxsize=8192)
+def _globals_of(function: types.FunctionType) -> tuple[tuple[dict[str, Any], str], ...]:
+    """The global names in a function."""
+    space = function.__globals__
+    return tuple((space, name) for name in function.__code__.co_names if name in space)
 
 
 def _restoring_step(value: Any) -> Callable[[], object] | None:
@@ -395,6 +461,7 @@ def _restoring_step(value: Any) -> Callable[[], object] | None:
 
 _NOTHING: dict[Any, Any] = {}
 _PLAIN = frozenset({str, int, float, bool, type(None)})  # what most attributes are
+_NUMBERS = (int, float, type(None))
 # Modules are kept one by one, tensors by `_tensors`; the rest has no state that a call changes.
 _ATOMS = (
     *(str, bytes, int, float, complex, type(None), type, nn.Module, torch.Tensor),

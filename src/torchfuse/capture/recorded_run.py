@@ -499,12 +499,19 @@ def _patched(recording: _Recording) -> Iterator[None]:
         graph.reads.append(Read("mode", where, recording.module_path(), position, frame.f_code))
         return recording.answered(name, real)
 
+    def _torchfuse_setattr(module: nn.Module, name: str, value: Any) -> None:
+        recording.graph.written.add(name)
+        setting(module, name, value)
+
+    setting = nn.Module.__setattr__
     with handing_over(to_thread, to_library), asked_beside_tensors(to_mode):
         nn.Module.__call__ = _torchfuse_call  # type: ignore[method-assign]  # put back below
+        nn.Module.__setattr__ = _torchfuse_setattr  # type: ignore[method-assign]  # likewise
         try:
             yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]  # as it was
+            nn.Module.__setattr__ = setting  # type: ignore[method-assign]  # likewise
 
 
 def _module_call(

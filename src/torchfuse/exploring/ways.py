@@ -339,7 +339,7 @@ class _Explorer:
         if _TEXT not in self.lies:
             return real
         self._note_lie()
-        return "?"
+        return f"?{real}"
 
     def called(self, name: str, elements: int) -> None:
         """A function of torch is given so many; raises in its place, where this run is to."""

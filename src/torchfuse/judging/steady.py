@@ -10,13 +10,15 @@ import ast
 import builtins
 import dis
 import inspect
+import sys
 from enum import Enum
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from torchfuse.judging.attached import functions_in
 from torchfuse.judging.sources import functions_of, names_in, syntax_of
 
 if TYPE_CHECKING:
@@ -30,8 +32,13 @@ __all__ = ["Steady"]
 _WHOLE = (bool, int, float, str, bytes, type(None), type, Enum, nn.Module, FunctionType)
 # Builtins that answer from what they are given.
 _ANSWERING = frozenset({"isinstance", "hasattr", "callable", "enumerate", "zip", "range"})
-# What writes an attribute whose name no instruction tells.
-_ANY = frozenset({"setattr", "__setattr__", "delattr", "__delattr__", "__dict__", "exec"})
+# What writes an attribute of a module whose name no instruction tells: past the recording, or as
+# the recording sees where it runs.
+_UNSEEN = frozenset({"__dict__", "vars", "exec"})
+_BY_NAME = frozenset({"setattr", "__setattr__", "delattr", "__delattr__"})
+
+
+_NOT_THE_USERS = sys.stdlib_module_names | {"torch"}
 
 
 class Steady:
@@ -45,15 +52,37 @@ class Steady:
     ) -> None:
         self.functions: dict[CodeType, FunctionType] = {f.__code__: f for f in attached}
         self.owners: dict[CodeType, list[nn.Module]] = {}
+        self.of_objects: set[CodeType] = set()  # the methods of what is no module
+        by_name: dict[str, list[CodeType]] = {}
         for module in modules.values():
+            for name, value in vars(module).items():
+                by_name.setdefault(name, []).extend(self._add(value))
             class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
             for _, function in functions_of(class_):
                 self.functions[function.__code__] = function
                 self.owners.setdefault(function.__code__, []).append(module)
-        changed: set[str | None] = {name for graph in graphs for name in graph.changed}
+        self.written = {name for graph in graphs for name in graph.changed | graph.written}
+        self.any_written = False
         recorded = {code for graph in graphs for code, _ in graph.codes}
-        self.written = changed.union(*map(_stored, self._may_run(recorded)))
-        self.any_written = None in self.written
+        for code in self._may_run(recorded, by_name):
+            self.written |= _stored(code)
+            if not {"train", "eval"}.isdisjoint(code.co_names):
+                self.written.add("training")
+            if code in self.functions and code not in self.of_objects:
+                unnamed = _UNSEEN if code in recorded else _UNSEEN | _BY_NAME
+                self.any_written |= not unnamed.isdisjoint(names_in(code))
+
+    def _add(self, value: Any) -> list[CodeType]:
+        """Notes the functions that a value is, holds or has as methods, and gives their code."""
+        kind: Any = type(value)
+        found = [function for function, _ in functions_in(value)]
+        if not isinstance(value, (FunctionType, nn.Module)) and hasattr(kind, "__dict__"):
+            methods = [function for _, function in functions_of(kind)]
+            self.of_objects |= {method.__code__ for method in methods}
+            found += methods
+        found = [f for f in found if f.__module__.partition(".")[0] not in _NOT_THE_USERS]
+        self.functions |= {function.__code__: function for function in found}
+        return [function.__code__ for function in found]
 
     def decides(self, code: CodeType) -> bool:
         """Whether each branch of a method goes by such attributes; False if there is no source."""
@@ -92,9 +121,10 @@ class Steady:
             known = inspect.getattr_static(known, name, None)
         return isinstance(known, type) and value.id not in code.co_varnames
 
-    def _may_run(self, recorded: Iterable[CodeType]) -> Iterator[CodeType]:
+    def _may_run(
+        self, recorded: Iterable[CodeType], by_name: dict[str, list[CodeType]]
+    ) -> Iterator[CodeType]:
         """The functions that a call may come to, by the names in those that it did come to."""
-        by_name: dict[str, list[CodeType]] = {}
         for code, function in self.functions.items():
             by_name.setdefault(function.__name__, []).append(code)
         waiting = [*recorded, *by_name.get("forward", ())]
@@ -108,10 +138,9 @@ class Steady:
             space = self.functions[code].__globals__ if code in self.functions else {}
             for name in names_in(code):
                 waiting += by_name.get(name, ())
-                called = inspect.unwrap(space[name]) if callable(space.get(name)) else None
-                if isinstance(called, FunctionType) and not called.__module__.startswith("torch."):
-                    self.functions.setdefault(called.__code__, called)
-                    waiting.append(called.__code__)
+                value = space.get(name)
+                if not isinstance(value, (type, ModuleType)):
+                    waiting += self._add(inspect.unwrap(value) if callable(value) else value)
 
 
 def _asked(node: ast.AST, owner: str) -> Iterator[ast.AST]:
@@ -145,14 +174,12 @@ def _is_whole(value: Any, names: Sequence[str]) -> bool:
 
 
 @lru_cache(maxsize=8192)
-def _stored(code: CodeType) -> frozenset[str | None]:
-    """The attributes that a function, and those inside it, write; None among them for any."""
-    names: set[str | None] = {
-        step.argval
+def _stored(code: CodeType) -> frozenset[str]:
+    """The attributes that a function, and those inside it, write."""
+    names = {
+        str(step.argval)
         for step in dis.get_instructions(code)
         if step.opname in ("STORE_ATTR", "DELETE_ATTR")
     }
-    if not _ANY.isdisjoint(code.co_names):
-        names.add(None)
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(names).union(*map(_stored, inner))
