@@ -506,12 +506,12 @@ def _patched(recording: _Recording) -> Iterator[None]:
     setting = nn.Module.__setattr__
     with handing_over(to_thread, to_library), asked_beside_tensors(to_mode):
         nn.Module.__call__ = _torchfuse_call  # type: ignore[method-assign]  # put back below
-        nn.Module.__setattr__ = _torchfuse_setattr  # type: ignore[method-assign]  # likewise
+        nn.Module.__setattr__ = _torchfuse_setattr  # type: ignore[method-assign,assignment]  # too
         try:
             yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]  # as it was
-            nn.Module.__setattr__ = setting  # type: ignore[method-assign]  # likewise
+            nn.Module.__setattr__ = setting  # type: ignore[method-assign]  # too
 
 
 def _module_call(

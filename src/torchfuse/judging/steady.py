@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchfuse.judging.attached import functions_in
-from torchfuse.judging.sources import functions_of, names_in, syntax_of
+from torchfuse.judging.sources import functions_of, is_setup, names_in, syntax_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,7 +126,8 @@ class Steady:
     ) -> Iterator[CodeType]:
         """The functions that a call may come to, by the names in those that it did come to."""
         for code, function in self.functions.items():
-            by_name.setdefault(function.__name__, []).append(code)
+            if not is_setup(function.__name__):
+                by_name.setdefault(function.__name__, []).append(code)
         waiting = [*recorded, *by_name.get("forward", ())]
         seen: set[CodeType] = set()
         while waiting:
@@ -135,6 +136,8 @@ class Steady:
                 continue
             seen.add(code)
             yield code
+            if code in self.of_objects:
+                continue  # names in those of a library's objects lead anywhere
             space = self.functions[code].__globals__ if code in self.functions else {}
             for name in names_in(code):
                 waiting += by_name.get(name, ())
