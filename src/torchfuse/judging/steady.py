@@ -56,7 +56,8 @@ class Steady:
         by_name: dict[str, list[CodeType]] = {}
         for module in modules.values():
             for name, value in vars(module).items():
-                by_name.setdefault(name, []).extend(self._add(value))
+                held = [function.__code__ for function in self._add(value)]
+                by_name.setdefault(name, []).extend(c for c in held if c not in self.of_objects)
             class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
             for _, function in functions_of(class_):
                 self.functions[function.__code__] = function
@@ -72,8 +73,8 @@ class Steady:
                 unnamed = _UNSEEN if code in recorded else _UNSEEN | _BY_NAME
                 self.any_written |= not unnamed.isdisjoint(names_in(code))
 
-    def _add(self, value: Any) -> list[CodeType]:
-        """Notes the functions that a value is, holds or has as methods, and gives their code."""
+    def _add(self, value: Any) -> list[FunctionType]:
+        """Notes the functions that a value is, holds or has as methods, and gives them."""
         kind: Any = type(value)
         found = [function for function, _ in functions_in(value)]
         if not isinstance(value, (FunctionType, nn.Module)) and hasattr(kind, "__dict__"):
@@ -82,7 +83,7 @@ class Steady:
             found += methods
         found = [f for f in found if f.__module__.partition(".")[0] not in _NOT_THE_USERS]
         self.functions |= {function.__code__: function for function in found}
-        return [function.__code__ for function in found]
+        return found
 
     def decides(self, code: CodeType) -> bool:
         """Whether each branch of a method goes by such attributes; False if there is no source."""
@@ -139,11 +140,15 @@ class Steady:
             if code in self.of_objects:
                 continue  # names in those of a library's objects lead anywhere
             space = self.functions[code].__globals__ if code in self.functions else {}
-            for name in names_in(code):
+            names = names_in(code)
+            for name in names:
                 waiting += by_name.get(name, ())
                 value = space.get(name)
-                if not isinstance(value, (type, ModuleType)):
-                    waiting += self._add(inspect.unwrap(value) if callable(value) else value)
+                if isinstance(value, (type, ModuleType)):
+                    continue
+                for function in self._add(inspect.unwrap(value) if callable(value) else value):
+                    if function.__code__ not in self.of_objects or function.__name__ in names:
+                        waiting.append(function.__code__)
 
 
 def _asked(node: ast.AST, owner: str) -> Iterator[ast.AST]:
