@@ -45,6 +45,11 @@ class Direct(Model):
         z = self.bn(y)
         return z if x > 0 else z * 2
 
+    def through_another(self, x):
+        x = self.conv(x)
+        x = abs(self.bn(x))
+        return x if x > 2 else x + 1
+
     def moved_on_the_way(self, x):
         return self.bn(self.conv(x))
 
@@ -60,6 +65,11 @@ class NotDirect(Model):
         y = self.conv(x)
         z = self.bn(y)
         return z + y if x > 0 else z
+
+    def read_with_it(self, x):
+        y = self.conv(x)
+        y = max(self.bn(y), y)
+        return y if x > 0 else y + 1
 
     def kept_beside(self, x):
         y = self.conv(x)

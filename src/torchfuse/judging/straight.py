@@ -177,17 +177,27 @@ def is_straight(code: CodeType, first: int, second: int) -> bool:
         return False
     stored = {name for step in between for name in _locals(step, "STORE_FAST")}
     loads = [name for step in between for name in _locals(step, "LOAD_FAST")]
-    after = next((step for step in steps if step.offset > second and step.opname != "CACHE"), None)
-    if after is None:
-        return False
+    after = [step for step in steps if step.offset > second]
     outside = [step for step in steps if not first < step.offset < second]
     for name in stored:
         if loads.count(name) != 1:
             return False
-        again = name in _locals(after, "STORE_FAST") or after.opname == "RETURN_VALUE"
-        if not again and any(name in _locals(step, "LOAD_FAST") for step in outside):
+        read = any(name in _locals(step, "LOAD_FAST") for step in outside)
+        handled = getattr(code, "co_exceptiontable", b"")  # (3.10 jumps to its handlers)
+        if read and (handled or not _is_written_first(after, name)):
             return False
     return True
+
+
+def _is_written_first(steps: list[dis.Instruction], name: str) -> bool:
+    """Whether a local is assigned, or the function ends, before anything can read it."""
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    for step in steps:
+        if name in _locals(step, "STORE_FAST") or step.opname == "RETURN_VALUE":
+            return True
+        if step.opcode in jumps or step.is_jump_target or name in _locals(step, "LOAD_FAST"):
+            return False
+    return False
 
 
 def _locals(step: dis.Instruction, kind: str) -> tuple[str, ...]:
