@@ -271,7 +271,7 @@ class _Attributes:
         self.sequences: list[tuple[str, Any, list[Any]]] = []
         self.sets: list[tuple[str, set[Any], set[Any]]] = []
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
-        self.class_attributes: list[tuple[Any, str, Any]] = []
+        self.classes: list[tuple[Any, dict[str, Any]]] = []
         self.cells: list[tuple[types.CellType, Any]] = []
         self.variables: list[tuple[contextvars.ContextVar[Any], Any]] = []
         self.environment: dict[str, str] | None = None
@@ -313,9 +313,8 @@ class _Attributes:
                 self.globals.append((space, name, value))
             self._keep_outside(value, name)
         for base in dict.fromkeys(chain(*map(_users, classes))):
+            self.classes.append((base, dict(vars(base))))
             for name, value in vars(base).items():
-                if isinstance(value, _NUMBERS) and not name.startswith("__"):
-                    self.class_attributes.append((base, name, value))
                 self._keep_outside(value, name)
 
     def _keep_cell(self, cell: types.CellType) -> None:
@@ -331,7 +330,10 @@ class _Attributes:
         if kind in _PLAIN:
             return
         if isinstance(value, contextvars.ContextVar):
-            self.variables.append((value, value.get(_NOTHING)))
+            try:
+                self.variables.append((value, value.get()))
+            except LookupError:
+                return  # it has no value, and cannot be given none again
         elif kind in (list, dict, set, deque):
             self.keep(value, 0, name)
         elif isinstance(value, Iterator):
@@ -389,16 +391,23 @@ class _Attributes:
             if space.get(name) is not value:
                 self.changed.add(name)
                 space[name] = value
-        for class_, name, value in self.class_attributes:
-            if vars(class_).get(name) is not value:
+        for class_, attributes in self.classes:
+            now = vars(class_)
+            if len(now) == len(attributes) and all(map(is_, now.values(), attributes.values())):
+                continue
+            for name in {**now, **attributes}:
+                before = attributes.get(name, _NOTHING)
+                after = now.get(name, _NOTHING)
+                if before is after or not isinstance(after, (*_NUMBERS, str)):
+                    continue
                 self.changed.add(name)
-                setattr(class_, name, value)
+                delattr(class_, name) if before is _NOTHING else setattr(class_, name, before)
         for cell, value in self.cells:
             if cell.cell_contents is not value:
                 self.changed.add("a closure")
                 cell.cell_contents = value
         for variable, value in self.variables:
-            if variable.get(_NOTHING) is not value:
+            if variable.get() is not value:
                 self.changed.add(variable.name)
                 variable.set(value)
         if self.environment is not None and dict(os.environ) != self.environment:
@@ -411,7 +420,8 @@ class _Attributes:
 
 def _users(class_: Any) -> Iterator[Any]:
     """A class and its bases, without torch's own."""
-    return (b for b in class_.__mro__ if b is not object and not b.__module__.startswith("torch."))
+    own = ("torch.", "torchfuse.")
+    return (b for b in class_.__mro__ if b is not object and not b.__module__.startswith(own))
 
 
 @lru_cache(maxsize=4096)
@@ -426,7 +436,8 @@ def _functions_of(class_: Any) -> tuple[types.FunctionType, ...]:
     found = [member for member in members if isinstance(member, types.FunctionType)]
     named = [space[name] for function in found for space, name in _globals_of(function)]
     found += [f for f in named if isinstance(f, types.FunctionType)]
-    return tuple(f for f in found if not f.__module__.startswith("torch."))
+    own = ("torch.", "torchfuse.")
+    return tuple(f for f in found if not (f.__module__ or "").startswith(own))
 
 
 @lru_cache(maxsize=8192)

@@ -81,7 +81,7 @@ class Steady:
             methods = [function for _, function in functions_of(kind)]
             self.of_objects |= {method.__code__ for method in methods}
             found += methods
-        found = [f for f in found if f.__module__.partition(".")[0] not in _NOT_THE_USERS]
+        found = [f for f in found if (f.__module__ or "").partition(".")[0] not in _NOT_THE_USERS]
         self.functions |= {function.__code__: function for function in found}
         return found
 
