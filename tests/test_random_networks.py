@@ -14,7 +14,7 @@ from networks import network
     deadline=None,
     derandomize=True,
     database=None,
-    phases=[Phase.generate],  # shrinking takes minutes, and the source is short as it is
+    phases=[Phase.generate, Phase.shrink],  # which takes minutes, and only where one is wrong
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.randoms(use_true_random=False), st.integers(0, 2**16))

@@ -1,4 +1,4 @@
-"""What the source of a model says about ways that were not taken."""
+"""Ways through the code of a model that the recorded run did not take."""
 
 import itertools
 
@@ -125,10 +125,10 @@ class Catching(ConvBn):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (ReadLater, "branch may depend on values"),
-        (NotOnEverySide, "branch may depend on values"),
-        (InAHelper, r"branch may depend on values of tensors \(read at test_ways_.*\.py:\d+\)"),
-        (Catching, "catches errors"),
+        (ReadLater, "the code takes another way"),
+        (NotOnEverySide, "the code takes another way"),
+        (InAHelper, r"another answer at test_ways_.*\.py:\d+, the code takes another way"),
+        (Catching, "the code takes another way"),
     ],
 )
 def test_code_with_another_way_is_left_alone_and_says_where(model, reason):
@@ -301,23 +301,23 @@ class AsksForRank(ConvBn):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Counting(), "branches on calls, which may be another at the next call"),
-        (CountingInAList(), "branches on calls, which may be another at the next call"),
-        (CountingInADict(), "branches on counts, which may be another at the next call"),
-        (Alternating(), "branches on turns, which may be another at the next call"),
-        (ThroughAProperty(), "branches on learning, which may be another at the next call"),
-        (FlaggedByAHook(), "branches on large, which may be another at the next call"),
-        (SetByName(), "branches on large, which may be another at the next call"),
-        (SetInTheTable(), "branches on large, which may be another at the next call"),
-        (CountingInAGlobal(), "branches on CALLS, which may be another at the next call"),
-        (PickedFromAList(), "branch may depend on shapes"),
-        (AsksForGradients(), "branches on is_grad_enabled"),
-        (ThroughAHelper(), "branch may depend on shapes"),
-        (ThroughAModule(), "branch may depend on shapes"),
-        (nn.Sequential(nn.Conv2d(4, 4, 3), MaybeClipped(), nn.BatchNorm2d(4)), "on shapes"),
-        (PerDomain(), "branch may depend on values"),
-        (AsOftenAsSaid(), "branch may depend on values"),
-        (AsksForLength(), "branch may depend on shapes"),
+        (Counting(), "`calls` may be another at the next call"),
+        (CountingInAList(), "not every way could be followed"),
+        (CountingInADict(), "`calls` may be another at the next call"),
+        (Alternating(), "another"),
+        (ThroughAProperty(), "another answer at"),
+        (FlaggedByAHook(), "another answer at"),
+        (SetByName(), "another answer at"),
+        (SetInTheTable(), "another answer at"),
+        (CountingInAGlobal(), "`CALLS` may be another at the next call"),
+        (PickedFromAList(), "another"),
+        (AsksForGradients(), "another answer at"),
+        (ThroughAHelper(), "another"),
+        (ThroughAModule(), "another"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), MaybeClipped(), nn.BatchNorm2d(4)), "another answer at"),
+        (PerDomain(), "not every way could be followed: a"),
+        (AsOftenAsSaid(), "not every way could be followed: a"),
+        (AsksForLength(), "not every way could be followed: a"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -356,7 +356,7 @@ class AsksForGradientsOfTheInput(ConvBn):
 
 def test_a_branch_on_gradients_of_the_input_is_one():
     model = AsksForGradientsOfTheInput().eval()
-    assert_left_alone(trained(model, IMAGE), IMAGE, because="branch may depend on")
+    assert_left_alone(trained(model, IMAGE), IMAGE, because="another answer at")
 
 
 class Direct(ConvBn):

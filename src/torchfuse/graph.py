@@ -53,6 +53,7 @@ class Frame:
     code: CodeType
     line: int
     module: str  # the Python module the function is defined in
+    place: int = -1  # of the call, in the function's bytecode
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,11 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class Read:
-    """Python looked at a tensor's values ("data": bool, item, …) or at facts about it ("shape")."""
+    """What a branch may depend on; `kind` says what.
+
+    Python looked at a tensor's values ("data": bool, item, …), at facts about it ("shape"), at what
+    torch is set to ("mode": whether gradients are computed), or catches an error ("error").
+    """
 
     kind: str
     where: str  # "file.py:12"
@@ -129,6 +134,8 @@ class Graph:
     # Python functions that were seen calling modules, each with the module it ran in
     codes: set[tuple[CodeType, str]] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)  # names of attributes that the pass changed
+    # Names of the modules' attributes that code wrote, be it the same value again
+    written: set[str] = field(default_factory=set)
     # Cases that handed work to another thread: when so many calls had been made
     handed_over: dict[int, int] = field(default_factory=dict)
 

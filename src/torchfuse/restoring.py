@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
+import inspect
+import os
 import random
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -122,8 +127,10 @@ class Snapshot:
         for module in modules:
             if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
                 kept.keep_module(module)
+        kept.keep_globals(modules)
         self.changed = kept.changed  # names of attributes and entries that a run changed
         self._undo.append(kept.put_back)
+        self._undo.append(_noting_draws(kept.changed))
 
     def put_back(self) -> None:
         """Undo what a run did to attributes, flags, hooks and random states."""
@@ -178,6 +185,24 @@ def random_state_kept() -> Iterator[None]:
     finally:
         for step in undo:
             step()
+
+
+def _noting_draws(changed: set[str]) -> Callable[[], object]:
+    """Adds to `changed` whether Python's or numpy's random numbers were drawn.
+
+    (A tensor of torch's random numbers is asked for its truth, if a branch depends on it.)
+    """
+    before = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numbers = numpy.random.get_state()[2] if numpy is not None else None
+
+    def note() -> None:
+        if random.getstate() != before or (
+            numpy is not None and numpy.random.get_state()[2] != numbers
+        ):
+            changed.add("the random state")
+
+    return note
 
 
 def _random_state() -> list[Callable[[], object]]:
@@ -242,36 +267,100 @@ class _Attributes:
     """Shallow copies of the modules' attributes, and of the plain containers below them."""
 
     def __init__(self) -> None:
-        self.mappings: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
-        self.sequences: list[tuple[Any, list[Any]]] = []
-        self.sets: list[tuple[set[Any], set[Any]]] = []
+        self.mappings: list[tuple[str, MutableMapping[Any, Any], dict[Any, Any]]] = []
+        self.sequences: list[tuple[str, Any, list[Any]]] = []
+        self.sets: list[tuple[str, set[Any], set[Any]]] = []
+        self.globals: list[tuple[dict[str, Any], str, Any]] = []
+        self.classes: list[tuple[Any, dict[str, Any]]] = []
+        self.cells: list[tuple[types.CellType, Any]] = []
+        self.variables: list[tuple[contextvars.ContextVar[Any], Any]] = []
+        self.environment: dict[str, str] | None = None
         self.steps: list[Callable[[], object]] = []  # for what has a state and no entries
         self.seen: set[int] = set()
         self.changed: set[str] = set()
 
     def keep_module(self, module: nn.Module) -> None:
         attributes = dict(vars(module))
-        self.mappings.append((vars(module), attributes))
+        self.mappings.append(("", vars(module), attributes))
         for name, value in attributes.items():
             if name in MODULE_TABLES:
-                self.mappings.append((value, dict(value) if value else _NOTHING))
+                self.mappings.append((name, value, dict(value) if value else _NOTHING))
             elif type(value) not in _PLAIN and not isinstance(value, _ATOMS):
-                self.keep(value, _DEPTH)
+                self.keep(value, _DEPTH, name)
+                if isinstance(value, Iterator):
+                    self.changed.add(name)  # whoever takes its next entry changes it
 
-    def keep(self, value: Any, depth: int) -> None:
+    def keep_globals(self, modules: list[nn.Module]) -> None:
+        """Keeps what the modules' methods name, or hold, that is no attribute of a module."""
+        classes: set[Any] = {type(module) for module in modules}
+        known = {id(f): f for class_ in classes for f in _functions_of(class_)}
+        for function in known.values():
+            for cell in function.__closure__ or ():
+                self._keep_cell(cell)
+            self.mappings.append(("", vars(function), dict(vars(function)) or _NOTHING))
+            for value in (
+                *(function.__defaults__ or ()),
+                *(function.__kwdefaults__ or {}).values(),
+            ):
+                self._keep_outside(value, function.__name__)
+        for space, name in {
+            (id(space), name): (space, name)
+            for f in known.values()
+            for space, name in _globals_of(f)
+        }.values():
+            value = space.get(name)
+            if isinstance(value, _NUMBERS):
+                self.globals.append((space, name, value))
+            self._keep_outside(value, name)
+        for base in dict.fromkeys(chain(*map(_users, classes))):
+            self.classes.append((base, dict(vars(base))))
+            for name, value in vars(base).items():
+                self._keep_outside(value, name)
+
+    def _keep_cell(self, cell: types.CellType) -> None:
+        if cell == types.CellType():  # an empty one has no contents
+            return
+        value = cell.cell_contents
+        if isinstance(value, _NUMBERS):
+            self.cells.append((cell, value))
+        self._keep_outside(value, "a closure")
+
+    def _keep_outside(self, value: Any, name: str) -> None:
+        kind = type(value)
+        if kind in _PLAIN:
+            return
+        if isinstance(value, contextvars.ContextVar):
+            try:
+                self.variables.append((value, value.get()))
+            except LookupError:
+                return  # it has no value, and cannot be given none again
+        elif kind in (list, dict, set, deque):
+            self.keep(value, 0, name)
+        elif isinstance(value, Iterator):
+            self.changed.add(name)  # whoever takes its next entry changes it
+        elif value is os:
+            self.environment = dict(os.environ)
+        elif isinstance(value, threading.local) or (
+            not isinstance(value, _ATOMS)
+            and type(getattr(value, "__dict__", None)) is dict
+            and not kind.__module__.startswith(("torch.", "functools", "logging"))
+        ):
+            self.keep(vars(value), 0, name)
+
+    def keep(self, value: Any, depth: int, name: str) -> None:
         if id(value) in self.seen or depth < 0:
             return
         children: Any
         if isinstance(value, MutableMapping):
             entries = dict(value)
-            self.mappings.append((value, entries))
+            self.mappings.append((name, value, entries))
             children = entries.values()
         elif isinstance(value, (list, deque)):
             children = list(value)
-            self.sequences.append((value, children))
+            self.sequences.append((name, value, children))
         elif isinstance(value, set):
             children = ()
-            self.sets.append((value, set(value)))
+            self.sets.append((name, value, set(value)))
         elif (step := _restoring_step(value)) is not None:
             self.steps.append(step)
             children = ()
@@ -284,20 +373,78 @@ class _Attributes:
         self.seen.add(id(value))
         for child in children:
             if not isinstance(child, _ATOMS):
-                self.keep(child, depth - 1)
+                self.keep(child, depth - 1, name)
 
     def put_back(self) -> None:
-        for mapping, entries in self.mappings:
+        for name, mapping, entries in self.mappings:
             if mapping or entries:
-                self.changed.update(_refill(mapping, entries))
-        for sequence, items in self.sequences:
-            _refill_sequence(sequence, items)
-        for value, members in self.sets:
+                self.changed.update(key or name for key in _refill(mapping, entries))
+        for name, sequence, items in self.sequences:
+            if _refill_sequence(sequence, items):
+                self.changed.add(name)
+        for name, value, members in self.sets:
             if value != members:
+                self.changed.add(name)
                 value.clear()
                 value.update(members)
+        for space, name, value in self.globals:
+            if space.get(name) is not value:
+                self.changed.add(name)
+                space[name] = value
+        for class_, attributes in self.classes:
+            now = vars(class_)
+            if len(now) == len(attributes) and all(map(is_, now.values(), attributes.values())):
+                continue
+            for name in {**now, **attributes}:
+                before = attributes.get(name, _NOTHING)
+                after = now.get(name, _NOTHING)
+                if before is after or not isinstance(after, (*_NUMBERS, str)):
+                    continue
+                self.changed.add(name)
+                delattr(class_, name) if before is _NOTHING else setattr(class_, name, before)
+        for cell, value in self.cells:
+            if cell.cell_contents is not value:
+                self.changed.add("a closure")
+                cell.cell_contents = value
+        for variable, value in self.variables:
+            if variable.get() is not value:
+                self.changed.add(variable.name)
+                variable.set(value)
+        if self.environment is not None and dict(os.environ) != self.environment:
+            self.changed.add("environ")
+            os.environ.clear()
+            os.environ.update(self.environment)
         for step in self.steps:
             step()
+
+
+def _users(class_: Any) -> Iterator[Any]:
+    """A class and its bases, without torch's own."""
+    own = ("torch.", "torchfuse.")
+    return (b for b in class_.__mro__ if b is not object and not b.__module__.startswith(own))
+
+
+@lru_cache(maxsize=4096)
+def _functions_of(class_: Any) -> tuple[types.FunctionType, ...]:
+    """The methods of a class, and the functions that those name."""
+    members = [
+        inspect.unwrap(member)
+        for base in _users(class_)
+        for member in vars(base).values()
+        if isinstance(member, types.FunctionType)
+    ]
+    found = [member for member in members if isinstance(member, types.FunctionType)]
+    named = [space[name] for function in found for space, name in _globals_of(function)]
+    found += [f for f in named if isinstance(f, types.FunctionType)]
+    own = ("torch.", "torchfuse.")
+    return tuple(f for f in found if not (f.__module__ or "").startswith(own))
+
+
+@lru_cache(maxsize=8192)
+def _globals_of(function: types.FunctionType) -> tuple[tuple[dict[str, Any], str], ...]:
+    """The global names in a function."""
+    space = function.__globals__
+    return tuple((space, name) for name in function.__code__.co_names if name in space)
 
 
 def _restoring_step(value: Any) -> Callable[[], object] | None:
@@ -325,6 +472,7 @@ def _restoring_step(value: Any) -> Callable[[], object] | None:
 
 _NOTHING: dict[Any, Any] = {}
 _PLAIN = frozenset({str, int, float, bool, type(None)})  # what most attributes are
+_NUMBERS = (int, float, type(None))
 # Modules are kept one by one, tensors by `_tensors`; the rest has no state that a call changes.
 _ATOMS = (
     *(str, bytes, int, float, complex, type(None), type, nn.Module, torch.Tensor),
@@ -334,26 +482,38 @@ _ATOMS = (
 
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[str]:
-    """Gives a dictionary its entries back; the names of those that were others."""
+    """Gives a dictionary its entries back; the names of those that were no tensors."""
     if (
         len(mapping) == len(entries)
         and all(map(is_, mapping, entries))
         and all(map(is_, mapping.values(), entries.values()))
     ):
         return []
-    names = [key for key in {**mapping, **entries} if isinstance(key, str)]
-    changed = [key for key in names if mapping.get(key) is not entries.get(key)]
+    changed = [
+        key if isinstance(key, str) else ""
+        for key in {**mapping, **entries}
+        if (now := mapping.get(key)) is not (before := entries.get(key))
+        and not (_is_tensors(now) and _is_tensors(before))
+    ]
     mapping.clear()
     mapping.update(entries)
     return changed
 
 
-def _refill_sequence(sequence: Any, items: list[Any]) -> None:
-    if len(sequence) != len(items) or any(
-        now is not old for now, old in zip(sequence, items, strict=True)
-    ):
-        sequence.clear()
-        sequence.extend(items)
+def _is_tensors(value: Any) -> bool:
+    """Whether it is one of tensors' values, which code cannot branch on without being seen."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_tensors, value))
+    return isinstance(value, torch.Tensor)
+
+
+def _refill_sequence(sequence: Any, items: list[Any]) -> bool:
+    """Gives a list its entries back, and says whether they were others."""
+    if len(sequence) == len(items) and all(map(is_, sequence, items)):
+        return False
+    sequence.clear()
+    sequence.extend(items)
+    return True
 
 
 # Operators of torch that write nothing and return only what they made; most calls are of them.

@@ -28,7 +28,7 @@ from torchfuse.capture.kinds import METADATA, kind_of_name
 from torchfuse.capture.norm_modules import NORM_TENSORS
 from torchfuse.copying import own_tables, shell
 from torchfuse.errors import UnsupportedError, first_line
-from torchfuse.restoring import MODULE_TABLES, restored
+from torchfuse.restoring import MODULE_TABLES, Snapshot, restored
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -223,13 +223,16 @@ def _traced(stand_in: nn.Module, norm: nn.Module) -> tuple[fx.Graph, bool]:
     before = _identities(stand_in)
     known = (n for class_, n in _DIMENSIONS if isinstance(norm, class_))
     tracer = _Tracer(next(known, None))
-    with restored(norm):  # its containers, and the random state
+    snapshot = Snapshot(norm)  # its containers, and the random state
+    with restored(norm, snapshot=snapshot):
         try:
             graph = tracer.trace(stand_in)
         except Exception as error:
             raise UnsupportedError(f"cannot be traced ({first_line(error)})") from error
         if _identities(stand_in) != before or _holds_symbols(vars(stand_in)):
             raise UnsupportedError("changes attributes")
+    if snapshot.changed:
+        raise UnsupportedError("does something else at every call")
     return graph, tracer.reads_width
 
 

@@ -5,8 +5,10 @@ import operator
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
-from torchfuse.exploring.numbers import followed, listening, plain
+from torchfuse.exploring.numbers import counted, followed, listening, plain
 
 
 class Ear:
@@ -21,6 +23,9 @@ class Ear:
 
     def lose(self, what):
         self.lost.append(what)
+
+    def text(self, real):
+        return real
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,8 @@ def test_the_answer_is_the_listeners():
         lambda h: h + 1,
         lambda h: 17 - h,
         lambda h: h * 0.5,
+        lambda h: 0.5 * h,
+        lambda h: 1.5 * (h / 3),
         lambda h: h / 3,
         lambda h: h // 3,
         lambda h: 100 % h,
@@ -91,13 +98,39 @@ def test_what_is_computed_of_a_size_is_followed_and_right(compute):
 
 @pytest.mark.parametrize(
     "leave",
-    [int, float, hash, lambda h: h.bit_length(), lambda h: [0] * h, lambda h: {h: 1}],
+    [
+        int,
+        float,
+        lambda h: h.bit_length(),
+        lambda h: list(range(9))[h],
+        lambda h: range(h),
+        lambda h: math.log2(h),
+        lambda h: math.sqrt(h / 2),
+        lambda h: [1, 2][:h],
+        lambda h: len(counted((h, h))),
+    ],
 )
 def test_what_becomes_a_plain_number_is_lost(leave):
     ear = Ear()
     with listening(ear):
         leave(followed(8))
     assert len(ear.lost) == 1
+
+
+def test_what_remembers_by_its_arguments_is_given_no_size():
+    ear = Ear()
+    with listening(ear), pytest.raises(TypeError, match="has no hash"):
+        hash(followed(8))
+    assert ear.lost == ["looked up by its hash"]
+    assert hash(followed(8)) == hash(8)
+
+
+def test_parts_of_a_tensor_are_taken_apart_without_being_counted():
+    ear = Ear()
+    with listening(ear):
+        first, second = counted((1, 2))
+        assert [part for part in counted((first, second))] == [1, 2]  # noqa: C416
+    assert ear.lost == []
 
 
 def test_text_for_a_message_loses_nothing():
@@ -107,11 +140,27 @@ def test_text_for_a_message_loses_nothing():
     assert ear.lost == []
 
 
-def test_torch_takes_them_as_the_numbers_they_are():
+class PlainForTorch(TorchFunctionMode):
+    """As the recording does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*plain(args), **plain(kwargs or {}))
+
+
+def test_torch_takes_them_where_it_is_given_the_numbers_they_are():
     shape = followed(torch.Size([2, 3]))
     assert type(shape) is torch.Size
-    assert torch.zeros(shape).view(shape[0] * shape[1]).shape == (6,)
-    assert torch.equal(torch.ones(2) * followed(3), torch.full((2,), 3.0))
+    with PlainForTorch():
+        assert torch.zeros(shape).view(shape[0] * shape[1]).shape == (6,)
+        assert torch.arange(9)[: shape[1]].tolist() == [0, 1, 2]
+        assert F.interpolate(torch.zeros(1, 1, 2), size=shape[1] * 2).shape == (1, 1, 6)
+        assert torch.equal(torch.ones(2) * shape[1], torch.full((2,), 3.0))
+
+
+def test_they_are_the_numbers_that_code_expects():
+    assert isinstance(followed(8), int)
+    assert isinstance(followed(8) / 3, float)
+    assert not isinstance(followed(8), float)
 
 
 def test_nobody_listening_they_are_plain_numbers():

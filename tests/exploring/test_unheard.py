@@ -1,8 +1,13 @@
-"""What runs on made-up answers is not heard, and all is put back."""
+"""What runs on made-up answers is not heard, changes nothing outside, and all is put back."""
 
 import logging
+import os
+import subprocess
 import sys
 import threading
+
+import pytest
+import torch
 
 from torchfuse.exploring import unheard
 
@@ -41,3 +46,37 @@ def test_two_threads_put_back_what_was_there_before_either():
     for thread in threads:
         thread.join()
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.write_text("changed"),
+        lambda file: open(file, "a"),  # noqa: SIM115  # it raises
+        lambda file: os.open(file, os.O_WRONLY),
+        lambda file: file.unlink(),
+        lambda file: file.rename(file.with_suffix(".old")),
+        lambda file: torch.save({}, file),
+        lambda file: subprocess.run([sys.executable, "-c", "pass"], check=True),
+        lambda file: (file.parent / "folder").mkdir(),
+    ],
+)
+def test_nothing_outside_is_changed(tmp_path, change):
+    file = tmp_path / "file.txt"
+    file.write_text("as it was")
+    with unheard(), pytest.raises(OSError, match="changes nothing outside"):
+        change(file)
+    assert [*tmp_path.iterdir()] == [file]
+    assert file.read_text() == "as it was"
+    file.write_text("changed afterwards")
+
+
+def test_files_can_be_read_and_other_threads_go_on(tmp_path):
+    file = tmp_path / "file.txt"
+    file.write_text("as it was")
+    other = threading.Thread(target=lambda: (tmp_path / "other.txt").write_text("written"))
+    with unheard():
+        assert file.read_text() == "as it was"
+        other.start()
+        other.join()
+    assert (tmp_path / "other.txt").read_text() == "written"

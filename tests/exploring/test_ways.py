@@ -112,7 +112,7 @@ def test_a_check_that_raises_at_once_is_the_end_of_a_way():
         return self.bn(self.conv(x))
 
     ways = ways_of(forward)
-    assert (ways.ways, ways.sites, ways.lost) == ((), 3, None)
+    assert (ways.ways, ways.sites, ways.lost) == ((), 4, None)  # one is the text
 
 
 def test_an_error_later_may_be_for_the_false_answer_so_that_the_way_is_lost():
@@ -154,6 +154,34 @@ def test_a_loop_that_a_false_answer_elsewhere_never_ends_is_lost():
         return self.bn(self.conv(x))
 
     assert "may not end" in ways_of(forward).lost
+
+
+def test_a_loop_that_asks_nothing_ends_too():
+    def forward(self, x):
+        wide, count = x.shape[-1] > 2, 0
+        while count < 3:
+            x = x + 1
+            count += 1 if wide else 0
+        return self.bn(self.conv(x))
+
+    assert "without an end" in ways_of(forward).lost
+
+
+def test_an_error_is_no_loss_where_another_size_takes_that_way():
+    def forward(self, x):  # where an even size is padded too, it cannot be halved
+        if x.shape[-1] % 2 == 1:
+            x = F.pad(x, (0, 1))
+        return self.bn(self.conv(x.unflatten(-1, (-1, 2)).flatten(-2)))
+
+    assert ways_of(forward).lost is None
+
+
+def test_much_more_than_in_the_true_runs_is_not_computed():
+    def forward(self, x):
+        kept = x if x.shape[-1] > 2 else x.repeat(1, 1, 60, 60)
+        return self.bn(self.conv(kept.relu()))
+
+    assert "`relu` much more" in ways_of(forward).lost
 
 
 def test_a_check_that_only_a_false_answer_fails_is_passed():

@@ -7,8 +7,6 @@ import pytest
 from torch import nn
 
 from torchfuse.judging.sources import (
-    ANY_NAME,
-    assigned_attributes,
     descriptors_of,
     edits_modules,
     functions_of,
@@ -16,67 +14,6 @@ from torchfuse.judging.sources import (
     names_in,
     syntax_of,
 )
-
-SEEN = []
-
-
-class Changing:
-    """Never run: only their source counts."""
-
-    def assigns(self, x):
-        self.kept = x
-
-    def counts(self):
-        self.calls += 1
-
-    def appends(self, x):
-        self.history.append(x)
-
-    def stores_an_item(self, x):
-        self.cache["x"] = x
-
-    def takes_the_next(self):
-        return next(self.turns)
-
-    def sets_by_name(self, x):
-        setattr(self, "large", x)  # noqa: B010  # it is about setattr
-
-    def sets_any(self, name, x):
-        setattr(self, name, x)
-
-    def updates_its_table(self, x):
-        vars(self).update(large=x)
-
-    def changes_a_global(self, x):
-        SEEN.append(x)
-
-    def changes_only_a_local(self, x):
-        outputs = []
-        outputs.append(x)
-        return outputs
-
-    def reads(self, x):
-        return self.cache["x"] + self.counts[0] + x
-
-
-@pytest.mark.parametrize(
-    ("method", "names"),
-    [
-        ("assigns", {"kept"}),
-        ("counts", {"calls"}),
-        ("appends", {"history"}),
-        ("stores_an_item", {"cache"}),
-        ("takes_the_next", {"turns"}),
-        ("sets_by_name", {"large"}),
-        ("sets_any", {ANY_NAME}),
-        ("updates_its_table", {"large"}),
-        ("changes_a_global", {"SEEN"}),
-        ("changes_only_a_local", set()),
-        ("reads", set()),
-    ],
-)
-def test_a_function_changes(method, names):
-    assert assigned_attributes(getattr(Changing, method).__code__) == names
 
 
 def test_names_are_those_of_inner_functions_and_strings_too():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from torchfuse.capture.ambient import MODES, asked_beside_tensors, catches
 from torchfuse.capture.kinds import (
     COUNTABLE,
     DATA_READS,
@@ -62,7 +63,16 @@ class Questions(Protocol):
         """A recording begins, which `graph` will hold."""
 
     def answer(self, name: str, real: Any) -> Any:
-        """What code is told that asked a tensor for `name`; the true answer is `real`."""
+        """What code is told that asked a tensor or torch for `name`; the true answer is `real`."""
+
+    def plain(self, value: Any) -> Any:
+        """Arguments for torch, with what was made of answers as plain numbers."""
+
+    def called(self, name: str, elements: int) -> None:
+        """A function of torch is about to be given tensors of so many elements.
+
+        An error raised here is its own.
+        """
 
 
 def record(
@@ -89,6 +99,11 @@ def record(
             recording = _recorded(model, cases, questions, accept)
     graph = recording.graph
     with_norms_as_calls(graph, dict(model.named_modules()))
+    graph.reads += [
+        Read("error", f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}", path, 0, code)
+        for code, path in graph.codes
+        if catches(code)
+    ]
     if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
         graph.handed_over.update(dict.fromkeys(range(len(cases)), 0))
     return graph
@@ -190,6 +205,10 @@ class _Recording:
         self.value_of(tensor, origin)
         return self.memory.operand(tensor, origin)
 
+    def answered(self, name: str, real: Any) -> Any:
+        """What the code is told."""
+        return real if self.questions is None else self.questions.answer(name, real)
+
     # Calls
 
     def add(self, kind: str, target: str, values: Sequence[int], module: str | None) -> None:
@@ -283,6 +302,8 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         recording = self.recording
+        if recording.questions is not None:
+            args, kwargs = recording.questions.plain(args), recording.questions.plain(kwargs)
         name = name_of(func)
         if recording.current is not None:  # inside a function that is already recorded
             return func(*args, **kwargs)
@@ -294,7 +315,11 @@ class _Functions(TorchFunctionMode):
                 recording.current = None
                 if name not in HARMLESS and name not in SCOPE:
                     self._note_read("shape")
-            return self._answered(name, fact)
+            return recording.answered(name, fact)
+        if recording.questions is not None:
+            recording.questions.called(name, sum(t.numel() for t in _tensors((args, kwargs))))
+        elif catches((frame := sys._getframe(1)).f_code):
+            self._note_read("error", frame)
         known: set[int] = set()
         operands: dict[str, Operand] = {}
         seen_args = _replaced(args, recording, known, operands)
@@ -346,16 +371,10 @@ class _Functions(TorchFunctionMode):
                 within=recording.stack[-1] if recording.stack else None,
             )
         )
-        return self._answered(name, result) if name in DATA_READS else result
+        return recording.answered(name, result) if name in DATA_READS | COUNTABLE else result
 
-    def _answered(self, name: str, real: Any) -> Any:
-        questions = self.recording.questions
-        if questions is None:
-            return real
-        return questions.answer(name, real)
-
-    def _note_read(self, kind: str) -> None:
-        frame: Any = sys._getframe(2)
+    def _note_read(self, kind: str, frame: Any = None) -> None:
+        frame = frame or sys._getframe(2)
         while frame.f_globals.get("__name__") in ("torch._tensor", "torch.overrides"):
             frame = frame.f_back  # a method of Tensor that is written in Python
         if kind == "shape" and frame.f_globals.get("__name__", "").startswith("torch."):
@@ -470,12 +489,29 @@ def _patched(recording: _Recording) -> Iterator[None]:
     def to_library(tensor: Tensor) -> None:
         recording.add("unseen", "DLPack", recording.values_in(tensor), recording.module_path())
 
-    with handing_over(to_thread, to_library):
+    def to_mode(name: str, real: Any, frame: Any) -> Any:
+        graph = recording.graph
+        if name not in MODES:
+            graph.changed.add(f"the {name}")
+            return real
+        where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        position = len(graph.calls)
+        graph.reads.append(Read("mode", where, recording.module_path(), position, frame.f_code))
+        return recording.answered(name, real)
+
+    def _torchfuse_setattr(module: nn.Module, name: str, value: Any) -> None:
+        recording.graph.written.add(name)
+        setting(module, name, value)
+
+    setting = nn.Module.__setattr__
+    with handing_over(to_thread, to_library), asked_beside_tensors(to_mode):
         nn.Module.__call__ = _torchfuse_call  # type: ignore[method-assign]  # put back below
+        nn.Module.__setattr__ = _torchfuse_setattr  # type: ignore[method-assign,assignment]  # too
         try:
             yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]  # as it was
+            nn.Module.__setattr__ = setting  # type: ignore[method-assign]  # too
 
 
 def _module_call(
@@ -530,7 +566,8 @@ def _hooks_of(module: nn.Module) -> str:
 
 
 def _frame(frame: Any) -> Frame:
-    return Frame(frame.f_code, frame.f_lineno, frame.f_globals.get("__name__", ""))
+    module = frame.f_globals.get("__name__", "")
+    return Frame(frame.f_code, frame.f_lineno, module, frame.f_lasti)
 
 
 def _frames(frame: Any) -> tuple[Frame, ...]:

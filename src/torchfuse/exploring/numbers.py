@@ -1,11 +1,10 @@
 """Numbers that tell when code compares them: sizes of tensors, and what is computed of those.
 
-They are `int` and `float` subclasses, so that whoever takes a number takes them. While a
-`Listener` is listening, each comparison and truth is one that it may answer otherwise, and it is
-told when a number is turned into something that cannot be followed. Else they are plain numbers.
-
-What reads an `int` without asking it (`range`, the index of a list, `math.log2`, a real number on
-its left: `0.5 * h`) is not seen here.
+While a `Listener` is listening, each comparison and truth is one that it may answer otherwise, and
+it is told when a number is turned into something that cannot be followed. Else they are plain
+numbers. They are no subclasses of `int` and `float`, whose values C reads without asking (`range`,
+the index of a list, `math.log2`, the other operand in `0.5 * h`), but of torch's symbolic numbers:
+torch takes those wherever it takes a number, and others must ask. (Only `type(h) is int` tells.)
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Listener", "followed", "listening", "plain"]
+__all__ = ["Listener", "counted", "followed", "listening", "plain"]
 
 
 class Listener(Protocol):
@@ -31,6 +30,9 @@ class Listener(Protocol):
 
     def lose(self, what: str) -> None:
         """A number becomes something that cannot be followed; `what` it becomes, in words."""
+
+    def text(self, real: str) -> str:
+        """A number becomes a text, mostly for a message."""
 
 
 _listener: Listener | None = None
@@ -58,26 +60,113 @@ def followed(value: Any) -> Any:
     if kind is float:
         return _Ratio(value)
     if kind is torch.Size:
-        return torch.Size([_Size(size) for size in value])
+        return torch.Size(map(followed, value))
     if kind in (tuple, list):
         return kind(map(followed, value))
     return value
 
 
-class _Size(int):
+class _Number:
+    """What both kinds have."""
+
+    plain: Any
+
+    def __init__(self, value: Any) -> None:
+        self.plain = value
+
+    @property
+    def node(self) -> Any:
+        """What torch asks for where it computes with the number."""
+        return _Node(self.plain)
+
+
+class _Size(_Number, torch.SymInt):
     """A size, or a whole number computed of some."""
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what isinstance is told
+        return int
 
-class _Ratio(float):
+
+class _Ratio(_Number, torch.SymFloat):
     """A real number computed of sizes."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # as above
+        return float
+
+
+class _Node:
+    """A number as torch's symbolic numbers hold it: one whose value is known."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def is_int(self) -> bool:
+        return isinstance(self.value, int)
+
+    def is_float(self) -> bool:
+        return isinstance(self.value, float)
+
+    def is_bool(self) -> bool:
+        return False
+
+    def is_nested_int(self) -> bool:
+        return False
+
+    def is_symbolic(self) -> bool:
+        return False
+
+    def is_constant(self) -> bool:
+        return True
+
+    def constant_int(self) -> int | None:
+        return self.maybe_as_int()
+
+    def maybe_as_int(self) -> int | None:
+        return self.value if self.is_int() else None
+
+    def guard_int(self, _file: str, _line: int) -> int:
+        return int(self.value)
+
+    def guard_float(self, _file: str, _line: int) -> float:
+        return float(self.value)
+
+    def int_(self) -> int:
+        return int(self.value)
+
+
+_FOLLOWED = (_Size, _Ratio)
+
+
+class _Parts(tuple[Any, ...]):
+    """The parts of a tensor, of which there are more or fewer for another size."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        _lose("counted in parts")
+        return super().__len__()
+
+
+def counted(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The parts of a tensor, which tell when code counts them."""
+    return _Parts(parts)
 
 
 def plain(value: Any) -> Any:
-    """`value`, as a plain number if it is one that is followed."""
-    if isinstance(value, _Size):
-        return int.__int__(value)
-    if isinstance(value, _Ratio):
-        return float.__float__(value)
+    """`value`, as a plain number if it is one that is followed; also in tuples, lists, slices."""
+    kind = type(value)
+    if kind in _FOLLOWED:
+        return value.plain
+    if kind is slice:
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    if kind is torch.Size:
+        return torch.Size(map(plain, value))
+    if kind in (tuple, list):
+        return kind(map(plain, value))
+    if kind is dict:
+        return {key: plain(entry) for key, entry in value.items()}
     return value
 
 
@@ -139,14 +228,12 @@ _UNARY = {
     "trunc": math.trunc,
     "round": round,
 }
-# Python sees to it that what these give back is a plain number. (Text is left out: it is for
-# messages, mostly of checks that pass.)
+# Python sees to it that what these give back is a plain number.
 _LEAVING = {
     "__int__": "turned into a plain number",
     "__float__": "turned into a plain number",
     "__index__": "turned into a plain number",
     "__complex__": "turned into a plain number",
-    "__hash__": "looked up by its hash",
     "bit_length": "taken apart",
     "bit_count": "taken apart",
     "to_bytes": "taken apart",
@@ -156,8 +243,25 @@ _LEAVING = {
 }
 
 
-def _define(class_: type) -> None:
-    made: dict[str, Any] = {"__bool__": _truth}
+def _unhashable(self: Any) -> int:
+    """What remembers results by their arguments (`lru_cache`) must not remember made-up ones."""
+    if _listener is None:
+        return hash(plain(self))
+    _lose("looked up by its hash")
+    raise TypeError("A size that is followed has no hash.")
+
+
+def _text(name: str) -> Any:
+    def text(self: Any, *args: Any) -> str:
+        real = str(getattr(plain(self), name)(*args))
+        return real if _listener is None else _listener.text(real)
+
+    return text
+
+
+def _define(class_: type, kind: type) -> None:
+    made: dict[str, Any] = {"__bool__": _truth, "__hash__": _unhashable}
+    made |= {name: _text(name) for name in ("__str__", "__repr__", "__format__")}
     for name in _COMPARISONS:
         made[f"__{name}__"] = _comparing(getattr(operator, name))
     for name in (*_BINARY, *(_BITS if class_ is _Size else ())):
@@ -172,11 +276,11 @@ def _define(class_: type) -> None:
     if class_ is _Size:
         made["__invert__"] = _computing(operator.invert)
     for name, what in _LEAVING.items():
-        if hasattr(class_.__mro__[1], name):
+        if hasattr(kind, name):
             made[name] = _leaving(name, what)
     for name, function in made.items():
         setattr(class_, name, function)
 
 
-_define(_Size)
-_define(_Ratio)
+_define(_Size, int)
+_define(_Ratio, float)

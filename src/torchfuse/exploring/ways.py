@@ -6,10 +6,14 @@ to a *branch site*. Sites are answered otherwise in runs of their own, each by i
 at once; so are the sites that only such a run comes to. The model also runs at other sizes, where
 loops and indices, which ask nothing that can be seen, come out otherwise.
 
-What is found is evidence, with two limits. A false answer may lead to an error that a true one
-would not have led to (`if h >= 16: x.view(…, h // 16)`): such a way was not followed, unless the
-code itself raised at once. And what becomes a plain number (`int(h)`) is followed no further. In
-both cases the result says so in `lost`.
+So are calls of torch's functions in code that catches errors, which raise one, and what torch is
+set to (`torch.is_grad_enabled()`).
+
+What is found is evidence, with limits. A false answer may lead to an error that a true one would
+not have led to (`if h >= 16: x.view(…, h // 16)`): such a way was not followed, unless the code
+itself raised at once. What becomes a plain number (`int(h)`, an index, a range) is followed no
+further; nor is state that a run changes (`self.calls += 1`). Then the result says so in `lost`: a
+branch on something that is not followed may depend on that.
 """
 
 from __future__ import annotations
@@ -19,17 +23,21 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations, islice
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from torchfuse.capture.ambient import MODES, catches
+from torchfuse.capture.kinds import COUNTABLE
 from torchfuse.capture.recorded_run import record
 from torchfuse.errors import TorchfuseError
-from torchfuse.exploring.numbers import followed, listening
+from torchfuse.exploring.numbers import counted, followed, listening, plain
 from torchfuse.exploring.unheard import unheard
+from torchfuse.graph import Graph
 from torchfuse.inputs import Case, resized
+from torchfuse.restoring import restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,15 +45,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from torchfuse.graph import Graph
-
     Site = tuple[CodeType, int]  # a function, and a place in its bytecode
-    Span = tuple[int, int, int, int]
     # Which answers of a run are false: all that a site gives, (a number) one of them, or all those
     # that are not the one given here
     Lies = Mapping[Site, int | bool | None]
 
-__all__ = ["Way", "Ways", "explore"]
+__all__ = ["Way", "Ways", "called", "explore"]
 
 # Runs of one case; a model with more ways than that is one that was not followed.
 _RUNS = 256
@@ -57,6 +62,11 @@ _ANSWERS = 200
 _VISITS = 3
 # A site that a run with false answers comes to so often is in a loop that they never end.
 _ENDLESS = 1000
+# With false answers a call may be given so many times the elements that it has without, and so many
+# more: all boxes of a detector where a few were suppressed would take minutes and gigabytes.
+_TIMES_AS_LARGE, _MORE_ELEMENTS = 4, 100_000
+# So it may make more calls: a loop whose end was settled by a false answer asks nothing.
+_TIMES_AS_LONG, _MORE_CALLS = 4, 1000
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,7 @@ class Ways:
     """The ways that were found, apart from the recorded one."""
 
     ways: tuple[Way, ...]
-    asked: frozenset[tuple[CodeType, Span]]  # the functions, and where in them a site is
-    sites: int  # their number
+    sites: int  # how many places were found where code asks
     runs: int  # of the model
     lost: str | None  # what could not be followed, as a clause; None: nothing
 
@@ -85,11 +94,42 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
     """
     explorer = _Explorer(model, recorded)
     found: list[Way] = []
+    if any(read.code is None for read in recorded.reads):
+        explorer.lost = "scripted code looks at values"
     with unheard(), listening(explorer):
         for index, case in enumerate(cases):
             found.extend(explorer.ways_of(index, case))
-    asked = frozenset((code, _span(code, instruction)) for code, instruction in explorer.known)
-    return Ways(tuple(found), asked, len(explorer.known), explorer.runs, explorer.lost)
+    return Ways(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
+
+
+def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType], ...] | None:
+    """The user's functions that are called, each with how many calls were recorded before.
+
+    None if the model does not run again.
+    """
+    found: list[tuple[int, CodeType]] = []
+    explorer = _Explorer(model, Graph("", ()))
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        own = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if event == "call" and explorer.graph is not None and own not in _NOT_THE_USERS:
+            found.append((len(explorer.graph.calls), frame.f_code))
+
+    before = sys.gettrace()
+    with unheard():
+        sys.settrace(note)  # (a profiler of C's could not be put back)
+        try:
+            record(model, cases, explorer)
+        except TorchfuseError:
+            return None
+        finally:
+            sys.settrace(before)
+    return tuple(found)
+
+
+_NOT_THE_USERS = sys.stdlib_module_names | {"torch", "torchfuse"}
+# A text that is made of a size: all of them come out otherwise at once.
+_TEXT: Site = (explore.__code__, -1)
 
 
 @dataclass
@@ -101,19 +141,22 @@ class _Explorer:
     lost: str | None = None
     runs: int = 0
     known: set[Site] = field(default_factory=set)
-    natural: set[tuple[Site, bool]] = field(default_factory=set)  # true answers at some size
+    natural: list[dict[Site, bool]] = field(default_factory=list)  # true answers, for each size
     # In this run
     graph: Graph | None = None
     lies: Lies = field(default_factory=dict)
     asked: dict[Site, bool] = field(default_factory=dict)  # with the true answers
     visits: Counter[Site] = field(default_factory=Counter)
     usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
+    largest: Counter[str] = field(default_factory=Counter)  # elements in such a run, by function
+    longest: int = 0  # the most calls in such a run
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
     def ways_of(self, index: int, case: Case) -> Iterator[Way]:
         """All ways of one case other than the recorded one."""
         recorded = _detailed(self.recorded, index)
         seen = {recorded}
+        yield from self._next_call(case, seen)
         base = None
         for given in (_dense(resized(case, batch=True, spatial=True)), case):
             graph = self._natural(given)
@@ -129,6 +172,27 @@ class _Explorer:
         yield from self._new(self._natural(other), str(other), seen)
         yield from self._otherwise(base, asked, visits, seen)
 
+    def _next_call(self, case: Case, seen: set[int]) -> Iterator[Way]:
+        """The way of the next call, where the recorded one changed the model's state.
+
+        A cache is filled by the first; what changes again may be anything at a later call.
+        """
+        if not self.recorded.changed:
+            return
+        with restored(self.model):
+            try:
+                with torch.no_grad():
+                    (self.model if case.method == "forward" else getattr(self.model, case.method))(
+                        *case.args, **case.kwargs
+                    )
+            except Exception:  # noqa: BLE001  # whatever the user's code raises
+                self._lost_at(None, f"{case} cannot be called twice")
+                return
+            graph = self._natural(case)
+        yield from self._new(graph, f"the next call of {case}", seen)
+        if graph is not None and graph.changed:
+            self._lost_at(None, f"`{min(graph.changed)}` may be another at the next call")
+
     @staticmethod
     def _new(graph: Graph | None, left_at: str, seen: set[int]) -> Iterator[Way]:
         """The way that was recorded, if there is one and it is none of those seen."""
@@ -142,7 +206,7 @@ class _Explorer:
             graph = self._run(case, {})
         except TorchfuseError:
             return None
-        self.natural |= set(self.asked.items())
+        self.natural.append(dict(self.asked))
         self.usual |= self.visits
         return graph
 
@@ -153,14 +217,19 @@ class _Explorer:
         waiting: list[Lies] = []
         sites: list[Site] = []
         settled: set[Site] = set()
+        others: list[Case] = []
+        lost_before = self.lost
+        thorough = lost_before is None  # else what is in doubt is judged by its code anyway
 
         def add(new: Mapping[Site, bool], count: Counter[Site], before: Lies) -> None:
             for site in new:
                 if site not in sites:
                     sites.append(site)
                     waiting.append({**before, site: None})
-                    if 1 < count[site] <= _VISITS:
+                    if thorough and 1 < count[site] <= _VISITS:
                         waiting.extend({**before, site: n} for n in range(count[site]))
+                if not thorough:
+                    continue
                 if count[site] > 1 and site not in settled and _asks_for_equality(*site):
                     settled.add(site)  # of sizes with others: one answer for each pair of numbers
                     waiting.extend({**before, site: answer} for answer in (True, False))
@@ -168,39 +237,42 @@ class _Explorer:
         add(asked, visits, {})
         budget = self.runs + _RUNS
         alone = 0
-        while self.lost is None:
+        while self.lost is lost_before:
             if not waiting:
-                if alone == len(sites):
+                if alone == len(sites) or not thorough:
                     break
                 alone = len(sites)  # (a combination may come to sites of its own)
-                waiting.extend(_combined(sites))
+                waiting.extend(_combined([site for site in sites if site is not _TEXT]))
                 continue
             if self.runs >= budget:
                 self.lost = f"it has more than {_RUNS} ways"
                 return
             lies = waiting.pop(0)
-            graph = self._tried(case, lies)
+            graph, settled_so = self._tried(case, lies)
             # A check that raised asked as well: it may do so only because this answer is false.
             add(self.asked, self.visits, lies)
-            if graph is None:
-                continue
-            yield from self._new(graph, ", ".join(_place(*site) for site in lies), seen)
+            if graph is not None:
+                yield from self._new(graph, ", ".join(_place(*site) for site in lies), seen)
+            elif not settled_so:
+                wanted = {site: not self.asked.get(site, False) for site in lies}
+                if not others:  # sizes that are odd where these are even, and even where odd
+                    others.append(_trimmed(case))
+                    yield from self._new(self._natural(others[0]), str(others[0]), seen)
+                # Where another size takes this way by true answers, it was recorded.
+                if not any(wanted.items() <= true.items() for true in self.natural):
+                    self._lost_at(
+                        next(iter(lies)), "the other side of a branch ends in an error at this size"
+                    )
 
-    def _tried(self, case: Case, lies: Lies) -> Graph | None:
-        """What is recorded with these false answers; None if the code ends with an error there."""
+    def _tried(self, case: Case, lies: Lies) -> tuple[Graph | None, bool]:
+        """What is recorded with these false answers; else whether the code ends there by itself."""
         try:
-            return self._run(case, lies)
+            return self._run(case, lies), True
         except TorchfuseError as error:
             cause = error.__cause__
-            if cause is not None and self._raised_at_once(cause):
-                return None
-            true = [(site, not self.asked.get(site, False)) for site in lies]
-            if len(true) == 1 and true[0] in self.natural:
-                return None  # another size takes this way, and was recorded
-            self._lost_at(
-                next(iter(lies)), "the other side of a branch ends in an error at this size"
+            return None, isinstance(cause, _FailedError) or (
+                cause is not None and self._raised_at_once(cause)
             )
-            return None
 
     def _run(self, case: Case, lies: Lies) -> Graph:
         self.runs += 1
@@ -239,18 +311,59 @@ class _Explorer:
             return followed(real)
         if name in _VALUES:
             return followed(real) if not isinstance(real, bool) else self.truth(real)
-        if name in _TRUTHS:
+        if name in _TRUTHS or name in MODES:
             return self.truth(bool(real))
+        if name in COUNTABLE and isinstance(real, tuple):
+            return counted(real)
         if name in _PLAIN_ANSWERS:  # Python makes a plain number of whatever this answers
             self.lose(f"`{name}` gives a plain number")
         return real
+
+    def plain(self, value: Any) -> Any:
+        """What torch is given in place of numbers that are followed."""
+        return plain(value)
 
     def truth(self, real: bool) -> bool:
         """How a comparison comes out: as it would, unless this run answers otherwise."""
         frame = _asking()
         if _is_torch(frame):
             return real  # torch does the same for all sizes that it takes
-        site = (frame.f_code, frame.f_lasti)
+        return self._answered((frame.f_code, frame.f_lasti), real)
+
+    def text(self, real: str) -> str:
+        """What a size is in a text; which one it is, only comparing texts could tell."""
+        if _is_torch(_asking()):
+            return real
+        self.asked[_TEXT] = True
+        self.known.add(_TEXT)
+        if _TEXT not in self.lies:
+            return real
+        self._note_lie()
+        return f"?{real}"
+
+    def called(self, name: str, elements: int) -> None:
+        """A function of torch is given so many; raises in its place, where this run is to."""
+        calls = len(self.graph.calls) if self.graph is not None else 0
+        if not self.lies:
+            self.largest[name] = max(self.largest[name], elements)
+            self.longest = max(self.longest, calls)
+        elif calls > _TIMES_AS_LONG * self.longest + _MORE_CALLS:
+            self._lost_at(None, f"another way calls `{name}` without an end")
+            raise _EndlessError
+        elif elements > _TIMES_AS_LARGE * self.largest[name] + _MORE_ELEMENTS:
+            self._lost_at(None, f"another way gives `{name}` much more than at these inputs")
+            raise _EndlessError
+        frame: Any = _asking()
+        while frame is not None and frame.f_code.co_name != "_torchfuse_run":
+            if (
+                catches(frame.f_code)
+                and not _is_torch(frame)
+                and not self._answered((frame.f_code, frame.f_lasti), True)
+            ):
+                raise _FailedError
+            frame = frame.f_back
+
+    def _answered(self, site: Site, real: bool) -> bool:
         visit = self.visits[site]
         self.visits[site] += 1
         self.asked.setdefault(site, real)
@@ -266,9 +379,12 @@ class _Explorer:
             if visit >= _ANSWERS:
                 self._lost_at(site, "a loop may not end")
             elif false:
-                self.lied_after = len(self.graph.calls) if self.graph is not None else None
+                self._note_lie()
                 return not real
         return real
+
+    def _note_lie(self) -> None:
+        self.lied_after = len(self.graph.calls) if self.graph is not None else None
 
     def lose(self, what: str) -> None:
         """A number that is followed is no more."""
@@ -302,6 +418,10 @@ class _EndlessError(Exception):
     """Ends a run that would not end."""
 
 
+class _FailedError(RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
+    """What a function of torch raises for other inputs, whichever of these it is."""
+
+
 def _asking() -> Any:
     """The frame of the code that asks, without the recording and what leads to it."""
     frame: Any = sys._getframe(2)
@@ -318,18 +438,9 @@ def _is_torch(frame: Any) -> bool:
 
 
 def _place(code: CodeType, instruction: int) -> str:
+    if (code, instruction) == _TEXT:
+        return "a size in a text"
     return f"{code.co_filename.rsplit('/', 1)[-1]}:{_line(code, instruction)}"
-
-
-def _span(code: CodeType, instruction: int) -> Span:
-    """Where in the source an instruction is: first line and column, last line and column."""
-    positions = getattr(code, "co_positions", None)
-    if positions is None:  # Python 3.10 knows only lines
-        line = _line(code, instruction)
-        return line, -1, line, -1
-    where = next(islice(positions(), instruction // 2, None))
-    first, last, start, end = (-1 if number is None else number for number in where)
-    return first, start, last, end
 
 
 @lru_cache(maxsize=1024)
@@ -377,6 +488,20 @@ def _dense(case: Case) -> Case:
         lambda value: value.clone() if isinstance(value, torch.Tensor) else value,
         (case.args, dict(case.kwargs)),
     )
+    return Case(args, kwargs, case.method)
+
+
+def _trimmed(case: Case) -> Case:
+    """The case with images and sequences one element smaller in each dimension."""
+
+    def trimmed(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        for axis in range(2, value.dim()):
+            value = value.narrow(axis, 0, max(1, value.shape[axis] - 1))
+        return value.clone()
+
+    args, kwargs = tree_map(trimmed, (case.args, dict(case.kwargs)))
     return Case(args, kwargs, case.method)
 
 

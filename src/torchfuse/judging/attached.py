@@ -16,7 +16,7 @@ from torchfuse.restoring import MODULE_TABLES
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Attached", "attached", "first_paths", "modules_in"]
+__all__ = ["Attached", "attached", "first_paths", "functions_in", "modules_in"]
 
 # How deep containers, closures and plain objects are entered.
 _DEPTH = 3
@@ -61,7 +61,7 @@ def _attached_to(path: str, module: nn.Module, paths: dict[int, str]) -> Iterato
         if not is_hook and (name in MODULE_TABLES or name == "forward"):
             continue  # (a forward of its own is what runs; that was recorded)
         where = f"{path}.{name}" if path else name
-        for function, bound_to in _functions_in(value, _DEPTH):
+        for function, bound_to in functions_in(value):
             if function.__module__.startswith("torch."):
                 continue
             if id(bound_to) in paths:
@@ -74,17 +74,17 @@ def _attached_to(path: str, module: nn.Module, paths: dict[int, str]) -> Iterato
                     yield Attached(where, function, paths[id(known)], owner, is_hook)
 
 
-def _functions_in(value: Any, depth: int) -> Iterator[tuple[FunctionType, Any]]:
+def functions_in(value: Any, depth: int = _DEPTH) -> Iterator[tuple[FunctionType, Any]]:
     """Functions in a value, each with what it is bound to."""
     if isinstance(value, FunctionType):
         yield value, None
     elif isinstance(value, MethodType) and isinstance(value.__func__, FunctionType):
         yield value.__func__, value.__self__
     elif isinstance(value, partial) and depth:
-        yield from _functions_in(value.func, depth - 1)
+        yield from functions_in(value.func, depth - 1)
     elif isinstance(value, (list, tuple, set, dict)) and depth:
         for entry in value.values() if isinstance(value, dict) else value:
-            yield from _functions_in(entry, depth - 1)
+            yield from functions_in(entry, depth - 1)
 
 
 def _closure(function: FunctionType) -> Iterator[tuple[str, Any]]:

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.capture.recorded_run import record
-from torchfuse.judging.branches import may_fork, mentioned_elsewhere
 from torchfuse.judging.dataflow import origin, owner_path
 from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.judging.other_ways import breaks_on_some_way
 from torchfuse.judging.sources import functions_of, is_setup, names_in
+from torchfuse.judging.straight import where_it_may_turn
 from torchfuse.judging.whole import whole
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
@@ -300,34 +300,41 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
 
 
 def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
-    """What was recorded first, then what the source says about other ways and other methods."""
+    """What was recorded first, then other methods, then other ways through the code."""
     return (
-        rule.check(subject, match)
-        or may_fork(subject, match)
-        or mentioned_elsewhere(subject, match)
-        or reached_apart(subject, match)
-        or _another_way(subject, match)
+        rule.check(subject, match) or reached_apart(subject, match) or _another_way(subject, match)
     )
 
 
 def _another_way(subject: Subject, match: Match) -> Refusal | None:
-    """None if the match holds on every way that exploring finds, where code looks at tensors."""
-    if not subject.graph.reads:
+    """None if the match holds on every way that exploring finds, where code asks for anything."""
+    if not (subject.graph.reads or subject.graph.changed):
         return None
-    left_at = breaks_on_some_way(subject, match)
-    if left_at is None:
-        if subject.strict and (lost := subject.ways.lost) is not None:
-            return Refusal(
-                f"Not every way through the code could be followed: {lost}.",
-                "Without strict, only what is known against a fold is held against it.",
-            )
+    if (left_at := breaks_on_some_way(subject, match)) is not None:
+        where = f"On {left_at}" if "(" in left_at else f"With another answer at {left_at}"
+        return Refusal(
+            f"{where}, the code takes another way, on which `{match.second}` does not follow "
+            f"`{match.first}`, or something else uses what lies between.",
+            _HINT,
+        )
+    lost = subject.ways.lost
+    if lost is None:
         return None
-    where = f"On {left_at}" if left_at.endswith(")") else f"With another answer at {left_at}"
+    if (turn := where_it_may_turn(subject, match)) is not None:
+        return Refusal(
+            f"The code between `{match.first}` and `{match.second}` ({turn}) branches, and not "
+            f"every way could be followed: {lost}.",
+            _HINT,
+        )
+    if not subject.strict:
+        return None
     return Refusal(
-        f"{where}, the code takes another way, on which `{match.second}` does not follow "
-        f"`{match.first}`, or something else uses what lies between.",
-        "Call the batch norm directly on the layer's output, or put both in nn.Sequential.",
+        f"Not every way through the code could be followed: {lost}.",
+        "Without strict, only what is known against a fold is held against it.",
     )
+
+
+_HINT = "Call the batch norm directly on the layer's output, or put both in nn.Sequential."
 
 
 def not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusal:

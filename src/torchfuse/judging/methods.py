@@ -6,27 +6,35 @@ else once the pair is folded. One that ran in the recording was seen; the others
 
 from __future__ import annotations
 
-import ast
 import inspect
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchfuse.judging.branches import has_other_ways, is_followed_by_itself
-from torchfuse.judging.branching import tests_of
-from torchfuse.judging.direct import names_one_after_the_other
 from torchfuse.judging.mentions import BELOW, TENSORS, mentions_of
-from torchfuse.judging.other_ways import holds_on_every_way, holds_where_called_itself
+from torchfuse.judging.other_ways import (
+    holds_on_every_way,
+    holds_where_called_itself,
+    is_lost,
+    is_straight_where_called_itself,
+)
 from torchfuse.judging.pair import Pair, delegates
 from torchfuse.judging.sources import (
     descriptors_of,
     edits_modules,
     functions_of,
     is_setup,
+    names_asked_for,
     names_in,
-    syntax_of,
+)
+from torchfuse.judging.straight import (
+    branches_on_an_argument,
+    may_branch,
+    results_of,
+    stand_side_by_side,
 )
 from torchfuse.rules import Match, Refusal, Subject
 
@@ -66,15 +74,16 @@ def reached_apart(subject: Subject, match: Match, *, outside: str | None = None)
             if path and not _is_mentioned(subject, function.__name__):
                 continue
             caller = _on_its_own(subject, path, function) if ran else function.__name__
-            if caller is None and not has_other_ways(subject, function.__code__, match):
-                continue
             reached = pair.reached_by(path, function)
-            if not reached or pair.is_direct(path, function):
+            if not reached:
                 continue
-            if caller is None:
+            if caller is None:  # runs only as it ran, on ways that are explored
+                once = pair.calls_each_once(path, function)  # what is between is asked for there
+                if once or not is_lost(subject) or not may_branch(subject, function.__code__):
+                    continue
                 return Refusal(
                     f"{type(module).__name__}.{function.__name__} mentions `{min(reached)}`, and "
-                    "branches: on another way it may use it on its own.",
+                    f"branches, and not every way could be followed: {subject.ways.lost}.",
                     "Leave out that use, or give it a layer of its own.",
                 )
             both = {match.first, match.second} <= reached
@@ -105,14 +114,7 @@ def _may_be_asked_otherwise(subject: Subject, path: str, function: FunctionType)
 
     `features(x, stage="bn")`, which anyone may call with another stage.
     """
-    tree = syntax_of(function.__code__)
-    if tree is None:
-        return False
-    arguments = {a.arg for a in (*tree.args.args[1:], *tree.args.kwonlyargs)}
-    named = {
-        node.id for test in tests_of(tree) for node in ast.walk(test) if isinstance(node, ast.Name)
-    }
-    if not arguments & named:
+    if not branches_on_an_argument(function.__code__):
         return False
     name = function.__name__
     return _is_public(subject, path, name) or any(
@@ -151,7 +153,7 @@ def _is_explored(
     """
     name = function.__name__
     if _is_public(subject, path, name):
-        return is_followed_by_itself(subject, match, function)
+        return _is_followed_by_itself(subject, match, function)
     seen |= {function.__code__}
     named = [c for c in subject.mentions.get(name, ()) if c[1].__code__ not in seen]
     # One of each code is enough, of many modules of one class.
@@ -162,18 +164,38 @@ def _is_explored(
         asked = [c for c in callers if _is_public(subject, c[0], c[1].__name__)]
         if any(holds_where_called_itself(subject, match, c[1].__name__) is not True for c in asked):
             return False
-        if asked and not has_other_ways(subject, function.__code__, match):
+        if asked:
             callers = [c for c in callers if c not in asked]
             if not callers:
                 return True
     return bool(callers) and all(
         holds_on_every_way(subject, match)
-        and not has_other_ways(subject, caller.__code__, match)
-        and not has_other_ways(subject, function.__code__, match)
         if _ran(subject, caller.__code__, where) and not _is_public(subject, where, caller.__name__)
         else _is_explored(subject, match, where, caller, seen)
         for where, caller in callers
     )
+
+
+def _is_followed_by_itself(subject: Subject, match: Match, function: FunctionType) -> bool:
+    """Whether a method of the model, called with the inputs of forward, was followed everywhere.
+
+    Whoever calls it may give it more than that, where it takes more: then the two stand in it one
+    right after the other. So they do where something was lost.
+    """
+    holds = holds_where_called_itself(subject, match, function.__name__)
+    if holds is False or subject.entries.get(function.__name__) is None:
+        return False
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    given = {len(case.args) + len(case.kwargs) for case in subject.cases}
+    if holds and not variable and given == {len(parameters)}:
+        return True
+    named = names_asked_for(function.__code__)
+    parts = {part for path in match.modules for part in path.split(".")}
+    if named is None or any(fnmatchcase(part, name) for name in named for part in parts):
+        return False
+    once = Pair(subject, match).calls_each_once("", function, by_name=True)
+    return once and is_straight_where_called_itself(subject, match, function.__name__)
 
 
 def _takes_one_input(function: FunctionType) -> bool:
@@ -184,38 +206,29 @@ def _takes_one_input(function: FunctionType) -> bool:
 
 
 def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
-    """Whether a method that takes nothing does no more than hand the two to one call, together.
+    """Whether a method that takes nothing only makes a sequence of the two, or changes the model.
 
-    `as_sequential()` makes a sequence of them, `fuse()` folds them itself.
+    `as_sequential()`, `fuse()`: what takes nothing is never tried out.
     """
     if not _takes_nothing(function):
         return False
     mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
     if _changes_the_model(function):
         return all(mention.usage != "called" for mention in mentions)
-    reached = {pair.split(path, mention) for mention in mentions}
     return (
-        reached == {pair.first, pair.second}
+        sorted(str(pair.split(path, m)) for m in mentions) == sorted((pair.first, pair.second))
         and all(m.usage == "read" and not TENSORS & {*m.chain} for m in mentions)
-        and names_one_after_the_other(function.__code__, *(m.chain[-1] for m in mentions))
+        and "Sequential" in names_in(function.__code__)
+        and stand_side_by_side(
+            function.__code__, *(inner.rpartition(".")[2] for inner in (pair.first, pair.second))
+        )
     )
 
 
 def _changes_the_model(function: FunctionType) -> bool:
     """Whether a method that takes nothing gives nothing back, or its own module: `fuse()`."""
-    tree = syntax_of(function.__code__)
-    if tree is None or not tree.args.args:
-        return False
-    owner = tree.args.args[0].arg
-    if any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(tree)):
-        return False
-    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    return all(
-        value is None
-        or (isinstance(value, ast.Constant) and value.value is None)
-        or (isinstance(value, ast.Name) and value.id == owner)
-        for value in returned
-    )
+    returned = results_of(function.__code__)
+    return returned is not None and returned <= {None, *function.__code__.co_varnames[:1]}
 
 
 def _only_past_the_model(
@@ -224,11 +237,13 @@ def _only_past_the_model(
     """Whether a method of an inner module is called by others that nothing in the model calls.
 
     `fuse_bn_tensor(self, branch)`, which `get_kernel_bias(self)` calls, which only those call that
-    re-parameterise the block themselves.
+    re-parameterise the block themselves. Or a method, also of the model, which an attribute of the
+    module has replaced: its class's `forward` below `model.forward = …`.
     """
     seen |= {function.__code__}
     callers = {c.__code__: (p, c) for p, c in subject.mentions.get(function.__name__, ())}
-    return path != "" and all(
+    replaced = function.__name__ in vars(subject.modules[path])  # by one of the module's own
+    return (path != "" or replaced) and all(
         code not in seen
         and not _ran(subject, code, where)
         and _only_past_the_model(subject, where, caller, seen)
@@ -252,7 +267,7 @@ def parts_of_forward(subject: Subject, match: Match) -> Iterator[str]:
         functions = {f for name in pair.names_towards(path) for f in by_name.get(name, ())}
         for function in functions:
             name = function.__name__
-            if name.startswith("_") or name == "forward" or pair.is_direct(path, function):
+            if name.startswith("_") or name == "forward":
                 continue
             reached = pair.reached_by(path, function)
             if reached and not {match.first, match.second} <= reached:

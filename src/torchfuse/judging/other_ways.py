@@ -13,6 +13,7 @@ from torchfuse.exploring import unheard
 from torchfuse.inputs import resized
 from torchfuse.judging.dataflow import origin, owner_path
 from torchfuse.judging.sources import names_in
+from torchfuse.judging.straight import where_it_may_turn
 from torchfuse.rules._exactness import exact_on_way
 from torchfuse.rules._rule import Match
 
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from torchfuse.inputs import Case
     from torchfuse.rules._rule import Subject
 
-__all__ = ["breaks_on_some_way", "holds_on_every_way", "holds_where_called_itself"]
+__all__ = [
+    "breaks_on_some_way",
+    "holds_on_every_way",
+    "holds_where_called_itself",
+    "is_lost",
+    "is_straight_where_called_itself",
+]
 
 
 def holds_on_every_way(subject: Subject, match: Match) -> bool:
@@ -55,9 +62,30 @@ def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bo
     entry = subject.entries[method]
     if entry is None:
         return None
-    if not all(_holds(way, match) for way in (entry, *entry.others)):
+    if not _holds(entry, match):
+        return False
+    if not _asks(entry):
+        return True
+    if not all(_holds(way, match) for way in entry.others):
         return False
     return True if entry.ways.lost is None else None
+
+
+def is_lost(subject: Subject) -> bool:
+    """Whether something was lost while exploring, on which a branch may depend."""
+    return _asks(subject) and subject.ways.lost is not None
+
+
+def _asks(subject: Subject) -> bool:
+    """Whether code asked for anything that a branch may depend on; else it has one way."""
+    return bool(subject.graph.reads or subject.graph.changed)
+
+
+def is_straight_where_called_itself(subject: Subject, match: Match, method: str) -> bool:
+    """Whether nothing that the method may be given can part the two, once it was called itself."""
+    entry = subject.entries[method]
+    there = None if entry is None else _as_there(entry, match)
+    return entry is not None and there is not None and where_it_may_turn(entry, there) is None
 
 
 def _can_be_judged(subject: Subject, match: Match) -> bool:
@@ -123,21 +151,25 @@ def _is_finished(value: Any) -> bool:
 
 
 def _holds(subject: Subject, match: Match) -> bool:
-    graph = subject.graph
-    norms = subject.norms.get(match.second, [])
-    if not norms:
+    if not subject.norms.get(match.second):
         return not _runs(subject, match)
+    there = _as_there(subject, match)
+    return there is not None and exact_on_way(subject, there) is None
+
+
+def _as_there(subject: Subject, match: Match) -> Match | None:
+    """The match in another recording; None if each norm does not follow the layer there."""
     firsts, between = [], []
+    norms = subject.norms.get(match.second, [])
     for norm in norms:
-        maker, moved = origin(graph, norm)
+        maker, moved = origin(subject.graph, norm)
         if maker is None or maker.kind != match.firsts[0].kind:
-            return False
-        if owner_path(graph, maker, ("weight",)) != match.first:
-            return False
+            return None
+        if owner_path(subject.graph, maker, ("weight",)) != match.first:
+            return None
         firsts.append(maker)
         between.append(moved)
-    there = Match(match.first, match.second, tuple(firsts), tuple(between), tuple(norms))
-    return exact_on_way(subject, there) is None
+    return Match(match.first, match.second, tuple(firsts), tuple(between), tuple(norms))
 
 
 def _runs(subject: Subject, match: Match) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchfuse.judging.direct import is_direct
 from torchfuse.judging.mentions import BELOW, FACTS, TENSORS, Mention, mentions_of
 from torchfuse.judging.sources import names_in
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Pair", "delegates"]
 
 _IDENTITY = nn.Identity()
+_ANY_CHILD = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 
 
 class Pair:
@@ -101,17 +101,17 @@ class Pair:
                 return f"{reached}.{rest[0]}"
         return None
 
-    def is_direct(self, path: str, function: FunctionType) -> bool:
-        """Whether the method calls the batch norm right on the layer's output, and does no more."""
-        below = f"{path}." if path else ""
-        chains = [tuple(inner.removeprefix(below).split(".")) for inner in self._both]
+    def calls_each_once(self, path: str, function: FunctionType, *, by_name: bool = False) -> bool:
+        """Whether all that the method does with the two is to call each in one place.
+
+        With `by_name`, what it reaches by `getattr` is judged elsewhere.
+        """
         mentions = mentions_of(function) or ()
         reaching = [m for m in mentions if self.split(path, m) is not None]
-        return (
-            [m.usage for m in reaching] == ["called", "called"]
-            and {m.chain for m in reaching} == set(chains)
-            and is_direct(function.__code__, chains[0][-1], chains[1][-1])
-        )
+        if by_name and not names_in(function.__code__) & _ANY_CHILD:
+            reaching = [m for m in reaching if m.chain[:1] != (None,)]
+        named = {self.split(path, m) for m in reaching}
+        return [m.usage for m in reaching] == ["called", "called"] and len(named) == 2
 
     def asked_by(self, path: str, function: FunctionType) -> str | None:
         """What a method that ran asks for that is gone or another thing once the pair is folded."""

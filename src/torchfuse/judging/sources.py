@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
-    "assigned_attributes",
     "descriptors_of",
     "edits_modules",
     "functions_of",
     "is_setup",
+    "names_asked_for",
     "names_in",
     "syntax_of",
 ]
@@ -129,56 +129,60 @@ def names_in(code: CodeType) -> frozenset[str]:
     return frozenset(names)
 
 
-@lru_cache(maxsize=8192)
-def assigned_attributes(code: CodeType) -> frozenset[str]:
-    """The attributes that a function assigns, or whose value it changes: `self.seen.append(x)`.
+def names_asked_for(code: CodeType) -> frozenset[str] | None:
+    """The names that the code gives to `getattr`; None if they are more than constants of its own.
 
-    So are global names, and those of a function around it.
+    `for name in ("layer1", "layer2"): getattr(self, name)`; of `f"layer{i}"` it is `layer*`.
     """
-    assigned = {
-        str(step.argval)
-        for step in dis.get_instructions(code)
-        if step.opname in ("STORE_ATTR", "STORE_GLOBAL")
-        or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)
-    }
-    outside = {*code.co_names, *code.co_freevars} - {*code.co_varnames, *code.co_cellvars}
-    tree = syntax_of(code)
-    for node in [] if tree is None else ast.walk(tree):
-        match _changed(node):
-            case ast.Attribute(attr=name):
-                assigned.add(name)
-            case ast.Name(id=name) if name in outside:
-                assigned.add(name)
-        assigned.update(_set_by_name(node))
-    return frozenset(assigned)
+    function = syntax_of(code)
+    if function is None:
+        return None
+    found: set[str] = set()
+    waiting = [
+        argument
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "getattr"
+        for argument in call.args[1:2]
+    ]
+    followed: set[str] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, ast.Constant):
+            found.add(str(value.value))
+        elif isinstance(value, ast.JoinedStr) and isinstance(value.values[0], ast.Constant):
+            found.add(f"{value.values[0].value!s}*")
+        elif isinstance(value, (ast.Tuple, ast.List)):
+            waiting += value.elts
+        elif isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice):
+            waiting.append(value.value)
+        elif isinstance(value, ast.Name):
+            if value.id not in followed:
+                followed.add(value.id)
+                sources = _sources(function, value.id)
+                if not sources:
+                    return None
+                waiting += sources
+        else:
+            return None
+    return frozenset(found)
 
 
-def _changed(node: ast.AST) -> ast.AST | None:
-    """What a container's own method, an assigned item, or `next` changes."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=container, attr=method)) if method in _CHANGING:
-            return container
-        case ast.Call(func=ast.Name(id="next"), args=[iterator, *_]):
-            return iterator
-        case ast.Subscript(value=container, ctx=ast.Store() | ast.Del()):
-            return container
-    return None
-
-
-ANY_NAME = "*"
-
-
-def _set_by_name(node: ast.AST) -> Iterator[str]:
-    """`setattr(self, "large", …)`, `self.__dict__["large"] = …`, `vars(self).update(large=…)`."""
-    match node:
-        case ast.Call(func=ast.Name(id="setattr"), args=[_, name, _]):
-            yield _text(name)
-        case ast.Subscript(value=table, slice=name, ctx=ast.Store()) if _is_table(table):
-            yield _text(name)
-        case ast.Call(func=ast.Attribute(value=table, attr="update")) if _is_table(table):
-            yield from (keyword.arg or ANY_NAME for keyword in node.keywords)
-            if node.args:
-                yield ANY_NAME
+def _sources(function: ast.FunctionDef, name: str) -> list[ast.expr]:
+    """What a local name is given, by assignments and loops; empty if by anything else as well."""
+    sources = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg) and node.arg == name:
+            return []
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            if not isinstance(node, (ast.Assign, ast.For)):
+                return []
+            sources.append(node.value if isinstance(node, ast.Assign) else node.iter)
+    stores = sum(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
+        for n in ast.walk(function)
+    )
+    return sources if stores == len(sources) else []
 
 
 @lru_cache(maxsize=8192)
@@ -194,23 +198,6 @@ def edits_modules(code: CodeType) -> bool:
     )
 
 
-def _text(name: ast.expr) -> str:
-    return str(name.value) if isinstance(name, ast.Constant) else ANY_NAME
-
-
-def _is_table(value: ast.expr) -> bool:
-    """Whether it is the dictionary of an object's attributes."""
-    return ast.unparse(value).endswith(".__dict__") or ast.unparse(value).startswith("vars(")
-
-
-_CHANGING = frozenset(
-    {
-        *("append", "appendleft", "extend", "insert", "pop", "popleft", "remove", "clear", "sort"),
-        *("reverse", "discard", "update", "setdefault", "popitem", "rotate"),
-    }
-)
-
-
 _SETUP = ("init", "initialize", "initialise", "initialized", "reset", "tie")
 _SETUP_NAMES = frozenset(
     {
@@ -223,13 +210,3 @@ _SETUP_NAMES = frozenset(
 def is_setup(name: str) -> bool:
     """Whether a method of this name sets a model up or prints it, and computes no outputs."""
     return name in _SETUP_NAMES or any(word in _SETUP for word in name.split("_"))
-
-
-# What a branch may ask for that changes between calls although no input does. (`requires_grad` is
-# not among it: asking an input for that is recorded, and behind a flag that is off, nobody asks.)
-RESTLESS = frozenset(
-    {
-        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
-        *("grad_fn", "random", "randint", "rand", "time"),
-    }
-)

@@ -7,17 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.exploring import explore
+from torchfuse.exploring import called, explore
 from torchfuse.judging.attached import Attached, attached, first_paths, modules_in
 from torchfuse.judging.dataflow import batch_norms
-from torchfuse.judging.sources import (
-    RESTLESS,
-    assigned_attributes,
-    edits_modules,
-    functions_of,
-    is_setup,
-    names_in,
-)
+from torchfuse.judging.sources import edits_modules, functions_of, is_setup, names_in
+from torchfuse.judging.steady import Steady
 from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
@@ -56,6 +50,17 @@ class Subject:
         return explore(self.model, self.cases, self.graph)
 
     @cached_property
+    def steady(self) -> Steady:
+        """The attributes that no call changes."""
+        graphs = (self.graph, *(way.graph for way in self.ways.ways))
+        return Steady(self.modules, graphs, [entry.function for entry in self.attached])
+
+    @cached_property
+    def called(self) -> tuple[tuple[int, CodeType], ...] | None:
+        """The user's functions that are called, each with how many calls were recorded before."""
+        return called(self.model, self.cases)
+
+    @cached_property
     def others(self) -> tuple[Subject, ...]:
         """The model as it was recorded on each of the other ways."""
         return tuple(self.recorded_as(way.graph) for way in self.ways.ways)
@@ -63,7 +68,7 @@ class Subject:
     def recorded_as(self, graph: Graph, cases: tuple[Case, ...] = ()) -> Subject:
         """The same model, as another recording shows it."""
         other = replace(self, graph=graph, cases=cases)
-        for name in ("attached", "held", "holders", "mentions", "classes"):  # asked of the model
+        for name in ("attached", "held", "holders", "mentions"):  # asked of the model
             if name in vars(self):
                 vars(other)[name] = vars(self)[name]
         return other
@@ -98,33 +103,6 @@ class Subject:
         }
 
     @cached_property
-    def volatile(self) -> frozenset[str]:
-        """Attributes that the code that ran changes, itself or in methods it names.
-
-        They are state, not configuration. What only methods assign that did not run is changed
-        from outside, like any configuration.
-        """
-        ran = {code for code, _ in self.graph.codes}
-        called = {name for code in ran for name in names_in(code)}
-        ran |= {
-            function.__code__
-            for class_ in self.classes
-            for name, function in functions_of(class_)
-            if name in called and not is_setup(name) and name != "train"
-        }
-        ran |= {entry.function.__code__ for entry in self.attached if entry.is_hook}
-        changed = {name for code in ran for name in assigned_attributes(code)}
-        changed |= self.graph.changed
-        # Properties that answer from such state, or from what changes by itself
-        answers = {
-            name
-            for class_ in self.classes
-            for name, function in functions_of(class_)
-            if names_in(function.__code__) & (changed | RESTLESS)
-        }
-        return frozenset(changed | answers)
-
-    @cached_property
     def mentions(self) -> dict[str, list[tuple[str, FunctionType]]]:
         """The methods, each with its module's path, whose code mentions a name: by that name."""
         found: dict[str, list[tuple[str, FunctionType]]] = defaultdict(list)
@@ -135,18 +113,6 @@ class Subject:
                     for mentioned in names_in(function.__code__):
                         found[mentioned].append((path, function))
         return found
-
-    @cached_property
-    def forwards(self) -> frozenset[CodeType]:
-        """The code of the forward functions that ran, torch's own apart."""
-        ran: set[Any] = {type(self.modules[call.path]) for call in self.graph.module_calls}
-        functions = [function for class_ in ran for function in functions_of(class_)]
-        return frozenset(f.__code__ for name, f in functions if name == "forward")
-
-    @cached_property
-    def classes(self) -> frozenset[type]:
-        """The classes of the model and of all modules in it."""
-        return frozenset(type(module) for module in self.modules.values())
 
 
 def same_tensor(subject: Subject, name: str, layer: nn.Module, attribute: str) -> bool:
