@@ -502,6 +502,29 @@ def test_a_method_of_the_model_that_uses_a_branch_keeps_the_block_as_it_is() -> 
     assert torch.allclose(net.penalty(X), result.model.penalty(X), rtol=1e-4)
 
 
+class WithRaw(Block):
+    def raw(self, x: Tensor) -> Tensor:
+        return self.dense(x) + self.point(x)
+
+
+def test_a_method_of_the_block_that_the_model_calls_keeps_the_block_as_it_is() -> None:
+    class Raw(Net):
+        def raw(self, x: Tensor) -> Tensor:
+            return self.blocks[0].raw(x)
+
+    torch.manual_seed(0)
+    net = trained(Raw(WithRaw()), X)
+    result = torchfuse.fuse(net, X)
+    (skip,) = [skip for skip in result.plan.skips if skip.rule == "branches"]
+    assert skip.reason.startswith("WithRaw.raw, which the model can call beside forward, uses `")
+    assert torch.allclose(net.raw(X), result.model.raw(X), rtol=1e-4)
+
+
+def test_a_method_of_the_block_that_nothing_calls_does_not_keep_it() -> None:
+    result = torchfuse.fuse(make(WithRaw()), X)
+    assert [f.rule for f in result.plan.fusions if f.rule == "branches"] == ["branches"]
+
+
 def test_a_model_without_values_is_not_merged() -> None:
     with torch.device("meta"):
         net = Net().eval()

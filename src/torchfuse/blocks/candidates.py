@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchfuse.capture.kinds import MOVES
-from torchfuse.judging.methods import reached_apart
+from torchfuse.judging.methods import called_from_outside, reached_apart
 from torchfuse.planning import Refusal
 from torchfuse.rules import Match
 
@@ -218,9 +218,11 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _reached(subject: Subject, path: str, merge: Merge) -> Refusal | None:
-    """No method around the block uses a part of it by itself."""
+    """No method around the block uses a part of it by itself, nor one of the block but forward."""
     first = f"{path}.{next(iter(merge.layers))}"
     for below in (*merge.absorbed, *merge.layers):
+        if below and (refusal := called_from_outside(subject, path, below)) is not None:
+            return refusal
         second = f"{path}.{below}" if below else path
         if second in (first, path):
             continue

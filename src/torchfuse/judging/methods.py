@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import CodeType, FunctionType
 
-__all__ = ["parts_of_forward", "reached_apart"]
+__all__ = ["called_from_outside", "parts_of_forward", "reached_apart"]
 
 
 def reached_apart(subject: Subject, match: Match, *, outside: str | None = None) -> Refusal | None:
@@ -342,6 +342,30 @@ def _is_public(subject: Subject, path: str, name: str) -> bool:
     """Whether the method is one of the model itself that anyone may call, and not an entry here."""
     entries = {"forward", "__call__", *(case.split("(")[0] for case in subject.graph.cases)}
     return path == "" and not name.startswith("_") and name not in entries
+
+
+def called_from_outside(subject: Subject, path: str, below: str) -> Refusal | None:
+    """None if no other method than forward, of the modules from `path` down, serves the model.
+
+    Such a method does with what is at `below` what forward did before that was replaced.
+    """
+    module = subject.modules[path]
+    classes: set[Any] = set(map(type, module.modules()))
+    own = {function.__code__ for class_ in classes for _, function in functions_of(class_)}
+    for part in below.split("."):
+        for function in _methods_of(module).reaching({part}):
+            name = function.__name__
+            if name in ("forward", "__call__") or is_setup(name):
+                continue
+            callers = (caller.__code__ for _, caller in subject.mentions.get(name, ()))
+            if any(code not in own for code in callers):
+                return Refusal(
+                    f"{type(module).__name__}.{name}, which the model can call beside forward, "
+                    f"uses `{part}`.",
+                    "Leave out that use, or give it a layer of its own.",
+                )
+        module = module.get_submodule(part)
+    return None
 
 
 def _is_mentioned(subject: Subject, method: str) -> bool:
