@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusing_checks import IMAGE, ConvBn, trained
+from torchfuse import exploring
 from torchfuse.capture.recorded_run import record
 from torchfuse.exploring import explore
 from torchfuse.inputs import cases
@@ -259,3 +260,40 @@ def test_each_case_is_explored():
     model = Twice()
     given = cases([torch.ones(2, 1), torch.ones(8, 1)])
     assert len(explore(model, given, record(model, given)).ways) == 2
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm of several calls, which the recording makes one of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(8))
+
+    def forward(self, x):
+        scale = (self.weight * (self.running_var + 1e-5).rsqrt()).reshape(1, -1, 1, 1)
+        return x * scale + (self.bias - self.running_mean * scale.flatten()).reshape(1, -1, 1, 1)
+
+
+def test_what_is_called_lies_between_the_calls_that_were_recorded():
+    def seen(x):
+        return x
+
+    class Model(ConvBn):
+        def __init__(self):
+            super().__init__()
+            self.first, self.frozen, self.mask = nn.Conv2d(4, 8, 1), FrozenNorm(), None
+
+        def forward(self, x):
+            if self.mask is None:  # a call that the first run makes, and no other
+                self.mask = torch.ones_like(x)
+            return self.bn(self.conv(seen(self.frozen(self.first(x * self.mask))[:, :4])))
+
+    model = Model().eval()
+    given = cases(IMAGE)
+    recorded = record(model, given)
+    model.mask = torch.ones_like(IMAGE)
+    places = [
+        place for place, code in exploring.called(model, given, recorded) if code is seen.__code__
+    ]
+    assert places == [call.index for call in recorded.calls if call.module_path == "conv"]

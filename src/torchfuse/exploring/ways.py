@@ -35,12 +35,12 @@ from torchfuse.capture.recorded_run import record
 from torchfuse.errors import TorchfuseError
 from torchfuse.exploring.numbers import counted, followed, listening, plain
 from torchfuse.exploring.unheard import unheard
-from torchfuse.graph import Graph
+from torchfuse.graph import Call, Graph
 from torchfuse.inputs import Case, resized
 from torchfuse.restoring import restored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import CodeType
 
     from torch import nn
@@ -102,18 +102,22 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
     return Ways(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
 
 
-def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType], ...] | None:
-    """The user's functions that are called, each with how many calls were recorded before.
+def called(
+    model: nn.Module, cases: Sequence[Case], recorded: Graph
+) -> tuple[tuple[int, CodeType], ...] | None:
+    """The user's functions that are called, each with how many recorded calls came before.
 
     None if the model does not run again.
     """
     found: list[tuple[int, CodeType]] = []
+    run: list[_Place] = []  # of all calls so far: norms as one call are made of them afterwards
     explorer = _Explorer(model, Graph("", ()))
 
     def note(frame: Any, event: str, _: Any) -> None:
         own = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if event == "call" and explorer.graph is not None and own not in _NOT_THE_USERS:
-            found.append((len(explorer.graph.calls), frame.f_code))
+            run.extend(map(_place_of, explorer.graph.calls[len(run) :]))
+            found.append((len(run), frame.f_code))
 
     before = sys.gettrace()
     with unheard():
@@ -124,7 +128,42 @@ def called(model: nn.Module, cases: Sequence[Case]) -> tuple[tuple[int, CodeType
             return None
         finally:
             sys.settrace(before)
-    return tuple(found)
+    positions = _positions(run, recorded)
+    return tuple((positions[position], code) for position, code in found)
+
+
+_Place = tuple[int, str, str | None]
+
+
+def _place_of(call: Call) -> _Place:
+    return call.case, call.target, call.module_path
+
+
+def _positions(run: Sequence[_Place], recorded: Graph) -> list[int]:
+    """How many recorded calls came before each of a run's calls, and before its end.
+
+    The first run of a model may make calls that later ones do not (it fills caches), and several
+    calls of a norm module are one in what was recorded.
+    """
+    exact = {key: index for index, key in enumerate(_counted(map(_place_of, recorded.calls)), 1)}
+    norms = {
+        (call.case, call.module_path): index
+        for index, call in enumerate(recorded.calls, 1)
+        if call.kind == "batch_norm"
+    }
+    found = [0]
+    for key in _counted(run):
+        case, _, path, _ = key
+        found.append(exact.get(key) or norms.get((case, path)) or found[-1])
+    return found
+
+
+def _counted(places: Iterable[_Place]) -> Iterator[tuple[int, str, str | None, int]]:
+    """Each place with how often it came before."""
+    seen: Counter[_Place] = Counter()
+    for place in places:
+        yield (*place, seen[place])
+        seen[place] += 1
 
 
 _NOT_THE_USERS = sys.stdlib_module_names | {"torch", "torchfuse"}

@@ -58,7 +58,7 @@ class Subject:
     @cached_property
     def called(self) -> tuple[tuple[int, CodeType], ...] | None:
         """The user's functions that are called, each with how many calls were recorded before."""
-        return called(self.model, self.cases)
+        return called(self.model, self.cases, self.graph)
 
     @cached_property
     def others(self) -> tuple[Subject, ...]:
