@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchfuse.capture.kinds import MOVES
-from torchfuse.judging.methods import called_from_outside, reached_apart
+from torchfuse.judging.methods import called_by_themselves, reached_apart
 from torchfuse.planning import Refusal
 from torchfuse.rules import Match
 
@@ -163,7 +163,8 @@ def _used_elsewhere(
     subject: Subject, path: str, inner: list[str], paths: list[str]
 ) -> Refusal | None:
     """On no way through the code, a module or tensor of the block is used but by the block."""
-    for way in (subject, *(subject.others if subject.graph.reads else ())):
+    ways = (subject, *(subject.others if subject.graph.reads else ()))
+    for way in (*ways, *called_by_themselves(subject, path)):
         graph = way.graph
         ranges = [(c.case, c.first, c.last) for c in graph.module_calls_of(path)]
         used = [
@@ -218,11 +219,9 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _reached(subject: Subject, path: str, merge: Merge) -> Refusal | None:
-    """No method around the block uses a part of it by itself, nor one of the block but forward."""
+    """No method around the block uses a part of it by itself."""
     first = f"{path}.{next(iter(merge.layers))}"
     for below in (*merge.absorbed, *merge.layers):
-        if below and (refusal := called_from_outside(subject, path, below)) is not None:
-            return refusal
         second = f"{path}.{below}" if below else path
         if second in (first, path):
             continue

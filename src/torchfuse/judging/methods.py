@@ -20,6 +20,7 @@ from torchfuse.judging.other_ways import (
     holds_where_called_itself,
     is_lost,
     is_straight_where_called_itself,
+    ways_where_called_itself,
 )
 from torchfuse.judging.pair import Pair, delegates
 from torchfuse.judging.sources import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import CodeType, FunctionType
 
-__all__ = ["called_from_outside", "parts_of_forward", "reached_apart"]
+__all__ = ["called_by_themselves", "parts_of_forward", "reached_apart"]
 
 
 def reached_apart(subject: Subject, match: Match, *, outside: str | None = None) -> Refusal | None:
@@ -344,28 +345,12 @@ def _is_public(subject: Subject, path: str, name: str) -> bool:
     return path == "" and not name.startswith("_") and name not in entries
 
 
-def called_from_outside(subject: Subject, path: str, below: str) -> Refusal | None:
-    """None if no other method than forward, of the modules from `path` down, serves the model.
-
-    Such a method does with what is at `below` what forward did before that was replaced.
-    """
-    module = subject.modules[path]
-    classes: set[Any] = set(map(type, module.modules()))
-    own = {function.__code__ for class_ in classes for _, function in functions_of(class_)}
-    for part in below.split("."):
-        for function in _methods_of(module).reaching({part}):
-            name = function.__name__
-            if name in ("forward", "__call__") or is_setup(name):
-                continue
-            callers = (caller.__code__ for _, caller in subject.mentions.get(name, ()))
-            if any(code not in own for code in callers):
-                return Refusal(
-                    f"{type(module).__name__}.{name}, which the model can call beside forward, "
-                    f"uses `{part}`.",
-                    "Leave out that use, or give it a layer of its own.",
-                )
-        module = module.get_submodule(part)
-    return None
+def called_by_themselves(subject: Subject, path: str) -> Iterator[Subject]:
+    """What the model's methods that reach a module do, each called with the inputs of forward."""
+    for function in _methods_of(subject.model).reaching({path.partition(".")[0]}):
+        name = function.__name__
+        if name != "forward" and _is_public(subject, "", name):
+            yield from ways_where_called_itself(subject, name)
 
 
 def _is_mentioned(subject: Subject, method: str) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "holds_where_called_itself",
     "is_lost",
     "is_straight_where_called_itself",
+    "ways_where_called_itself",
 ]
 
 
@@ -57,9 +58,7 @@ def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bo
     """
     if not _can_be_judged(subject, match):
         return None
-    if method not in subject.entries:
-        subject.entries[method] = _as_entry(subject, method)
-    entry = subject.entries[method]
+    entry = _entry(subject, method)
     if entry is None:
         return None
     if not _holds(entry, match):
@@ -69,6 +68,20 @@ def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bo
     if not all(_holds(way, match) for way in entry.others):
         return False
     return True if entry.ways.lost is None else None
+
+
+def ways_where_called_itself(subject: Subject, method: str) -> tuple[Subject, ...]:
+    """What a method of the model does on the inputs of forward; none if it cannot be called so."""
+    entry = _entry(subject, method) if subject.cases else None
+    if entry is None:
+        return ()
+    return (entry, *(entry.others if _asks(entry) else ()))
+
+
+def _entry(subject: Subject, method: str) -> Subject | None:
+    if method not in subject.entries:
+        subject.entries[method] = _as_entry(subject, method)
+    return subject.entries[method]
 
 
 def is_lost(subject: Subject) -> bool:
