@@ -254,7 +254,7 @@ def test_careful_ranges_stay_if_what_builds_on_them_gains_more_than_they_lose() 
 
 
 def test_careful_ranges_are_undone_if_what_was_built_on_them_is_better_without() -> None:
-    model = Depthwise(torch.ones(16), nn.Hardswish).eval()
+    model = Depthwise(torch.ones(16), nn.ReLU6).eval()
     few = DATA[:24]
     report = quantize(model, few[0], few, recovery=STEPS).report
     careful, *others = report.recovery
