@@ -84,7 +84,7 @@ targets: $(VENV)/models/installed $(VENV)/installed-bench
 # make suite ARGS='--scheduler tcp://HOST:PORT --cache /shared'
 suite: $(VENV)/models/installed $(VENV)/installed-bench
 	mkdir -p out
-	PYTHONPATH=$(VENV)/models:benchmarks $(BIN)/torchfuse compare --suite benchmarks/models.toml \
+	PYTHONPATH=$(VENV)/models:benchmarks:tests $(BIN)/torchfuse compare --suite benchmarks/models.toml \
 		--json out/suite.json --html out/suite.html $(ARGS)
 
 docs: $(VENV)/installed-bench

@@ -1,7 +1,10 @@
 """A call leaves no trace, and what was seen of writes is told."""
 
 import random
+import sys
+import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +135,51 @@ def test_one_snapshot_puts_back_after_each_of_several_calls(change: str) -> None
             CHANGES[change](model)
         assert state(model) == before
     assert snapshot.wrote is (change in WRITES)
+
+
+def in_another_thread(call: Callable[[], object]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("run", "changed"),
+    [
+        (random.random, {"Python's random state"}),
+        (lambda: random.randint(1, 6), {"Python's random state"}),
+        (np.random.rand, {"numpy's random state"}),
+        (lambda: torch.rand(1), set()),
+        (lambda: in_another_thread(random.random), set()),
+    ],
+    ids=["random", "randint", "numpy", "torch", "another thread"],
+)
+def test_random_numbers_that_another_thread_draws_are_not_the_run_s(
+    run: Callable[[], object], changed: set[str]
+) -> None:
+    model = nn.Identity()
+
+    def once(snapshot: Snapshot | None = None) -> None:
+        with restored(model, snapshot=snapshot):
+            run()
+
+    once(snapshot := Snapshot(model))
+    assert snapshot.changed_by(once) == changed
+
+
+def test_who_profiles_the_process_sees_all_of_it() -> None:
+    model = nn.Identity()
+    snapshot = Snapshot(model)
+    with restored(model, snapshot=snapshot):
+        random.random()
+    seen = []
+    sys.setprofile(lambda frame, event, called: seen.append(called))
+    try:
+        assert snapshot.changed_by(random.random) == {"Python's random state"}
+        random.random()
+    finally:
+        sys.setprofile(None)
+    assert random.random in seen
 
 
 def test_a_call_that_raises_leaves_no_trace_either() -> None:

@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import random
+import sys
+import threading
 
 import pytest
 import torch
@@ -304,6 +306,29 @@ def test_tracing_leaves_no_trace() -> None:
     assert module.seen == []
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+
+
+def test_random_numbers_of_another_thread_do_not_make_a_model_draw(net: nn.Module) -> None:
+    drawn, over = 0, threading.Event()
+
+    def draw() -> None:
+        nonlocal drawn
+        while not over.is_set():
+            random.random()
+            drawn += 1
+
+    thread = threading.Thread(target=draw)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that it draws within the shortest of runs
+    thread.start()
+    try:
+        plan = torchfuse.plan(net, IMAGE)
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        thread.join()
+    assert drawn > 1000
+    assert [fusion.modules for fusion in plan.fusions] == [("conv", "bn"), ("conv2", "bn2")]
 
 
 @pytest.mark.parametrize("keep_originals", [True, False])

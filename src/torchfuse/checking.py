@@ -105,11 +105,10 @@ def run(model: Callable[..., Any], case: Case, snapshot: Snapshot | None = None)
 
     `snapshot` is one of `model` as it is, for those who run it several times.
     """
-    called = model if case.method == "forward" else getattr(model, case.method)
     args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
     with restored(model, snapshot=snapshot):
         # Copied before anything is put back: an output may be a view of what the model keeps.
-        return copied_leaves(called(*args, **kwargs))
+        return copied_leaves(case.method_of(model)(*args, **kwargs))
 
 
 def copied_leaves(output: Any) -> dict[str, Any]:

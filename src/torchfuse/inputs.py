@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,13 @@ class Case:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     method: str = "forward"
+
+    def method_of(self, model: Any) -> Callable[..., Any]:
+        """What is called: `model` itself, its hooks included, or its method of that name."""
+        called: Callable[..., Any] = (
+            model if self.method == "forward" else getattr(model, self.method)
+        )
+        return called
 
     def __str__(self) -> str:
         """The call in words, shapes instead of values: `forward(1×3×8×8, mask=1×8)`."""

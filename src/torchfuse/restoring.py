@@ -31,6 +31,11 @@ _DEPTH = 4
 # set, but these operators' schemas do not say so.
 _BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
 
+# What a run that draws random numbers changes, and the generator behind `random.random()`.
+_RANDOM_STATE = "Python's random state"
+_GENERATOR = getattr(random.random, "__self__", None)
+_STEPS = {"random", "getrandbits", "seed"}  # its methods that all others draw with
+
 # Dictionaries that every module has: parameters, submodules, hooks.
 MODULE_TABLES = frozenset(
     name for name, value in vars(nn.Module()).items() if isinstance(value, dict)
@@ -137,6 +142,16 @@ class Snapshot:
         for step in reversed(self._undo):
             step()
 
+    def changed_by(self, run: Callable[[], object]) -> set[str]:
+        """What `run`, which is over and was put back, changed: the names in `changed`.
+
+        It is called once more where a thread beside it may have drawn the random numbers (in
+        numpy's, which threads seldom share, that is not looked for).
+        """
+        if _RANDOM_STATE in self.changed and not _draws(run):
+            self.changed.remove(_RANDOM_STATE)
+        return self.changed
+
 
 @contextmanager
 def restored(
@@ -188,7 +203,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def _noting_draws(changed: set[str]) -> Callable[[], object]:
-    """Adds to `changed` whether Python's or numpy's random numbers were drawn.
+    """Adds to `changed` whose random numbers were drawn, Python's or numpy's.
 
     (A tensor of torch's random numbers is asked for its truth, if a branch depends on it.)
     """
@@ -197,12 +212,33 @@ def _noting_draws(changed: set[str]) -> Callable[[], object]:
     numbers = numpy.random.get_state()[2] if numpy is not None else None
 
     def note() -> None:
-        if random.getstate() != before or (
-            numpy is not None and numpy.random.get_state()[2] != numbers
-        ):
-            changed.add("the random state")
+        if random.getstate() != before:
+            changed.add(_RANDOM_STATE)
+        if numpy is not None and numpy.random.get_state()[2] != numbers:
+            changed.add("numpy's random state")
 
     return note
+
+
+def _draws(run: Callable[[], object]) -> bool:
+    """Whether `run` draws Python's random numbers, and not a thread beside it.
+
+    All threads draw from one generator; whose numbers they are is told by who calls it.
+    """
+    if sys.getprofile() is not None:  # who profiles the process goes on seeing all of it
+        return True
+    drawn = set()
+
+    def look(_: object, event: str, called: Any) -> None:
+        if event == "c_call" and getattr(called, "__self__", None) is _GENERATOR:
+            drawn.add(called.__name__)
+
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return not _STEPS.isdisjoint(drawn)
 
 
 def _random_state() -> list[Callable[[], object]]:

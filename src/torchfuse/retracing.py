@@ -221,8 +221,8 @@ def _traced(stand_in: nn.Module, norm: nn.Module) -> tuple[fx.Graph, bool]:
     What it assigns, it assigns to `stand_in`, which has the children of `norm`.
     """
     before = _identities(stand_in)
-    known = (n for class_, n in _DIMENSIONS if isinstance(norm, class_))
-    tracer = _Tracer(next(known, None))
+    known = next((n for class_, n in _DIMENSIONS if isinstance(norm, class_)), None)
+    tracer = _Tracer(known)
     snapshot = Snapshot(norm)  # its containers, and the random state
     with restored(norm, snapshot=snapshot):
         try:
@@ -231,7 +231,12 @@ def _traced(stand_in: nn.Module, norm: nn.Module) -> tuple[fx.Graph, bool]:
             raise UnsupportedError(f"cannot be traced ({first_line(error)})") from error
         if _identities(stand_in) != before or _holds_symbols(vars(stand_in)):
             raise UnsupportedError("changes attributes")
-    if snapshot.changed:
+
+    def again() -> None:
+        with restored(norm):
+            _Tracer(known).trace(stand_in)
+
+    if snapshot.changed_by(again):
         raise UnsupportedError("does something else at every call")
     return graph, tracer.reads_width
 

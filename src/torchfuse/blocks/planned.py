@@ -202,8 +202,7 @@ def _arguments(
                 model.get_submodule(path).register_forward_pre_hook(
                     lambda _, given, named, path=path: note(path, given, named), with_kwargs=True
                 )
-            called = model if case.method == "forward" else getattr(model, case.method)
-            called(*args, **kwargs)
+            case.method_of(model)(*args, **kwargs)
     return {path: args for path, args in found.items() if args is not None}
 
 

@@ -242,10 +242,7 @@ class _Recording:
             stack.enter_context(_Functions(self))
             self.running = True
             try:
-                called = (
-                    self.model if case.method == "forward" else getattr(self.model, case.method)
-                )
-                output = called(*case.args, **case.kwargs)
+                output = case.method_of(self.model)(*case.args, **case.kwargs)
                 if self.accept is not None and not self.accept(output):
                     raise CaptureError(f"{case} returns a {type(output).__name__}.")
             except CaptureError:
@@ -267,7 +264,12 @@ class _Recording:
             # What is alive now is held by something outside, or by the output in other ways.
             self._note_held(before, set(returned))
             del output
-        self.graph.changed |= snapshot.changed
+
+        def again() -> None:
+            with restored(self.model):
+                case.method_of(self.model)(*case.args, **case.kwargs)
+
+        self.graph.changed |= snapshot.changed_by(again)
 
     def _note_held(self, before: int, returned: set[int]) -> None:
         """Marks what outlives the pass (before attributes are put back) as read."""

@@ -221,9 +221,7 @@ class _Explorer:
         with restored(self.model):
             try:
                 with torch.no_grad():
-                    (self.model if case.method == "forward" else getattr(self.model, case.method))(
-                        *case.args, **case.kwargs
-                    )
+                    case.method_of(self.model)(*case.args, **case.kwargs)
             except Exception:  # noqa: BLE001  # whatever the user's code raises
                 self._lost_at(None, f"{case} cannot be called twice")
                 return

@@ -69,9 +69,7 @@ class PairProof:
             for rule, match in self.matches:
                 if rule.rewrite is not None:
                     self._watch(rule.rewrite, match, found)  # `restored` takes the hooks off
-            model = self.model
-            called = model if case.method == "forward" else getattr(model, case.method)
-            output = copied_leaves(called(*args, **kwargs))
+            output = copied_leaves(case.method_of(self.model)(*args, **kwargs))
         if if_finite and not is_finite(output):
             return None
         for path, difference in found.items():
