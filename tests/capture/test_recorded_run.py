@@ -1,5 +1,7 @@
 import random
+import sys
 import threading
+import time
 import warnings
 from multiprocessing.pool import ThreadPool
 
@@ -246,6 +248,28 @@ def test_recording_leaves_no_trace(training):
     assert torch.equal(model.generator.get_state(), generator_state)
     assert random.getstate() == python_state
     assert torch.is_grad_enabled()
+
+
+def test_a_thread_that_samples_stacks_reads_nothing():
+    model, over = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), threading.Event()
+    main = threading.get_ident()
+
+    def sample():
+        while not over.is_set():
+            frame = sys._current_frames()[main]
+            time.sleep(0.002)
+            del frame
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        graphs = [record(model, [Case((torch.zeros(1, 2),))]) for _ in range(20)]
+    finally:
+        over.set()
+        thread.join()
+    assert {tuple(call.kind for call in graph.calls) for graph in graphs} == {
+        ("linear", "relu", "output")
+    }
 
 
 def test_a_failing_pass_leaves_no_trace_either():
