@@ -23,8 +23,6 @@ from torchfuse.suites.reading import read_suite
 from torchfuse.suites.results import SuiteResult
 from torchfuse.suites.running import Suite
 
-pytestmark = pytest.mark.cluster
-
 NET = """
 import os
 import time
@@ -79,9 +77,9 @@ class Cluster:
         )
 
 
-@pytest.fixture(scope="module")
-def dask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("dask")
+@contextlib.contextmanager
+def started(folder: Path, workers: int) -> Iterator[Cluster]:
+    """Start a scheduler with so many workers on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,8 +93,8 @@ def dask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         stderr=subprocess.DEVNULL,
     )
     made = Cluster(address, None)  # type: ignore[arg-type]  # it comes below
-    workers = made.start_worker(
-        *("--nworkers", "2", "--resources", "machine=1 adb:none=1", "--local-directory"),
+    processes = made.start_worker(
+        *("--nworkers", str(workers), "--resources", "machine=1 adb:none=1", "--local-directory"),
         str(folder),
     )
     try:
@@ -105,12 +103,18 @@ def dask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 break
             time.sleep(0.1)
         with cluster(address) as made.client:
-            made.client.wait_for_workers(2, timeout=60)
+            made.client.wait_for_workers(workers, timeout=60)
             yield made
     finally:
-        for process in (workers, scheduler):
+        for process in (processes, scheduler):
             process.terminate()
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def dask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with started(tmp_path_factory.mktemp("dask"), workers=2) as cluster_of_two:
+        yield cluster_of_two
 
 
 @pytest.fixture
@@ -129,6 +133,11 @@ def counted(suite: Suite) -> dict[tuple[str, str], int]:
     return Counter((job.entry.name, job.what) for job, _ in suite.outcomes)
 
 
+def assert_whole(found: SuiteResult) -> None:
+    assert [result.failures for result in found.results] == [(), ()]
+    assert all(result.is_whole for result in found.results)
+
+
 ALL = "making its files", "timing on local"
 TWO = '[models.a]\nsource = "net.py:net"\n[models.b]\nsource = "net.py:net(width=8)"\n'
 
@@ -139,7 +148,7 @@ def test_every_model_is_made_and_timed_once_alone_and_says_where(
     with_files = TWO.replace('"\n[', '"\ntargets = ["eager", "pt"]\n[')
     suite = suite_of(folder, dask, with_files, store=f"file://{folder}/store")
     found = suite.run()
-    assert [result.is_whole for result in found.results] == [True, True]
+    assert_whole(found)
     assert {result.machines["local"] for result in found.results} == {socket.gethostname()}
     assert counted(suite) == {(name, what): 1 for name in "ab" for what in ALL}
     a, _ = (result.comparison for result in found.results)
@@ -161,27 +170,27 @@ def test_a_worker_that_is_killed_amid_a_build_loses_nothing(dask: Cluster, folde
 
     suite = suite_of(folder, dask, models, on_step=kill)
     found = with_ticks(suite, kill)
-    assert [result.is_whole for result in found.results] == [True, True]
+    assert_whole(found)
     assert counted(suite) == {(name, what): 1 for name in "ab" for what in ALL}
 
 
 def test_a_worker_that_is_killed_amid_a_measurement_loses_nothing(
     dask: Cluster, folder: Path
 ) -> None:
-    pids = dask.client.run(os.getpid)
     killed: list[str] = []
     suite: Suite
 
     def kill(text: str) -> None:
         if "timing, round" in text and not killed:
             where = next(r.worker for r in suite.running.values() if r.job.device is not None)
-            killed.append(str(where))
-            os.kill(pids[where], signal.SIGKILL)
+            assert where is not None
+            killed.append(where)
+            os.kill(dask.client.run(os.getpid, workers=[where])[where], signal.SIGKILL)
 
     suite = suite_of(folder, dask, TWO.replace('"\n[', '"\nruns = 3000\n['), on_step=kill)
     found = suite.run()
     assert len(killed) == 1
-    assert [result.is_whole for result in found.results] == [True, True]
+    assert_whole(found)
     assert counted(suite) == {(name, what): 1 for name in "ab" for what in ALL}
     comparison = found.results[0].comparison
     assert comparison is not None
@@ -209,6 +218,7 @@ def test_what_fails_or_takes_too_long_is_named_and_the_others_go_on(
     ]
     (gone,) = b.failures
     assert gone.what == "timing on adb:none"
+    assert gone.reason.startswith("adb sees no device 'none'")
     assert counted(suite)["b", "timing on adb:none"] == 3  # it may be back the next time
 
 
@@ -257,7 +267,7 @@ def test_a_worker_of_another_version_is_refused_and_the_difference_named(
         process.wait(30)
     (sentence,) = found.refused
     assert "is not used: it has torchfuse 9.9 (here it is " in sentence
-    assert [result.is_whole for result in found.results] == [True, True]
+    assert_whole(found)
     assert sum(found.machines.values()) == 2
 
 
@@ -267,12 +277,19 @@ def test_a_worker_that_does_not_see_the_cache_is_refused(dask: Cluster, folder: 
         suite.run()
 
 
+@pytest.fixture
+def one_worker(folder: Path) -> Iterator[Cluster]:
+    """A worker that times what was made first, first."""
+    with started(folder, workers=1) as cluster_of_one:
+        yield cluster_of_one
+
+
 def test_an_interrupted_suite_is_gone_on_with(
-    dask: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+    one_worker: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endless = f'{HEAD}{TWO}[models.c]\nsource = "net.py:net"\nruns = 1000000\n'
     (folder / "suite.toml").write_text(endless)
-    words = ["--scheduler", dask.address, "--cache", "store", "--json", "suite.json"]
+    words = ["--scheduler", one_worker.address, "--cache", "store", "--json", "suite.json"]
     command = [sys.executable, "-m", "torchfuse", "compare", "--suite", "suite.toml", *words]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -292,11 +309,11 @@ def test_an_interrupted_suite_is_gone_on_with(
     monkeypatch.chdir(folder)
     again = CliRunner().invoke(cli, [*command[3:], "--resume"])
     assert again.exit_code == 0, again.output
+    assert again.stderr.count("timing on local") == 1, again.stderr
     after = SuiteResult.from_json((folder / "suite.json").read_text())
     assert not after.unfinished
     assert [result.is_whole for result in after.results] == [True, True, True]
     assert [r.comparison for r in after.results[:2]] == [r.comparison for r in before.results[:2]]
-    assert again.stderr.count("timing on local") == 1
 
 
 def with_ticks(suite: Suite, tick: Callable[[str], None]) -> SuiteResult:

@@ -45,7 +45,7 @@ _LOOK_EVERY_S = 0.5
 _FETCH_S = 5.0  # for an outcome, which is small
 _PATIENCE_S = 30.0  # until a worker that is gone is not waited for any more
 _SAY_EVERY_S = 0.2
-_FIRST, _THEN = 10, 0  # priorities: a model's files are timed before others are made
+_FIRST, _THEN = 1_000_000, 0  # priorities: a model's files are timed before others are made
 _OF_DASK = ("MALLOC_TRIM_THRESHOLD_", "65536")  # in the environment of each worker
 
 
@@ -210,13 +210,15 @@ class Suite:
         return Job(run=self.run_id, entry=state.entry, store=self.store, salt=self.salt, **more)
 
     def _submit(self, job: Job, attempt: int = 1, deaths: int = 0) -> None:
-        """Give a job to Dask.
+        """Give a job to Dask, to be done after those that were given before.
 
-        A worker is not preferred, though one has the model already: where that one is gone, Dask
-        would place the job without looking at resources.
+        That takes a priority: among equals Dask may begin with any. A worker is not preferred,
+        though one has the model already: where that one is gone, Dask would place the job without
+        looking at resources.
         """
         kind = "make" if job.device is None else "time"
-        key = f"{kind} {job.entry.name} {self.run_id}-{next(self._numbers)}"
+        number = next(self._numbers)
+        key = f"{kind} {job.entry.name} {self.run_id}-{number}"
         future = self.client.submit(
             _work_on,
             job,
@@ -224,7 +226,7 @@ class Suite:
             key=key,
             pure=False,
             resources=self._needs(job),
-            priority=_THEN if job.device is None else _FIRST,
+            priority=(_THEN if job.device is None else _FIRST) - number,
         )
         self._wait_for(key, _Running(job, future, attempt, deaths))
 
