@@ -22,7 +22,10 @@ DEVICE_TOOLS := adb openssh-client openssh-server
 # What the tests of the report open it in.
 BROWSER := chromium
 
-.PHONY: demo test test-devices test-cluster bench verdicts targets suite docs clean
+# Two processes of tests take half as long as one: these folders, and all the rest.
+FOLDERS := $(filter-out %/targets %/zoo %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+
+.PHONY: demo test test-devices bench verdicts targets suite docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchfuse recipe --out out
@@ -32,14 +35,14 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	mkdir -p out
+	$(BIN)/pytest $(FOLDERS) > out/folders.txt 2>&1 & other=$$!; trap "kill $$other" INT TERM; \
+	$(BIN)/pytest $(addprefix --ignore=,$(FOLDERS)); here=$$?; \
+	wait $$other; there=$$?; cat out/folders.txt; exit $$((here | there))
 
 test-devices: $(VENV)/installed-test
 	tests/devices/apt-install.sh $(DEVICE_TOOLS) clang dpkg-dev g++ g++-aarch64-linux-gnu patch
 	$(BIN)/pytest -m devices
-
-test-cluster: $(VENV)/installed-test
-	$(BIN)/pytest -m cluster
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
