@@ -1,6 +1,6 @@
 """What a suite costs and buys: builds in parallel, times as if alone, the engine's own share.
 
-    python benchmarks/suites.py [--models 10] [--runs 30] [--json suites.json]
+    python benchmarks/suites.py [--models 10] [--runs 30] [--repeats 3] [--json suites.json]
 
 Small convolutional nets, each as eager mode and `.pte` in fp32 and int8. Their files are made by
 one worker and by two; their times in a suite, while the other worker makes the next files, are put
@@ -145,6 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--models", type=int, default=10)
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3, help="of the builds on one and on two")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     from torchfuse.suites.reading import read_suite
@@ -153,20 +154,28 @@ def main() -> int:
         folder = Path(temporary)
         (folder / "suite.toml").write_text(suite_text(asked.models, asked.runs))
         entries = read_suite(folder / "suite.toml")
-        one, _ = run_suite(entries, 1, folder, only_builds=True)
-        two, _ = run_suite(entries, 2, folder, only_builds=True)
+        # By turns: what else the machine's host does comes and goes.
+        ones, twos = [], []
+        for _ in range(asked.repeats):
+            ones.append(run_suite(entries, 1, folder, only_builds=True)[0])
+            twos.append(run_suite(entries, 2, folder, only_builds=True)[0])
         before = times_alone(entries, asked.runs, folder)
         whole, result = run_suite(entries, 2, folder)
         after = times_alone(entries, asked.runs, folder)
         no_op_s = scheduler_s()
     comparisons = [each.comparison for each in result.results]
-    build_s, built_s = span_s(one), span_s(two)
-    gap_s = statistics.median(gaps_s(one))
+    spans = [(span_s(one), span_s(two)) for one, two in zip(ones, twos, strict=True)]
+    ratios = sorted(one_s / two_s for one_s, two_s in spans)
+    speed_up = statistics.median(ratios)
+    build_s, built_s = map(statistics.median, zip(*spans, strict=True))
+    gap_s = statistics.median(gap for one in ones for gap in gaps_s(one))
     in_suite, rows, ratio = differing(comparisons, before)
     alone, _, ratio_alone = differing(after, before)
     timings = [o for job, o in whole.outcomes if job.device is not None]
     time_s = statistics.median(o.ended_s - o.began_s - o.waited_s for o in timings)
-    make_s = statistics.median(o.ended_s - o.began_s - o.waited_s for _, o in one.outcomes)
+    make_s = statistics.median(
+        o.ended_s - o.began_s - o.waited_s for one in ones for _, o in one.outcomes
+    )
     result_bytes = len(result.to_json().encode()) / asked.models
     # On paper: each worker is a machine of its own, and does its share of both kinds of jobs.
     share_s = MODELS / WORKERS * (make_s + time_s + 2 * gap_s)
@@ -174,7 +183,8 @@ def main() -> int:
         "models": asked.models,
         "builds, one worker (s)": build_s,
         "builds, two workers (s)": built_s,
-        "speed-up": build_s / built_s,
+        "speed-up": speed_up,
+        "speed-ups": ratios,
         "engine per job (s)": gap_s,
         "a job that does nothing (s)": no_op_s,
         "rows": rows,
@@ -191,8 +201,8 @@ def main() -> int:
     }
     lines = {
         f"builds of {asked.models} models": (
-            f"one worker {build_s:.1f} s, two {built_s:.1f} s: {build_s / built_s:.2f} times as "
-            f"fast (target {TARGET_SPEED_UP})"
+            f"one worker {build_s:.1f} s, two {built_s:.1f} s: {speed_up:.2f} times as fast "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f}, {len(ratios)} tries; target {TARGET_SPEED_UP})"
         ),
         "engine per job": (
             f"{1e3 * gap_s:.1f} ms (target {1e3 * TARGET_OVERHEAD_S:.0f}); a job that does "
@@ -214,9 +224,7 @@ def main() -> int:
         print(f"{name:22} {text}")
     if asked.json is not None:
         asked.json.write_text(json.dumps(figures, indent=2) + "\n")
-    missed = (
-        build_s / built_s < TARGET_SPEED_UP or gap_s > TARGET_OVERHEAD_S or in_suite > alone + 1
-    )
+    missed = speed_up < TARGET_SPEED_UP or gap_s > TARGET_OVERHEAD_S or in_suite > alone + 1
     return int(missed)
 
 
