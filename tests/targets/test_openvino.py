@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from torchfuse.errors import ArtifactError, InputError
+from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.targets.opening import check
 
 
@@ -56,6 +56,17 @@ def test_fp32_is_computed_in_fp32_though_the_cpu_may_have_bf16(
     run = torchfuse.load(artifact.path, threads=1)
     assert (run.precision, run.threads) == ("fp32", 1)
     torch.testing.assert_close(run(**given(seed=1)), model(**given(seed=1)))
+
+
+def test_an_fp16_file_has_its_weights_in_fp16(tmp_path: Path) -> None:
+    model, x = nn.Linear(64, 256).eval(), torch.randn(1, 64)
+    plain = torchfuse.export(model, x, tmp_path / "plain.xml")
+    try:
+        half = torchfuse.export(model, x, tmp_path / "half.xml", precision="fp16")
+    except UnsupportedError as error:  # a CPU that does not compute in it
+        pytest.skip(str(error))
+    with_bias = 64 * 256 + 256
+    assert plain.size_bytes - half.size_bytes == pytest.approx(2 * with_bias, abs=1024)
 
 
 def test_batch_norms_stay_in_the_file_where_they_are_to(model: nn.Module, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def made(request: Request) -> Made:
         if request.precision == "int8" and precision != "int8":
             model = _quantized(model, request.calibration or [])
         precision = request.precision or precision
-        files = _files(model)
+        files = _files(model, halved=precision == "fp16")
     try:
         loaded = OpenVinoModel(
             files[".xml"], files[".bin"], signature, precision=precision, threads=1
@@ -178,10 +178,11 @@ def _tensors(case: Case) -> list[torch.Tensor]:
     return [leaf.contiguous() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _files(model: Any) -> dict[str, bytes]:
+def _files(model: Any, *, halved: bool) -> dict[str, bytes]:
+    """What OpenVINO saves; `halved`: with weights in fp16, which it computes in anyway."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.xml"
-        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.save_model(model, path, compress_to_fp16=halved)
         return {suffix: path.with_suffix(suffix).read_bytes() for suffix in (".xml", ".bin")}
