@@ -139,6 +139,11 @@ class Graph:
     # Cases that handed work to another thread: when so many calls had been made
     handed_over: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def may_turn(self) -> bool:
+        """Whether code asked for anything that a branch may depend on; else there is one way."""
+        return bool(self.reads or self.changed)
+
     def readers(self, value: int) -> tuple[Call, ...]:
         """The calls that read `value`, through whatever view, in running order."""
         return tuple(self._readers[value])

@@ -502,6 +502,25 @@ def test_a_method_of_the_model_that_uses_a_branch_keeps_the_block_as_it_is() -> 
     assert torch.allclose(net.penalty(X), result.model.penalty(X), rtol=1e-4)
 
 
+def test_a_branch_that_a_later_call_uses_alone_keeps_the_block_as_it_is() -> None:
+    class Later(Net):
+        is_warm = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if self.is_warm:
+                y = y + self.blocks[0].point(x).mean()
+            self.is_warm = True
+            return y
+
+    torch.manual_seed(0)
+    net = trained(Later(Block()), X)
+    net.is_warm = False
+    fused = torchfuse.fuse(net, X).model
+    for _ in range(2):
+        assert torch.allclose(net(X), fused(X), rtol=1e-4)
+
+
 class WithRaw(Block):
     def raw(self, x: Tensor) -> Tensor:
         return self.dense(x) + self.point(x)

@@ -163,8 +163,7 @@ def _used_elsewhere(
     subject: Subject, path: str, inner: list[str], paths: list[str]
 ) -> Refusal | None:
     """On no way through the code, a module or tensor of the block is used but by the block."""
-    ways = (subject, *(subject.others if subject.graph.reads else ()))
-    for way in (*ways, *called_by_themselves(subject, path)):
+    for way in (subject, *subject.others, *called_by_themselves(subject, path)):
         graph = way.graph
         ranges = [(c.case, c.first, c.last) for c in graph.module_calls_of(path)]
         used = [

@@ -308,7 +308,7 @@ def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
 
 def _another_way(subject: Subject, match: Match) -> Refusal | None:
     """None if the match holds on every way that exploring finds, where code asks for anything."""
-    if not (subject.graph.reads or subject.graph.changed):
+    if not subject.graph.may_turn:
         return None
     if (left_at := breaks_on_some_way(subject, match)) is not None:
         where = f"On {left_at}" if "(" in left_at else f"With another answer at {left_at}"

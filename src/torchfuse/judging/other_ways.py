@@ -43,7 +43,7 @@ def breaks_on_some_way(subject: Subject, match: Match) -> str | None:
 
     On a way that calls neither the layer nor the batch norm, there is nothing to be exact.
     """
-    if not _can_be_judged(subject, match):
+    if not (_can_be_judged(subject, match) and subject.graph.may_turn):
         return None
     for way, other in zip(subject.ways.ways, subject.others, strict=True):
         if not _holds(other, match):
@@ -63,11 +63,9 @@ def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bo
         return None
     if not _holds(entry, match):
         return False
-    if not _asks(entry):
-        return True
     if not all(_holds(way, match) for way in entry.others):
         return False
-    return True if entry.ways.lost is None else None
+    return None if is_lost(entry) else True
 
 
 def ways_where_called_itself(subject: Subject, method: str) -> tuple[Subject, ...]:
@@ -75,7 +73,7 @@ def ways_where_called_itself(subject: Subject, method: str) -> tuple[Subject, ..
     entry = _entry(subject, method) if subject.cases else None
     if entry is None:
         return ()
-    return (entry, *(entry.others if _asks(entry) else ()))
+    return (entry, *entry.others)
 
 
 def _entry(subject: Subject, method: str) -> Subject | None:
@@ -86,12 +84,7 @@ def _entry(subject: Subject, method: str) -> Subject | None:
 
 def is_lost(subject: Subject) -> bool:
     """Whether something was lost while exploring, on which a branch may depend."""
-    return _asks(subject) and subject.ways.lost is not None
-
-
-def _asks(subject: Subject) -> bool:
-    """Whether code asked for anything that a branch may depend on; else it has one way."""
-    return bool(subject.graph.reads or subject.graph.changed)
+    return subject.graph.may_turn and subject.ways.lost is not None
 
 
 def is_straight_where_called_itself(subject: Subject, match: Match, method: str) -> bool:

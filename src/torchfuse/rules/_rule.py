@@ -62,7 +62,9 @@ class Subject:
 
     @cached_property
     def others(self) -> tuple[Subject, ...]:
-        """The model as it was recorded on each of the other ways."""
+        """The model as it was recorded on each of the other ways, if there may be any."""
+        if not self.graph.may_turn:  # and need not be explored
+            return ()
         return tuple(self.recorded_as(way.graph) for way in self.ways.ways)
 
     def recorded_as(self, graph: Graph, cases: tuple[Case, ...] = ()) -> Subject:
