@@ -220,8 +220,7 @@ class _Explorer:
             return
         with restored(self.model):
             try:
-                with torch.no_grad():
-                    case.method_of(self.model)(*case.args, **case.kwargs)
+                case.method_of(self.model)(*case.args, **case.kwargs)
             except Exception:  # noqa: BLE001  # whatever the user's code raises
                 self._lost_at(None, f"{case} cannot be called twice")
                 return
