@@ -21,6 +21,7 @@ Row = Mapping[str, Any]  # of one model in one precision, as it lies in the JSON
 
 SUFFIXES = (".pte", ".onnx", ".xml", ".aoti.pt2")
 OURS, PLAIN = "torchfuse ", "plain "
+_PYTORCH = ("eager", "torch.compile")
 _AS_GOOD_DB, _AS_GOOD_POINTS = 1.0, 1.0  # an int8 file that is worse by more does not count
 
 
@@ -47,9 +48,13 @@ def block(row: Row) -> Iterator[str]:
 
 
 def fastest_table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a line for each model and precision: our fastest file against the fastest plain one."""
-    head = f"{'':22} {'':5} {'fastest of ours':>19} {'fastest plain':>22}  ratio"
-    yield head + "".join(f"{suffix:>10}" for suffix in SUFFIXES)
+    """Yield a line for each model and precision: our fastest file against the fastest plain one.
+
+    Then ours against the plain one of each runtime, and the times of PyTorch itself, in fp32.
+    """
+    head = f"{'':22} {'':5} {'fastest of ours':>24} {'fastest plain':>24}  {'ratio':18}"
+    head += "".join(f"{suffix:>10}" for suffix in SUFFIXES)
+    yield head + "".join(f"{name:>15}" for name in _PYTORCH)
     ratios = []
     for row in rows:
         pair = _fastest(row)
@@ -63,9 +68,12 @@ def fastest_table(rows: Sequence[Row]) -> Iterator[str]:
         ]
         own = [_of_own_runtime(row, suffix) for suffix in SUFFIXES]
         shown = "".join(f"{'-' if each is None else f'{each.value:.2f}':>10}" for each in own)
+        for name in _PYTORCH:
+            seconds = _median_s(row["files"].get(name, {}))
+            shown += f"{f'{seconds * 1e3:.2f} ms' if seconds < math.inf else '-':>15}"
         yield (
-            f"{row['model']:22} {row['precision']:5} {named[0]:>19} {named[1]:>22}  "
-            f"{_shown(ratio)}{shown}"
+            f"{row['model']:22} {row['precision']:5} {named[0]:>24} {named[1]:>24}  "
+            f"{_shown(ratio):18}{shown}"
         )
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -65,13 +65,52 @@ def attention() -> tuple[nn.Module, Case, Any]:
     return Attention(), Case((torch.randn(1, 2, 8, 4), torch.zeros(8, 8))), None
 
 
-@pytest.mark.parametrize("build", [dynamic, int8, interpolation, attention])
+class Decomposed(nn.Module):
+    """Operators that decompose into one call, into several, into views, and of several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding="same")
+        self.groups = nn.GroupNorm(2, 8)
+        self.layer = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.groups(self.conv(x)).chunk(2, dim=1)[0]
+        z = nn.functional.adaptive_avg_pool2d(nn.functional.pixel_shuffle(y, 2), 4).flatten(1)
+        return nn.functional.glu(z), self.conv(x), self.layer(x.var(dim=1))
+
+
+def decomposed() -> tuple[nn.Module, Case, Any]:
+    return Decomposed().eval(), Case((torch.randn(1, 3, 8, 8),)), None
+
+
+@pytest.mark.parametrize("build", [dynamic, int8, interpolation, attention, decomposed])
 def test_the_bytes_are_those_of_the_plain_calls(build: Any) -> None:
     torch.manual_seed(0)
     program = capture(*build())
     with fast_lowering.without_waste():
         fast = plainly(program)
     assert hashlib.sha256(fast).hexdigest() == hashlib.sha256(plainly(program)).hexdigest()
+
+
+def test_a_program_whose_convolutions_decompose_is_not_traced_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = import_module("torch.export.exported_program")
+    trace, traces = module._decompose_exported_program, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        traces.append(args)
+        return trace(*args, **kwargs)
+
+    monkeypatch.setattr(module, "_decompose_exported_program", counted)
+    program = capture(nn.Conv2d(3, 4, 3).eval(), Case((torch.randn(1, 3, 6, 6),)))
+    plainly(program)
+    assert len(traces) == 3  # to functionalize, and twice for the convolution
+    traces.clear()
+    with fast_lowering.without_waste():
+        plainly(program)
+    assert len(traces) == 1
 
 
 def test_everything_is_as_before_afterwards_and_after_an_error() -> None:

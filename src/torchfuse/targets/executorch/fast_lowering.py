@@ -7,6 +7,7 @@ the same; where an installed version has no such function, that piece does nothi
 """
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,13 +15,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, exported_program
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.traceback import NodeSource
 from torch.utils import _pytree as pytree
 
+from torchfuse.exported.edited_program import copied_graph
 from torchfuse.quieting import quiet
 
 __all__ = ["PIECES", "without_waste"]
@@ -122,9 +128,10 @@ def _compiling_graphs_when_they_are_called() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _decomposing_only_what_decomposes() -> Iterator[None]:
-    """Skip `run_decompositions` on a functional program that holds no operator of the table.
+    """Decompose, in a functional program, the calls that decompose, and none where there are none.
 
-    It traces the whole program again, and finds nothing to do the second time.
+    `run_decompositions` traces the whole program again, through autograd and functionalization,
+    though a convolution is all that changes.
     """
 
     def wrap(run: Callable[..., ExportedProgram]) -> Callable[..., ExportedProgram]:
@@ -134,15 +141,87 @@ def _decomposing_only_what_decomposes() -> Iterator[None]:
             # An exported program is in the training dialect until it was functionalized once.
             flat = not any(node.op == "get_attr" for node in program.graph.nodes)
             if decomp_table and flat and program.verifier.dialect != "TRAINING":
-                targets = {node.target for node in program.graph.nodes}
-                if not any(target in decomp_table for target in targets):
-                    return program
+                decomposed = _decomposed(program, decomp_table)
+                if decomposed is not None:
+                    return decomposed
             return run(program, decomp_table, *args, **kwargs)
 
         return run_decompositions
 
     with _replaced(ExportedProgram, "run_decompositions", wrap):
         yield
+
+
+def _decomposed(program: ExportedProgram, table: Any) -> ExportedProgram | None:
+    """Return the flat functional program with the table's operators decomposed, each where it is.
+
+    None: one of them becomes something that only a trace of the whole program gets right.
+    """
+    found = [node for node in program.graph.nodes if node.target in table]
+    if not found:
+        return program
+    # Composite operators that are not in the table stay, inside of decompositions too.
+    composite, others = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(table))
+    with (
+        exported_program._override_composite_implicit_decomp(composite),
+        enable_python_dispatcher(),
+        torch.no_grad(),
+    ):
+        pieces = {node: _decomposition(node, others) for node in found}
+    if None in pieces.values():
+        return None
+    graph = copied_graph(program.graph)
+    signature = copy.deepcopy(program.graph_signature)
+    for node, old in zip(list(graph.nodes), program.graph.nodes, strict=True):
+        piece = pieces.get(old)
+        if piece is None:
+            continue
+        made = dict(zip(piece.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+        with graph.inserting_before(node):
+            for call in piece.nodes:
+                if call.op == "call_function":
+                    made[call] = graph.node_copy(call, made.__getitem__)
+                    made[call].meta = {**node.meta, "val": call.meta["val"]}
+        result = made[piece.output_node().args[0]]
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        signature.replace_all_uses(node.name, result.name)
+    module = fx.GraphModule(program.graph_module, graph, "GraphModule")
+    module.meta.update(program.graph_module.meta)
+    return program._update(module, signature)
+
+
+def _decomposition(node: fx.Node, table: Any) -> fx.Graph | None:
+    """Return what one call becomes, as a graph of its tensors; None: see `_decomposed`."""
+    tensors = [given.meta.get("val") for given in node.all_input_nodes]
+    mode = detect_fake_mode(tensors)
+    static = all(isinstance(each, Tensor) and _is_static(each) for each in tensors)
+    if mode is None or not static or not isinstance(node.meta.get("val"), Tensor):
+        return None
+
+    def call(*given: Tensor) -> Any:
+        by_node = dict(zip(node.all_input_nodes, given, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), by_node.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # found in the table
+
+    try:
+        with mode:
+            piece = make_fx(call, decomposition_table=table)(*tensors).graph
+    except Exception:  # noqa: BLE001  # the trace of the whole will say what is wrong, or not
+        return None
+    calls = [each for each in piece.nodes if each.op not in ("placeholder", "output")]
+    functional = all(
+        isinstance(each.target, OpOverload)
+        and not each.target._schema.is_mutable
+        and not any(returned.alias_info for returned in each.target._schema.returns)
+        for each in calls
+    )
+    decomposes = any(each.target is not node.target for each in calls)
+    return piece if functional and decomposes else None
+
+
+def _is_static(tensor: Tensor) -> bool:
+    return all(isinstance(size, int) for size in (*tensor.shape, *tensor.stride()))
 
 
 @dataclass(frozen=True)
