@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from torchfuse import checking
 from torchfuse.applying import apply, undo
 from torchfuse.blocks.candidates import BLOCK_RULES, candidates
 from torchfuse.blocks.replacing import blocks_checked, without_originals
-from torchfuse.checking import run
 from torchfuse.checkpoints import key_map
 from torchfuse.copying import calls_of, copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError, first_line
@@ -122,7 +122,8 @@ def fuse(
         CaptureError: the model cannot run on an example.
         FusionError: the model cannot be copied, or its copy would run the original.
         InputError: as for `plan`; options that exclude each other; a model without values.
-        UnsupportedError: `graph`, and torch.export cannot take the model.
+        UnsupportedError: `graph`, and torch.export cannot take the model, or the model does
+            something else when it is called again.
     """
     check_model(model)
     if graph:
@@ -159,7 +160,7 @@ def fuse(
             )
         else:
             if not inplace:
-                run(target, given[0])
+                checking.run(target, given[0])
             done = apply(target, found.subject.graph, found.matches, keep=keep_originals)
     # (behind what watches the original, whose hooks are looked at)
     if for_blocks and candidates(found.subject.graph):
@@ -223,8 +224,42 @@ def _fused_graph(
                 f"torch.export cannot take this model ({type(error).__name__}: "
                 f"{first_line(error)}); leave graph=True out."
             ) from error
+        if verify:
+            _check_second_call(model, program, given[0])
         fused = fuse_exported(program, rules=rules, verify=verify)
         return fused._replace(model=fused.model.module())
+
+
+def _check_second_call(model: nn.Module, program: torch.export.ExportedProgram, case: Case) -> None:
+    """Raises UnsupportedError if the model does something else when it is called again.
+
+    Its attributes may say so (a cache that the first call fills, a counter); a program keeps
+    buffers alone.
+    """
+    found = checking.verify(_TwoCalls(model), _TwoCalls(program.module()), case)
+    first_agrees, second_agrees = (
+        all(each.passed for each in found.outputs if each.name.startswith(f"output[{number}]"))
+        for number in range(2)
+    )
+    if first_agrees and not second_agrees:
+        raise UnsupportedError(
+            f"This {type(model).__name__} computes something else when it is called again with "
+            "the same inputs, by what it keeps in its attributes, and a graph would repeat its "
+            "first call; leave graph=True out."
+        )
+
+
+class _TwoCalls(torch.nn.Module):
+    """What a module returns at each of two calls in a row."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        first = checking.copied_leaves(self.module(*args, **kwargs))
+        return first, checking.copied_leaves(self.module(*args, **kwargs))
 
 
 def _has_no_values(model: nn.Module) -> bool:

@@ -271,6 +271,41 @@ def test_a_graph_is_of_one_call_and_new() -> None:
         torchfuse.fuse(model, X, graph=True, inplace=True)
 
 
+class CallsItsBranchAlone(nn.Module):
+    """From its second call on; `called` says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.called = False
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.conv(x) + self.point(x) * self.calls
+        if self.called:
+            y = y + self.point(x)
+        self.called = self.remembers
+        return y
+
+    remembers = True
+
+
+def test_a_model_whose_second_call_is_another_is_not_made_a_graph() -> None:
+    model = CallsItsBranchAlone().eval()
+    with pytest.raises(UnsupportedError, match="when it is called again with the same inputs"):
+        torchfuse.fuse(model, X, graph=True)
+    assert not model.called
+
+
+def test_what_a_graph_keeps_in_its_buffers_may_make_its_second_call_another() -> None:
+    model = CallsItsBranchAlone().eval()
+    model.remembers = False
+    fused = torchfuse.fuse(model, X, graph=True).model
+    for _ in range(3):
+        torch.testing.assert_close(fused(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_export_cannot_take_is_told_so() -> None:
     model = Model(lambda m, x: m.conv(x) if x.sum().item() > 0 else x, **layers()).eval()
     with pytest.raises(UnsupportedError, match=r"torch\.export cannot take this model"):
