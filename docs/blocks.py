@@ -6,6 +6,7 @@ By the language after the fence:
 - `sh` holds commands, which are run; one that is to fail says so: `# status 1`.
 - `text` is what the block before it printed.
 - `toml` is saved as the name in its first line says.
+- `diff` applies to the project as it is.
 - `cpp` is compiled with a `main` that prints what `metadata` gives of the page's `digits.pte`.
 
 What cannot be run here is skipped with its reason, in a comment: `<!-- skip: next "…" -->`. What
@@ -45,7 +46,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-LANGUAGES = {"python", "sh", "text", "toml", "yaml", "cpp", "kotlin"}
+LANGUAGES = {"python", "sh", "text", "toml", "yaml", "cpp", "kotlin", "diff"}
 
 _NAMED = re.compile(r"# ([\w.]+\.\w+)\n")
 _STATUS = re.compile(r"#.*\bstatus (\d+)")
@@ -133,7 +134,18 @@ def sybil(
         subprocess.run(["c++", "-std=c++17", "metadata.cc", "-o", "metadata"], check=True)
         json.loads(subprocess.check_output(["./metadata"]))
 
-    evaluators = {"python": python, "sh": shell, "text": text, "toml": toml, "cpp": cpp}
+    def diff(example: Example) -> None:
+        command = ["git", "apply", "--check", "-"]
+        subprocess.run(command, input=example.parsed, text=True, cwd=ROOT, check=True)
+
+    evaluators = {
+        "python": python,
+        "sh": shell,
+        "text": text,
+        "toml": toml,
+        "cpp": cpp,
+        "diff": diff,
+    }
     return Sybil(
         parsers=[
             *(CodeBlockParser(name, evaluator) for name, evaluator in evaluators.items()),
