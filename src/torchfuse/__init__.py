@@ -31,12 +31,8 @@ if TYPE_CHECKING:
     )
     from torchfuse.exported.fusing import fuse_exported
     from torchfuse.exporting import export, load
-    from torchfuse.fusing import (
-        FusionResult,
-        fuse,
-        plan,
-        unfuse,
-    )
+    from torchfuse.fusing import fuse, plan, unfuse
+    from torchfuse.fusion_result import FusionResult
     from torchfuse.inputs import Case
     from torchfuse.planning import Fusion, FusionPlan, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
@@ -112,7 +108,7 @@ _HOME = {
     "Fusion": "planning",
     "FusionError": "errors",
     "FusionPlan": "planning",
-    "FusionResult": "fusing",
+    "FusionResult": "fusion_result",
     "FusionWarning": "errors",
     "InputError": "errors",
     "Measurement": "timing",
