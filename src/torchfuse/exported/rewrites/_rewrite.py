@@ -7,7 +7,7 @@ it costs less. Only then the new calls are made, by the algebra.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx import Node
 from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -49,6 +49,7 @@ class NewCall:
 
     target: Any
     args: tuple[Any, ...]
+    kwargs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
