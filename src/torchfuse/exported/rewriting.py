@@ -196,6 +196,8 @@ class _Rewriting(EditedProgram):
         if not saves and not rule.makes_room:
             self.final[key] = _costs_more(before, values.cost)
             return self.final[key]
+        if edit.keeps_strides and not same_shape(made.stride(), old.stride()):
+            return Refusal("Merged, the result would lie in memory in another order.")
         self._replace(rule, edit, result, values, before if saves else None)
         self.reading = Reading(self)
         return None

@@ -75,16 +75,12 @@ BETWEEN: dict[str, tuple[dict[str, int], Callable[[Model, Tensor], object]]] = {
         lambda m, x: m.down(m.up(x).view(-1, 32).unsqueeze(0))),
     "an affine too": ({"linear": 1, "view": 1},
         lambda m, x: m.down((2 * m.up(x) - 1).view(-1, 32) / 3)),
-    "patches made tokens": ({"conv2d": 1, "flatten": 1, "transpose": 1},
-        lambda m, x: m.embed(m.patches(x).flatten(2).transpose(1, 2))),
-    "patches made rows, in a written size": ({"conv2d": 1, "permute": 1, "reshape": 1},
-        lambda m, x: m.embed(m.patches(x).permute(0, 2, 3, 1).reshape(-1, 16))),
     "places in a row, and groups": ({"conv2d": 1, "view": 1},
         lambda m, x: m.mixed(m.patches(x).view(2, 16, 12))),
-    "the one place that is left": ({"conv2d": 1, "flatten": 1},
-        lambda m, x: m.embed(m.last(x).flatten(1))),
     "channels moved to the front": ({"linear": 1, "permute": 1},
         lambda m, x: m.channels(m.up(x).permute(0, 3, 1, 2))),
+    "the one place that is left": ({"conv2d": 1, "flatten": 1},
+        lambda m, x: m.embed(m.last(x).flatten(1))),
 }  # fmt: skip
 
 
@@ -105,6 +101,14 @@ def test_a_view_of_declared_sizes_is_kept_between() -> None:
     )
     assert calls(result)["linear"] == 1
     assert result.model.module()(torch.randn(3, 4, 5, 8)).shape == (3, 20, 8)
+
+
+def test_what_reads_the_result_finds_it_in_memory_as_it_was() -> None:
+    for move in (lambda y: y.transpose(1, 2), lambda y: y.permute(1, 2, 0, 3)):
+        result = fused(
+            lambda m, x, move=move: F.relu(m.down(move(m.up(x)))).view(-1), X, **layers()
+        )
+        assert calls(result)["linear"] == 1
 
 
 def two_readers(m: Model, x: Tensor) -> object:
@@ -131,6 +135,10 @@ STAYS: dict[str, tuple[str, Callable[[Model, Tensor], object]]] = {
     "a bottleneck with a view between": (
         "Merged, it would take",
         lambda m, x: m.up(m.down(F.relu(m.up(x))).view(-1, 8)),
+    ),
+    "patches made tokens": (
+        "Merged, the result would lie in memory in another order.",
+        lambda m, x: m.embed(m.patches(x).flatten(2).transpose(1, 2)),
     ),
     "an activation between": ("", lambda m, x: m.narrow(F.relu(m.wide(x)))),
 }

@@ -60,6 +60,9 @@ class Edit:
     result: Callable[[], NewCall | Node | Refusal]
     # The call after whose weight the new one is named
     named_after: Node | None = None
+    # What reads the result, at whatever distance, must find it in memory as it was: a result that
+    # is transposed where the old one was not breaks a view of what an activation makes of it.
+    keeps_strides: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     W₂ ⊛ (W₁ ⊛ x + b₁) + b₂ = (W₂ W₁) ⊛ x + (W₂ b₁ + b₂)
 
 Linear layers, a 1×1 convolution before or after a k×k one, any two whose second one does not pad.
-Before a linear layer or a 1×1 convolution, reshapes and transposes that keep channels apart may lie
-between: tokens made of places, rows of tokens. They come after the one layer then.
+Before a linear layer or a 1×1 convolution, reshapes that keep channels apart may lie between: rows
+of tokens, the one place that is left of a map. They come after the one layer then. Transposes of
+what two linear layers see come before it, so that the result lies in memory as it did.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from torchfuse.algebra import Layer, compose
 from torchfuse.exported.reading import arguments
-from torchfuse.exported.rewrites._carriers import carrier, moves
+from torchfuse.exported.rewrites._carriers import carrier, moves, order_of_axes
 from torchfuse.exported.rewrites._rewrite import Edit, NewCall, Rewrite, layer_of
 
 if TYPE_CHECKING:
@@ -56,17 +57,24 @@ def _find(reading: Reading, node: Node) -> list[Edit]:
         return []
     if moved and not _is_pointwise(second.layer):
         return []
+    linear = not dims and not second.layer.kernel
+    transposed = linear and all(order_of_axes(call) is not None for call in between)
 
     def result() -> NewCall | Refusal:
         last = _pointwise(second.exact, dims) if moved else second.exact
-        made = layer_of(compose(first.exact, last), first.x)
+        x: Any = first.x
+        if transposed:
+            for call in between:
+                x = NewCall(call.target, (x, *call.args[1:]))
+            return layer_of(compose(first.exact, last), x)
+        made = layer_of(compose(first.exact, last), x)
         for call, its in reversed(moved):
             if isinstance(made, NewCall):
                 rest = _with_channels(call, its, last.channels_out)
                 made = NewCall(call.target, (made, *rest))
         return made
 
-    return [Edit((first.node, *between, node), result, named_after=node)]
+    return [Edit((first.node, *between, node), result, node, keeps_strides=bool(moved))]
 
 
 def _is_pointwise(layer: Layer) -> bool:
