@@ -20,6 +20,7 @@ from torchfuse.algebra import (
     plus,
     regrouped,
     then,
+    trimmed,
 )
 from torchfuse.planning import Refusal
 
@@ -231,3 +232,41 @@ def test_a_weight_that_would_fill_the_memory_is_not_made() -> None:
     for refusal in (plus(depthwise, wide), compose(depthwise, wide)):
         assert isinstance(refusal, Refusal)
         assert "elements in place of" in refusal.reason
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_convolution_pads_one_side_more_with_zeros_in_its_kernel(seed: int) -> None:
+    torch.manual_seed(seed)
+    random = Random(seed)
+    layer = conv(random, 3, 4)
+    x = torch.randn(2, 3, 14, 13).double()
+    steps = [random.choice((-2, -1, 0, 1, 2)) * dilation for dilation in layer.dilation]
+    begin = (4 + steps[0], 5)
+    end = (4, 5 + steps[1])
+    expected = run(layer, F.pad(x, (begin[1], end[1], begin[0], end[0])))
+    wide = padded(layer, begin, end)
+    same(run(wide, x), expected)
+    assert isinstance(wide, Layer)
+    kept, before_, after_ = trimmed(wide)
+    assert kept.kernel == layer.kernel  # what was added is found again
+    around = (before_[1], after_[1], before_[0], after_[0])
+    same(run(kept, F.pad(x, around)), expected)
+    assert all(min(pair) == 0 for pair in zip(before_, after_, strict=True))
+
+
+def test_zeros_that_do_not_lie_in_the_padding_are_not_trimmed() -> None:
+    weight = torch.zeros(1, 1, 5).double()
+    layer = Layer(weight, None, (1,), (1,), (1,))
+    kept, before_, after_ = trimmed(layer)
+    x = torch.randn(1, 1, 9).double()
+    same(run(kept, F.pad(x, (*before_, *after_))), run(layer, x))
+    weight[0, 0, 2] = 1
+    kept, before_, after_ = trimmed(layer)
+    assert (kept.kernel, kept.padding, before_, after_) == ((3,), (0,), (0,), (0,))
+    same(run(kept, x), run(layer, x))
+
+
+def test_a_padding_off_the_grid_of_the_taps_is_refused() -> None:
+    layer = Layer(torch.ones(1, 1, 2).double(), None, (1,), (0,), (3,))
+    found = padded(layer, (2,), (1,))
+    assert found == Refusal("What one side is padded more is no multiple of the dilation.")

@@ -165,6 +165,7 @@ class _Writing:
             f"{x}.permute({turned}).permute({turned})", f"{x}.reshape({x}.shape)",
             f"{x}.clone().mul_({scale}).add_({shift})", f"{x}.flatten(1).reshape({x}.shape)",
             f"torch.multiply({x}, torch.tensor(4.0))", f"{x}.unsqueeze(1).squeeze(1)",
+            f"torch.add({x}, {shift}, alpha=2)", f"torch.sub({shift}, {x}, alpha=0.5)",
         )  # fmt: skip
         return self.random.choice(written)
 
@@ -197,12 +198,18 @@ class _Writing:
             kinds += ["identity", "norm", "scaled"]
         if into == out and kernel == 3 and self.dims in (2, 3) and self.smallest >= kernel:
             kinds.append("average")
+        if kernel == 3 and shape.padding == 1 and shape.groups <= 2:
+            kinds.append("one side")
         for _ in range(self.random.randrange(1, 4)):
             kind = self.random.choice(kinds)
             if kind == "smaller" and shape.padding == kernel // 2:
                 size = self.random.choice([k for k in (1, 3, 5) if k <= kernel])
                 smaller = _Shape(into, out, size, stride, shape.groups, size // 2)
                 branches.append(self.layer(x, smaller))
+            elif kind == "one side":
+                sides = [self.random.choice(("1, 0", "0, 1")) for _ in range(self.dims)]
+                wider = self.line(f"F.pad({x}, [{', '.join(sides)}])")
+                branches.append(self.layer(wider, _Shape(into, out, 2, stride, shape.groups, 0)))
             elif kind in ("same", "smaller"):
                 branches.append(self.layer(x, shape))
             elif kind == "identity":
@@ -219,14 +226,24 @@ class _Writing:
         return self.sum_of(branches, x)
 
     def sum_of(self, branches: list[str], x: str) -> str:
-        form = self.random.choice(("+", "sum", "stack", "add_"))
+        form = self.random.choice(("+", "sum", "stack", "mean", "add_", "alpha"))
         if form == "sum":
             return self.line(f"sum([{', '.join(branches)}])")
         if form == "stack":
             return self.line(f"torch.stack([{', '.join(branches)}]).sum(0)")
+        if form == "mean" and len(branches) in (2, 4):  # of three, a third is no exact number
+            return self.line(f"torch.stack([{', '.join(branches)}]).mean(0)")
         if form == "add_" and branches[0] != x:
             total = self.line(f"{branches[0]} + 0")
-            self.lines += [f"{total}.add_({branch})" for branch in branches[1:]]
+            for branch in branches[1:]:
+                factor = self.random.choice(("", "", ", alpha=2"))
+                self.lines.append(f"{total}.add_({branch}{factor})")
+            return total
+        if form == "alpha":
+            total = branches[0]
+            for branch in branches[1:]:
+                name, factor = self.random.choice(("add", "sub")), self.random.choice((2, 0.5, -4))
+                total = self.line(f"torch.{name}({total}, {branch}, alpha={factor})")
             return total
         signs = [self.random.choice("+-") for _ in branches[1:]]
         rest = " ".join(f"{sign} {b}" for sign, b in zip(signs, branches[1:], strict=True))
@@ -250,12 +267,22 @@ class _Writing:
 
     def head(self, x: str, channels: int, places: int) -> None:
         """Write the end: linear layers of all that there is."""
-        into, out = channels * places, 4
+        into, out, back = channels * places, 4, ""
         x = self.line(f"{self.around(x, channels)}.flatten(1)")
         if self.random.random() < 0.5:
             x = self.around(self.weighted(x, nn.Linear(into, 2 * out)), 2 * out, 0)
             into = 2 * out
-        self.around(self.weighted(x, nn.Linear(into, out, self.random.random() < 0.5)), out, 0)
+            # Of one layer, a move and the one back are nothing.
+            there, back = self.random.choice(
+                (
+                    *(("", ""), (".unsqueeze(1)", ".squeeze(1)")),
+                    *((f".view(1, 2, {into})", f".view(2, {out})"),),
+                    *((f".reshape(-1, 1, {into})", ".flatten(1)"), (".t().t()", "")),
+                )
+            )
+            x = self.line(f"{x}{there}")
+        x = self.weighted(x, nn.Linear(into, out, self.random.random() < 0.5))
+        self.around(self.line(f"{x}{back}"), out, 0)
 
 
 def unmerged(random: Random, seed: int) -> Unmerged:

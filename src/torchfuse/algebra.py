@@ -31,6 +31,7 @@ __all__ = [
     "plus",
     "regrouped",
     "then",
+    "trimmed",
 ]
 
 
@@ -260,13 +261,49 @@ def average_pool(
     return Layer(weight, None, stride, padding, (1,) * len(kernel), channels)
 
 
-def padded(layer: Layer, padding: tuple[int, ...]) -> Layer | Refusal:
-    """Return the convolution that pads its input further, with zeros on both sides."""
-    if layer.transposed or len(padding) != len(layer.kernel):
+def padded(
+    layer: Layer, begin: tuple[int, ...], end: tuple[int, ...] | None = None
+) -> Layer | Refusal:
+    """Return the convolution that pads its input further, with zeros on both sides.
+
+    `end` (None: as `begin`) is how many come after the last place. Where they are fewer or more,
+    the kernel has zeros for what its own padding, the same on both sides, is too much.
+    """
+    end = begin if end is None else end
+    if layer.transposed or not len(begin) == len(end) == len(layer.kernel):
         return Refusal("Only a convolution pads its input.")
-    return replace(
-        layer, padding=tuple(p + more for p, more in zip(layer.padding, padding, strict=True))
-    )
+    padding: list[int] = []
+    around: list[int] = []  # as torch's pad takes it: last dimension first, before and after
+    for own, a, b, dilation in zip(layer.padding, begin, end, layer.dilation, strict=True):
+        most = max(a, b)
+        if (most - a) % dilation or (most - b) % dilation:
+            return Refusal("What one side is padded more is no multiple of the dilation.")
+        padding.append(own + most)
+        around = [(most - a) // dilation, (most - b) // dilation, *around]
+    weight = torch.nn.functional.pad(layer.weight, around) if any(around) else layer.weight
+    return replace(layer, weight=weight, padding=tuple(padding))
+
+
+def trimmed(layer: Layer) -> tuple[Layer, tuple[int, ...], tuple[int, ...]]:
+    """Return the convolution without the outermost taps that are zero and lie in its padding.
+
+    With it, per axis, how many zeros are to come before and after its input besides its padding.
+    """
+    weight, padding = layer.weight, []
+    begin: list[int] = []
+    end: list[int] = []
+    for axis, (own, dilation) in enumerate(zip(layer.padding, layer.dilation, strict=True), 2):
+        size = weight.shape[axis]
+        used = weight.movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist() or [0]
+        first = min(used[0], own // dilation)
+        last = max(used[-1], size - 1 - own // dilation)
+        weight = weight.narrow(axis, first, last - first + 1)
+        a, b = own - first * dilation, own - (size - 1 - last) * dilation
+        padding.append(min(a, b))
+        begin.append(a - padding[-1])
+        end.append(b - padding[-1])
+    kept = replace(layer, weight=weight.contiguous(), padding=tuple(padding))
+    return kept, tuple(begin), tuple(end)
 
 
 def regrouped(layer: Layer, groups: int) -> Layer:

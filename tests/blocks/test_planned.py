@@ -143,6 +143,30 @@ SUMS: dict[str, Callable[[], nn.Module]] = {
         a=Summed(lambda m, x: m.a(x) + m.b(x), a=conv(3, groups=4), b=nn.BatchNorm2d(4)),
         b=Summed(lambda m, x: m.a(x), a=nn.BatchNorm2d(4)),
     ),
+    "an alpha": lambda: Summed(
+        lambda m, x: torch.add(m.a(x), m.b(x), alpha=0.3), a=conv(3), b=conv(1)
+    ),
+    "a stack": lambda: Summed(
+        lambda m, x: torch.stack([m.a(x), m.b(x), x]).sum(0), a=conv(3), b=conv(1)
+    ),
+    "a mean of a stack": lambda: Summed(
+        lambda m, x: torch.stack([m.a(x), m.b(x), x]).mean(0), a=conv(3), b=conv(1)
+    ),
+    "a mean of a stack with something else": lambda: Summed(
+        lambda m, x: torch.mean(torch.stack([m.a(x), torch.relu(x), m.b(x)]), dim=0),
+        a=conv(3),
+        b=conv(1),
+    ),
+    "a padding of one side": lambda: Summed(
+        lambda m, x: m.a(F.pad(x, (2, 0, 2, 0))) + m.b(x), a=nn.Conv2d(4, 4, 3), b=conv(1)
+    ),
+    "linear layers with a view between, beside": lambda: Summed(
+        lambda m, x: m.a(x) + m.b(x) + m.d(m.c(x.mean((2, 3))).unsqueeze(1)).view(-1, 4, 1, 1),
+        a=conv(3),
+        b=conv(1),
+        c=nn.Linear(4, 16),
+        d=nn.Linear(16, 4),
+    ),
     "a squeeze before it": lambda: Summed(
         lambda m, x: m.a(x * x.mean((2, 3), keepdim=True)) + x, a=conv(1)
     ),

@@ -29,7 +29,7 @@ BLOCK_RULES = (
 
 _SUMS = frozenset({"add", "sub", "stack", "sum"})
 _LAYERS = frozenset({"conv", "linear"})
-_PASSED = frozenset({*_LAYERS, *_SUMS, "batch_norm", "mul", "div", "dropout", *MOVES})
+_PASSED = frozenset({*_LAYERS, *_SUMS, "batch_norm", "mul", "div", "pad", "dropout", *MOVES})
 _POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
 # Calls that are gone back through from a sum
 _MOST = 60
@@ -39,11 +39,19 @@ def candidates(graph: Graph) -> list[str]:
     """The paths of the modules around sums of what layers make of one value, innermost first."""
     found: dict[str, None] = {}
     for call in graph.calls:
-        if call.kind in ("add", "sub") and len(call.operands) > 1:
+        if call.kind in _SUMS and len(call.operands) > 1 and _is_added(graph, call):
             path = _around(graph, call)
             if path is not None:
                 found.setdefault(path)
     return sorted(found, key=lambda path: -path.count(".") if path else 1)
+
+
+def _is_added(graph: Graph, call: Call) -> bool:
+    """Whether a call adds what it is given, or stacks it to be added or averaged."""
+    if call.kind != "stack":
+        return True
+    readers = [reader for value in call.outputs for reader in graph.readers(value)]
+    return any(reader.kind in ("sum", "mean") for reader in readers)
 
 
 def _around(graph: Graph, total: Call) -> str | None:

@@ -41,6 +41,15 @@ _CONVS: dict[Any, type[nn.Module]] = {
     aten.conv3d.default: nn.Conv3d,
 }
 _FUNCTIONS: dict[Any, Any] = {aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub}
+# Moves that a merged layer may be left before, as methods of a tensor
+_METHODS: dict[Any, str] = {
+    target: str(target).split(".")[1]
+    for target in (
+        *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default),
+        *(aten.permute.default, aten.transpose.int, aten.movedim.int, aten.movedim.intlist),
+        *(aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int),
+    )
+}
 # Modules that are gone into, one after the other, where only a part of one is left
 _DEEPEST = 40
 ELSEWHERE = "Use fuse(…, graph=True) or fuse_exported, where calls themselves are replaced."
@@ -372,7 +381,15 @@ class _Merging:
             return self._call(graph, given) if isinstance(given, fx.Node) else given
 
         if call.target in _FUNCTIONS and all(isinstance(arg, fx.Node) for arg in call.args):
-            return graph.call_function(_FUNCTIONS[call.target], tuple(map(written, call.args)))
+            operands = tuple(map(written, call.args))
+            if call.kwargs:  # only `torch.add` takes a factor
+                return graph.call_function(torch.add, operands, dict(call.kwargs))
+            return graph.call_function(_FUNCTIONS[call.target], operands)
+        if call.target is aten.constant_pad_nd.default:
+            x, sizes = call.args
+            return graph.call_function(torch.nn.functional.pad, (written(x), sizes))
+        if call.target in _METHODS and len(call.all_input_nodes) == 1:
+            return graph.call_method(_METHODS[call.target], tuple(map(written, call.args)))
         if call.target is aten.cat.default:
             return graph.call_function(torch.cat, tuple(map(written, call.args)))
         if call.target is aten.linear.default or call.target in _CONVS:

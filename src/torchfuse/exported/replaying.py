@@ -121,7 +121,7 @@ def _after(
         return value
 
     def called(call: NewCall) -> Any:
-        result = call.target(*filled(call.args))
+        result = call.target(*filled(call.args), **call.kwargs)
         if id(call) in edit.made:
             values.setdefault(edit.made[id(call)], result)  # a later edit may read it
         return result

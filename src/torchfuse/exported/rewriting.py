@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -195,6 +196,8 @@ class _Rewriting(EditedProgram):
         if not saves and not rule.makes_room:
             self.final[key] = _costs_more(before, values.cost)
             return self.final[key]
+        if edit.keeps_strides and not same_shape(made.stride(), old.stride()):
+            return Refusal("Merged, the result would lie in memory in another order.")
         self._replace(rule, edit, result, values, before if saves else None)
         self.reading = Reading(self)
         return None
@@ -439,8 +442,9 @@ class _Values:
         if not isinstance(value, NewCall):
             return value
         args = self.of(value.args)
-        with self.mode, torch.no_grad():
-            made = value.target(*args)
+        # (as torch.export does: without it, some operators take a declared size for the example's)
+        with self.mode, torch.no_grad(), enable_python_dispatcher():
+            made = value.target(*args, **value.kwargs)
         self.made[id(value)] = made
         read = [
             given
@@ -468,7 +472,7 @@ class _Building:
         args = tuple(self._filled(argument) for argument in call.args)
         program, out = self.program, self.edit.goes[-1]
         with program.graph.inserting_before(out):
-            node = program.graph.call_function(call.target, args)
+            node = program.graph.call_function(call.target, args, dict(call.kwargs))
         node.name = program.unused_name(node.name)
         like = self.edit.named_after or out
         node.meta = {**like.meta, "val": self.values.made[id(call)]}

@@ -106,6 +106,11 @@ TAKES_IN: dict[str, tuple[dict[str, int], Callable[[Model, Tensor], object]]] = 
         {"avg_pool2d": 1, "conv2d": 1},
         lambda m, x: m.conv(m.avg(m.bn(x))),
     ),
+    "an alpha": ({"conv2d": 1}, lambda m, x: m.conv(torch.sub(x, m.norm.mean, alpha=0.3))),
+    "an alpha of what is computed": (
+        {"conv2d": 1},
+        lambda m, x: m.conv(torch.sub(m.norm.mean, x, alpha=0.3)),
+    ),
     "numbers before a linear layer": ({"linear": 1}, lambda m, x: m.row(2 * x - 1)),
 }
 

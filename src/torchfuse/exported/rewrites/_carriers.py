@@ -24,6 +24,7 @@ __all__ = [
     "moves",
     "order_of_axes",
     "reshapes",
+    "zeros_around",
 ]
 
 aten = torch.ops.aten
@@ -144,6 +145,27 @@ def is_average(node: Node, axis: int) -> bool:
         _, _, padding, _, counts, divisor = average_arguments(node)
         return divisor is None and not (any(padding) and counts) and axis < rank - len(padding)
     return False
+
+
+def zeros_around(node: Node, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """How many zeros a padding puts before and after each of the last `dims` axes.
+
+    None if it is something else: another value, less than nothing, also around other axes.
+    """
+    if node.target is aten.constant_pad_nd.default:
+        _, sizes, value = arguments(node)
+    elif node.target is aten.pad.default:
+        _, sizes, mode, value = arguments(node)
+        if mode != "constant":
+            return None
+    else:
+        return None
+    if value or not dims or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        return None
+    given = [*sizes, *[0] * (2 * dims - len(sizes))]  # the last axis first
+    if any(given[2 * dims :]):
+        return None
+    return tuple(given[0 : 2 * dims : 2][::-1]), tuple(given[1 : 2 * dims : 2][::-1])
 
 
 def _axes(node: Node, rank: int) -> set[int]:

@@ -7,7 +7,7 @@ it costs less. Only then the new calls are made, by the algebra.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx import Node
 from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -49,6 +49,7 @@ class NewCall:
 
     target: Any
     args: tuple[Any, ...]
+    kwargs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,9 @@ class Edit:
     result: Callable[[], NewCall | Node | Refusal]
     # The call after whose weight the new one is named
     named_after: Node | None = None
+    # What reads the result, at whatever distance, must find it in memory as it was: a result that
+    # is transposed where the old one was not breaks a view of what an activation makes of it.
+    keeps_strides: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 Kernels are padded to the larger one, groups written with zeros between them where that costs no
 more than the branches did. A branch may be a chain of layers and affines. What else is in the sum
-stays. `+`, `-`, in place or not, `sum([…])`, `torch.stack([…]).sum(0)`.
+stays. `+`, `-`, in place or not, `torch.add(…, alpha=…)`, `sum([…])`, `torch.stack([…]).sum(0)` and
+`.mean(0)`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from torchfuse.algebra import (
     average_pool,
     before,
     compose,
+    padded,
     plus,
     then,
+    trimmed,
 )
 from torchfuse.exported.reading import AffineCall, LayerCall, arguments, same_shape
-from torchfuse.exported.rewrites._carriers import AVERAGES, average_arguments
+from torchfuse.exported.rewrites._carriers import AVERAGES, average_arguments, zeros_around
 from torchfuse.exported.rewrites._rewrite import Edit, NewCall, Rewrite, layer_of
 from torchfuse.planning import Refusal
 
@@ -51,7 +54,7 @@ class _Term:
     """One entry of a sum."""
 
     node: Node
-    sign: float
+    factor: float  # it is added so many times
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,18 @@ class _Pool:
     axis: int
 
 
-_Call = LayerCall | AffineCall | _Pool
+@dataclass(frozen=True, eq=False)
+class _Padding:
+    """Zeros around what a convolution is given, more on one side than on the other."""
+
+    node: Node
+    x: Node
+    begin: tuple[int, ...]  # per spatial axis
+    end: tuple[int, ...]
+    axis: int
+
+
+_Call = LayerCall | AffineCall | _Pool | _Padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +100,9 @@ class _Branch:
         return tuple(call.layer.groups for call in self.calls if isinstance(call, LayerCall))
 
 
-def _find(reading: Reading, node: Node) -> list[Edit]:
+def _find(reading: Reading, node: Node) -> list[Edit | Refusal]:
     if not _is_sum(reading, node):
-        return []
+        return _scaled_by_what_is_computed(reading, node)
     reader = reading.only_reader(node)
     if reader is not None and _is_sum(reading, reader) and _adds_whole(node, reader):
         return []  # looked at as a part of the larger sum
@@ -98,7 +112,7 @@ def _find(reading: Reading, node: Node) -> list[Edit]:
     counted = Counter(
         source for found in branches for source in dict.fromkeys(b.source for b in found)
     )
-    edits: list[Edit] = []
+    edits: list[Edit | Refusal] = []
     for source, times in counted.most_common():
         if times < 2:
             break
@@ -146,10 +160,17 @@ def _edit(reading: Reading, group: list[_Branch], terms: list[_Term], inner: lis
         layer = _sum(group)
         if isinstance(layer, Refusal):
             return layer
-        made: Any = layer_of(layer, group[0].source)
+        source: Any = group[0].source
+        if any(isinstance(call, _Padding) for branch in group for call in branch.calls):
+            layer, begin, end = trimmed(layer)
+            if any((*begin, *end)):
+                sizes = [side for pair in zip(begin, end, strict=True) for side in reversed(pair)]
+                source = NewCall(aten.constant_pad_nd.default, (source, sizes[::-1]))
+        made: Any = layer_of(layer, source)
         for term in rest:
-            target = aten.add.Tensor if term.sign == 1 else aten.sub.Tensor
-            made = NewCall(target, (made, term.node))
+            target = aten.sub.Tensor if term.factor == -1 else aten.add.Tensor
+            scaled = {} if abs(term.factor) == 1 else {"alpha": term.factor}
+            made = NewCall(target, (made, term.node), scaled)
         assert isinstance(made, (NewCall, Refusal))
         return made
 
@@ -168,27 +189,27 @@ def _sum(group: list[_Branch]) -> Layer | Refusal:
         if isinstance(made, Refusal):
             return made
         if isinstance(made, Layer):
-            signed = after(_scaling(branch.term.sign), made)
+            signed = after(_scaling(branch.term.factor), made)
             if isinstance(signed, Refusal):
                 return signed
             layers.append(signed)
         else:
-            affines.append((made, branch.term.sign))
+            affines.append((made, branch.term.factor))
     # The largest first: what is added to it then makes it hardly larger.
     layers.sort(key=lambda layer: layer.weight.numel(), reverse=True)
     total: Layer | Refusal = layers[0]
     for layer in layers[1:]:
         total = _plus(total, layer)
-    for affine, sign in affines:
+    for affine, factor in affines:
         if isinstance(total, Refusal):
             return total
-        signed_affine = then(affine, _scaling(sign)) if affine else _scaling(sign)
+        signed_affine = then(affine, _scaling(factor)) if affine else _scaling(factor)
         total = _plus(total, as_layer(signed_affine, total))
     return total
 
 
-def _scaling(sign: float) -> Affine:
-    return Affine(torch.tensor([sign]).double(), torch.zeros(1).double())
+def _scaling(factor: float) -> Affine:
+    return Affine(torch.tensor([factor], dtype=torch.float64), torch.zeros(1).double())
 
 
 def _plus(a: Layer | Refusal, b: Layer | Refusal) -> Layer | Refusal:
@@ -200,10 +221,13 @@ def _plus(a: Layer | Refusal, b: Layer | Refusal) -> Layer | Refusal:
 def _as_one(branch: _Branch) -> Layer | Affine | Refusal | None:
     """The calls of a branch as one layer or affine; None: the identity."""
     made: Layer | Affine | Refusal | None = None
+    around: _Padding | None = None
     for call in branch.calls:
         if isinstance(made, Refusal):
             return made
-        if isinstance(call, AffineCall):
+        if isinstance(call, _Padding):
+            around = call  # of the layer that follows
+        elif isinstance(call, AffineCall):
             if made is None:
                 made = call.affine
             elif isinstance(made, Affine):
@@ -212,6 +236,11 @@ def _as_one(branch: _Branch) -> Layer | Affine | Refusal | None:
                 made = after(call.affine, made)
         else:
             layer = call.layer if isinstance(call, _Pool) else call.exact
+            if around is not None:
+                wider, around = padded(layer, around.begin, around.end), None
+                if isinstance(wider, Refusal):
+                    return wider
+                layer = wider
             if made is None:
                 made = layer
             else:
@@ -227,7 +256,9 @@ def _branches(reading: Reading, term: _Term, total: Node) -> list[_Branch]:
     if not same_shape(current.meta["val"].shape, total.meta["val"].shape):
         return []
     while len(calls) < _LONGEST and len(current.users) == 1:
-        call = reading.layer(current) or reading.affine(current) or _pool(current)
+        call: _Call | None = reading.layer(current) or reading.affine(current) or _pool(current)
+        if call is None and calls:
+            call = _padding(current, calls[0])
         if call is None:
             break
         axes = {c.axis for c in (*calls, call) if c.axis is not None}
@@ -237,6 +268,17 @@ def _branches(reading: Reading, term: _Term, total: Node) -> list[_Branch]:
         current = call.x
         found.append(_Branch(term, current, tuple(calls)))
     return found
+
+
+def _padding(node: Node, reader: _Call) -> _Padding | None:
+    """The zeros around what `reader`, a convolution, is given."""
+    if not isinstance(reader, LayerCall) or reader.layer.transposed:
+        return None
+    sides = zeros_around(node, len(reader.layer.kernel))
+    x = node.args[0] if node.args else None
+    if sides is None or not isinstance(x, Node):
+        return None
+    return _Padding(node, x, *sides, reader.axis)
 
 
 def _pool(node: Node) -> _Pool | None:
@@ -262,7 +304,7 @@ def _is_sum(reading: Reading, node: Node) -> bool:
         return False
     if node.target in (*_ADDS, *_SUBS):
         a, b, alpha = arguments(node)
-        return alpha == 1 and all(
+        return isinstance(alpha, (int, float)) and all(
             isinstance(given, Node)
             and isinstance(given.meta.get("val"), Tensor)
             and not reading.is_constant(given)
@@ -272,9 +314,23 @@ def _is_sum(reading: Reading, node: Node) -> bool:
     return _stacked(node) is not None
 
 
+def _scaled_by_what_is_computed(reading: Reading, node: Node) -> list[Edit | Refusal]:
+    """Why branches are not merged whose factor is a size of an input, say."""
+    if node.target not in (*_ADDS, *_SUBS) or not isinstance(arguments(node)[2], Node):
+        return []
+    found = [
+        {branch.source for branch in _branches(reading, _Term(given, 1.0), node)}
+        for given in arguments(node)[:2]
+        if isinstance(given, Node) and isinstance(given.meta.get("val"), Tensor)
+    ]
+    if len(found) < 2 or found[0].isdisjoint(found[1]):
+        return []
+    return [Refusal("The factor of its second branch, alpha, is computed in the model.")]
+
+
 def _stacked(node: Node) -> Node | None:
-    """The stack that a call sums over its new axis."""
-    if node.target is not aten.sum.dim_IntList:
+    """The stack that a call sums, or averages, over its new axis."""
+    if node.target not in (aten.sum.dim_IntList, aten.mean.dim):
         return None
     stack, summed, keeps, dtype = arguments(node)
     if stack.target is not aten.stack.default or len(stack.users) > 1 or keeps or dtype:
@@ -292,7 +348,7 @@ def _adds_whole(node: Node, reader: Node) -> bool:
 
 
 def _terms(
-    reading: Reading, node: Node, sign: float, total: Node, inner: list[Node]
+    reading: Reading, node: Node, factor: float, total: Node, inner: list[Node]
 ) -> list[_Term]:
     """What a sum adds, the sums in it taken apart; these go to `inner`."""
     inner.append(node)
@@ -301,12 +357,14 @@ def _terms(
         inner.append(stack)
         entries = stack.args[0]
         assert isinstance(entries, (list, tuple))
-        given = [(entry, sign) for entry in entries if isinstance(entry, Node)]
+        if node.target is aten.mean.dim:
+            factor /= len(entries)
+        given = [(entry, factor) for entry in entries if isinstance(entry, Node)]
     else:
-        a, b = node.args[:2]
+        a, b, alpha = arguments(node)
         assert isinstance(a, Node)
         assert isinstance(b, Node)
-        given = [(a, sign), (b, -sign if node.target in _SUBS else sign)]
+        given = [(a, factor), (b, factor * (-alpha if node.target in _SUBS else alpha))]
     terms: list[_Term] = []
     for entry, its in given:
         alone = len(entry.users) == 1 and sum(other is entry for other, _ in given) == 1

@@ -1,63 +1,66 @@
-"""zero padding → convolution: the convolution pads, where both sides are padded alike."""
+"""zero padding → convolution: the convolution pads, where both sides are padded alike.
+
+A convolution's own padding is the same on both sides. Where the padding before it is not, that of
+the first side is right for the second one too if no window then comes or goes: with strides, what
+is padded at the end is often out of reach. Otherwise the kernel would need zeros in it, which are
+multiplied: that costs more than the copy which the padding is.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+from torch.fx import Node
 
 from torchfuse.algebra import padded
-from torchfuse.exported.reading import arguments
-from torchfuse.exported.rewrites._rewrite import Edit, Rewrite, layer_of
+from torchfuse.exported.reading import same_shape
+from torchfuse.exported.rewrites._carriers import zeros_around
+from torchfuse.exported.rewrites._rewrite import Edit, NewCall, Rewrite, layer_of
+from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
-    from torch.fx import Node
-
-    from torchfuse.exported.reading import Reading
-    from torchfuse.planning import Refusal
+    from torchfuse.exported.reading import LayerCall, Reading
 
 __all__ = ["REWRITE"]
 
-aten = torch.ops.aten
 
-
-def _find(reading: Reading, node: Node) -> list[Edit | Refusal]:
+def _find(reading: Reading, node: Node) -> list[Edit]:
     layer = reading.layer(node)
-    pad = None if layer is None else layer.x
-    if layer is None or pad is None or layer.layer.transposed:
+    if layer is None or layer.layer.transposed:
         return []
-    padding = _zeros(pad)
-    dims = len(layer.layer.kernel)
-    if padding is None or not dims:
+    sides = zeros_around(layer.x, len(layer.layer.kernel))
+    x = layer.x.args[0] if layer.x.args else None
+    if sides is None or not isinstance(x, Node):
         return []
-    sides = [(padding[i], padding[i + 1]) for i in range(0, len(padding), 2)]  # last axis first
-    sides += [(0, 0)] * (dims - len(sides))
-    if any(a != b or not isinstance(a, int) or a < 0 for a, b in sides) or any(
-        a for a, _ in sides[dims:]
-    ):
-        return []
-    more = tuple(a for a, _ in reversed(sides[:dims]))
-    x = pad.args[0]
-    return [
-        Edit(
-            (pad, node),
-            lambda: layer_of(padded(layer.exact, more), x),
-            named_after=node,
+    begin, end = sides
+
+    def result() -> NewCall | Refusal:
+        made = padded(layer.exact, begin)
+        if begin != end and not _reaches_as_far(layer, x, begin):
+            unlike = next((a, b) for a, b in zip(begin, end, strict=True) if a != b)
+            return Refusal(
+                "What is padded before it is not the same on both sides ({} and {}), as a "
+                "convolution's own padding is, and a larger kernel with zeros in it would take "
+                "more multiply-adds.".format(*unlike)
+            )
+        return layer_of(made, x)
+
+    return [Edit((layer.x, node), result, named_after=node)]
+
+
+def _reaches_as_far(layer: LayerCall, x: Node, begin: tuple[int, ...]) -> bool:
+    """Whether there are as many windows if both sides are padded as the first one is."""
+    sizes = layer.layer
+    dims = len(sizes.kernel)
+    windows = [
+        (size + 2 * (own + more) - dilation * (kernel - 1) - 1) // stride + 1
+        for size, own, more, dilation, kernel, stride in zip(
+            x.meta["val"].shape[-dims:],
+            *(sizes.padding, begin, sizes.dilation, sizes.kernel, sizes.stride),
+            strict=True,
         )
     ]
-
-
-def _zeros(node: Node) -> list[Any] | None:
-    """The sizes that a node pads with zeros; None if it is something else."""
-    if node.target is aten.constant_pad_nd.default:
-        _, sizes, value = arguments(node)
-    elif node.target is aten.pad.default:
-        _, sizes, mode, value = arguments(node)
-        if mode != "constant":
-            return None
-    else:
-        return None
-    return None if value else list(sizes)
+    return same_shape(windows, layer.node.meta["val"].shape[-dims:])
 
 
 REWRITE = Rewrite(
