@@ -5,8 +5,7 @@ from types import MethodType, SimpleNamespace
 
 from torch import nn
 
-from torchfuse.held_modules import modules_in
-from torchfuse.judging.attached import attached
+from torchfuse.judging.attached import attached, modules_in
 
 
 def stem(model, x):
