@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
 import torchfuse
-from torchfuse.fusion_result import FusionResult
+from torchfuse.fusing import FusionResult
 
 __all__ = ["Model", "calls", "fused", "reasons", "rules"]
 

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     )
     from torchfuse.exported.fusing import fuse_exported
     from torchfuse.exporting import export, load
-    from torchfuse.fusing import fuse, plan, unfuse
-    from torchfuse.fusion_result import FusionResult
+    from torchfuse.fusing import (
+        FusionResult,
+        fuse,
+        plan,
+        unfuse,
+    )
     from torchfuse.inputs import Case
     from torchfuse.planning import Fusion, FusionPlan, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
@@ -108,7 +112,7 @@ _HOME = {
     "Fusion": "planning",
     "FusionError": "errors",
     "FusionPlan": "planning",
-    "FusionResult": "fusion_result",
+    "FusionResult": "fusing",
     "FusionWarning": "errors",
     "InputError": "errors",
     "Measurement": "timing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,6 @@ from torchfuse.blocks.replacing import blocks_checked, without_originals
 from torchfuse.checkpoints import key_map
 from torchfuse.copying import calls_of, copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError, first_line
-from torchfuse.fusion_result import FusionResult
 from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
 from torchfuse.proving.modules import PairProof, fuse_what_agrees
@@ -40,10 +39,20 @@ if TYPE_CHECKING:
     from torchfuse.planning import FusionPlan
 
 __all__ = [
+    "FusionResult",
     "fuse",
     "plan",
     "unfuse",
 ]
+
+
+class FusionResult(NamedTuple):
+    """What `fuse` gives back."""
+
+    model: Any  # the fused model; for `fuse_exported` an ExportedProgram, or a GraphModule
+    plan: FusionPlan
+    check: Equivalence | None  # None: not verified
+    key_map: dict[str, str | None]  # old state_dict key → new one; None: gone
 
 
 @traced_once()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import torchfuse
 from fusing_checks import IMAGE, ConvBn, trained
-from torchfuse.fusion_result import FusionResult
+from torchfuse.fusing import FusionResult
 
 
 class CalledApart(ConvBn):

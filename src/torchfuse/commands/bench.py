@@ -20,7 +20,7 @@ from torchfuse.speed_benchmark import FLAGS, Options
 
 if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
-    from torchfuse.op_profile import Profile
+    from torchfuse.profiling import Profile
     from torchfuse.tasks import Task
 
 _RUNS = 50
@@ -256,7 +256,7 @@ def _require_profiles(artifacts: Sequence[str], devices: Sequence[str], settings
 
 
 def _show_etdumps(paths: Sequence[Path]) -> None:
-    from torchfuse.targets.executorch.etdump import profile_of_etdump
+    from torchfuse.profiling import profile_of_etdump
 
     _show_profiles([profile_of_etdump(path) for path in paths])
 

@@ -22,7 +22,7 @@ from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, round_id_of
 
 if TYPE_CHECKING:
-    from torchfuse.op_profile import Profile
+    from torchfuse.profiling import Profile
 
 __all__ = ["Settings", "bench_on"]
 

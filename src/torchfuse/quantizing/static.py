@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torchfuse.quantizing.lockstep import attribute
 from torchfuse.quantizing.normalisation import FLOAT, RANGE, fold_normalisation
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quieting import quiet
+from torchfuse.targets import TARGETS
 from torchfuse.targets.capturing import capture
 
 __all__ = [
@@ -361,10 +361,11 @@ def _pads_with_zeros(node: fx.Node) -> bool:
 
 def require_quantizer() -> None:
     """Raise UnsupportedError if PT2E or XNNPACK's recipe for it is not installed."""
-    if missing := [name for name in ("executorch", "torchao") if find_spec(name) is None]:
+    target = next(each for each in TARGETS if each.quantized_by == "pt2e")  # its extra is theirs
+    if missing := target.missing():
         raise UnsupportedError(
             f"Quantizing for XNNPACK needs {' and '.join(missing)}, not installed here: "
-            "pip install 'torchfuse[executorch]'."
+            f"{target.install}."
         )
 
 

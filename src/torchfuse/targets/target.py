@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torchfuse.artifacts import Precision
     from torchfuse.delegation import Delegation
     from torchfuse.inputs import Case
-    from torchfuse.op_profile import Profile
+    from torchfuse.profiling import Profile
 
 __all__ = ["CheckedFile", "Files", "Made", "Request", "Target"]
 

@@ -10,7 +10,7 @@ from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
-    from torchfuse.op_profile import Profile
+    from torchfuse.profiling import Profile
     from torchfuse.targets.executorch.program import ExecutorchModel
 
 __all__ = ["ExecuTorch"]
