@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchfuse import serialization
+
 __all__ = ["Fusion", "FusionPlan", "Refusal", "Skip", "Whole"]
 
 _FORMAT = "torchfuse-plan-1"
@@ -83,9 +85,7 @@ class FusionPlan:
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
-        from torchfuse.render.json import to_json
-
-        return to_json(self, _FORMAT)
+        return serialization.to_json(self, _FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> FusionPlan:
@@ -94,6 +94,4 @@ class FusionPlan:
         Raises:
             InputError: it did not write this text.
         """
-        from torchfuse.render.json import from_json
-
-        return from_json(cls, text, _FORMAT)
+        return serialization.from_json(cls, text, _FORMAT)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchfuse import serialization
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.machine_state import MachineState, this_state
 from torchfuse.noise import Caution, Samples, resumed
@@ -137,9 +138,7 @@ class Measurement:
 
     def to_json(self) -> str:
         """Return this measurement as JSON, every sample included."""
-        from torchfuse.render.json import to_json
-
-        return to_json(self)
+        return serialization.to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Measurement":
@@ -148,9 +147,7 @@ class Measurement:
         Raises:
             InputError: it did not write this text.
         """
-        from torchfuse.render.json import from_json
-
-        return from_json(cls, text)
+        return serialization.from_json(cls, text)
 
 
 def ratio(numerator: Measurement, denominator: Measurement) -> Ratio:

@@ -42,7 +42,7 @@ def command(
     if is_file and (inputs or weights is not None):
         raise InputError(f"--input and --weights are for a model; '{model}' is a file.")
     found = _of_file(path) if is_file else _of_model(model, inputs, weights)
-    from torchfuse.render.json import to_json
+    from torchfuse.serialization import to_json
 
     if json_file == STDOUT:
         click.echo(to_json(found))

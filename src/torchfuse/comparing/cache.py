@@ -26,7 +26,7 @@ from torchfuse.comparing.jobs import Build, Built
 from torchfuse.delegation import Delegation  # noqa: TC001  # msgspec reads annotations
 from torchfuse.equivalence import Equivalence  # noqa: TC001  # likewise
 from torchfuse.errors import ArtifactError, InputError, TorchfuseError
-from torchfuse.render.json import from_json, to_json
+from torchfuse.serialization import from_json, to_json
 from torchfuse.targets import TARGETS
 
 if TYPE_CHECKING:
