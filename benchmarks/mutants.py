@@ -48,7 +48,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "proving/pairs.py": (*PROOF, "tests/never_wrong/test_functional.py"),
     "proving/modules.py": (
         *PROOF,
-        "tests/rules/test_conv_relu.py",
         "tests/never_wrong/test_functional.py",
     ),
     "proving/variations.py": (*PROOF, "tests/never_wrong/test_inputs.py"),
@@ -71,7 +70,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "tests/test_same_model_out.py",
     ),
     "applying.py": ("tests/test_proof.py", "tests/test_same_model_out.py"),
-    "checkpoints.py": ("tests/test_same_model_out.py", "tests/rules/test_bn_relu.py"),
+    "checkpoints.py": ("tests/test_same_model_out.py",),
     "stats.py": ("tests/test_stats.py",),
 }
 

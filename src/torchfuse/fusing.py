@@ -69,8 +69,7 @@ def plan(
         model: its batch norms in eval mode, or they are skipped with this reason.
         example_inputs: a tensor, a tuple of tensors, a dict of keywords, a `Case`, or a list of
             these; the model is run on each.
-        rules: names of the rules to use; None: every rule that changes no class and no key of a
-            layer that stays.
+        rules: names of the rules to use; None: all.
         strict: skip a fusion wherever another way through the code could not be followed; else
             only where something is known against it.
 
@@ -257,7 +256,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def _chosen(names: Sequence[str] | None) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
     """The rules for pairs of modules, and the names of those for blocks."""
     if names is None:
-        return tuple(rule for rule in RULES if not rule.on_request), BLOCK_RULES
+        return RULES, BLOCK_RULES
     if isinstance(names, str):
         names = [names]
     known = {rule.name: rule for rule in RULES}

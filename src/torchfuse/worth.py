@@ -23,8 +23,6 @@ class Target:
     folds: frozenset[str]
 
 
-_RELUS = ("conv_relu", "linear_relu")
-
 # What their graph optimizers take out, and into a convolution, of what is no batch norm
 _OPTIMIZED = frozenset({"no_op", "layer_affine", "pad_conv"})
 
@@ -34,16 +32,11 @@ _OPTIMIZED = frozenset({"no_op", "layer_affine", "pad_conv"})
 TARGETS = {
     "eager": Target("PyTorch eager mode", frozenset()),
     "torchscript": Target("TorchScript frozen without numeric optimization", frozenset()),
-    "executorch": Target(
-        "ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn", *_RELUS})
-    ),
-    "onnxruntime": Target(
-        "ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn", *_RELUS}) | _OPTIMIZED
-    ),
+    "executorch": Target("ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn"})),
+    "onnxruntime": Target("ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn"}) | _OPTIMIZED),
     "openvino": Target(
         "OpenVINO",
-        frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "affine_chain", *_RELUS})
-        | _OPTIMIZED,
+        frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "affine_chain"}) | _OPTIMIZED,
     ),
 }
 

@@ -300,7 +300,6 @@ class _Edit(EditedProgram):
         }
         transposed = found.rule.pattern[0] == "conv_transpose"
         groups = _args(layer)[6] if transposed and len(_args(layer)) > 6 else 1
-        assert found.rule.rewrite is not None
         new_weight, new_bias = found.rule.rewrite(
             SimpleNamespace(
                 weight=values[weight], bias=values.get(bias), transposed=transposed, groups=groups
