@@ -22,6 +22,7 @@ from torchfuse.runner.loop import Clock, Turns, interleave, timed, turn_length, 
 from torchfuse.runner.workers import Worker, WorkerError, start_workers
 from torchfuse.stats import Ratio, percentile, ratio_of_medians
 from torchfuse.temporary import temporary_folder
+from torchfuse.units import duration
 
 if TYPE_CHECKING:
     from torchfuse.tasks import Task
@@ -81,7 +82,7 @@ class Measurement:
         """The median with its spread: `net: 1.23 ms (IQR 0.04 ms), 50 runs, threads: 1`."""
         where = ", in this process" if self.file is None else ""
         return (
-            f"{self.name}: {self.median_s * 1e3:.4g} ms (IQR {self.iqr_s * 1e3:.2g} ms), "
+            f"{self.name}: {duration(self.median_s)} (IQR {duration(self.iqr_s, self.median_s)}), "
             f"{self.runs} runs, threads: {self.threads}{where}"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torchfuse.render.units import size
+from torchfuse.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,6 +17,7 @@ from torchfuse.commands.status import NOISE
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.render.progress import quiet_option
 from torchfuse.speed_benchmark import FLAGS, Options
+from torchfuse.units import decibels
 
 if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
@@ -389,7 +390,7 @@ def _warn(run: "DeviceRun", count: int) -> None:
 def _difference(difference: Any) -> str:
     if difference.max_abs == 0:
         return "nothing"
-    return f"at most {difference.max_abs:.2g} ({difference.sqnr_db:.1f} dB)"
+    return f"at most {difference.max_abs:.2g} ({decibels(difference.sqnr_db)})"
 
 
 def _end(runs: "Sequence[DeviceRun]", fail_on_noise: bool) -> None:

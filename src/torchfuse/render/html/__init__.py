@@ -30,7 +30,7 @@ from torchfuse.render.libraries import require_libraries
 from torchfuse.render.plan import shares
 from torchfuse.render.profile import lines
 from torchfuse.render.skips import grouped
-from torchfuse.render.units import duration, size
+from torchfuse.units import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
