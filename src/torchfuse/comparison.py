@@ -7,8 +7,8 @@ from torchfuse.delegation import Delegation
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence
 from torchfuse.noise import Caution
+from torchfuse.operator_times import Profile
 from torchfuse.planning import FusionPlan
-from torchfuse.profiling import Profile
 from torchfuse.stats import Ratio, Share
 from torchfuse.timing import Measurement, ratio
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from torchfuse.copying import calls_of, copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError, first_line
 from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
+from torchfuse.planning import FusionResult
 from torchfuse.proving.modules import PairProof, fuse_what_agrees
 from torchfuse.quieting import quiet
 from torchfuse.retracing import traced_once
@@ -39,20 +40,10 @@ if TYPE_CHECKING:
     from torchfuse.planning import FusionPlan
 
 __all__ = [
-    "FusionResult",
     "fuse",
     "plan",
     "unfuse",
 ]
-
-
-class FusionResult(NamedTuple):
-    """What `fuse` gives back."""
-
-    model: Any  # the fused model; for `fuse_exported` an ExportedProgram, or a GraphModule
-    plan: FusionPlan
-    check: Equivalence | None  # None: not verified
-    key_map: dict[str, str | None]  # old state_dict key → new one; None: gone
 
 
 @traced_once()

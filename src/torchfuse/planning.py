@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchfuse import serialization
 
-__all__ = ["Fusion", "FusionPlan", "Refusal", "Skip", "Whole"]
+if TYPE_CHECKING:
+    from torchfuse.equivalence import Equivalence
+
+__all__ = ["Fusion", "FusionPlan", "FusionResult", "Refusal", "Skip", "Whole"]
 
 _FORMAT = "torchfuse-plan-1"
 
@@ -95,3 +99,12 @@ class FusionPlan:
             InputError: it did not write this text.
         """
         return serialization.from_json(cls, text, _FORMAT)
+
+
+class FusionResult(NamedTuple):
+    """What `fuse` gives back."""
+
+    model: Any  # the fused model; for `fuse_exported` an ExportedProgram, or a GraphModule
+    plan: FusionPlan
+    check: Equivalence | None  # None: not verified
+    key_map: dict[str, str | None]  # old state_dict key → new one; None: gone

@@ -21,7 +21,7 @@ from torchfuse.units import decibels
 
 if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
     from torchfuse.tasks import Task
 
 _RUNS = 50
@@ -257,7 +257,7 @@ def _require_profiles(artifacts: Sequence[str], devices: Sequence[str], settings
 
 
 def _show_etdumps(paths: Sequence[Path]) -> None:
-    from torchfuse.profiling import profile_of_etdump
+    from torchfuse.targets.executorch.etdump import profile_of_etdump
 
     _show_profiles([profile_of_etdump(path) for path in paths])
 

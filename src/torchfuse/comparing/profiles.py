@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from torchfuse.comparing.jobs import Place, Subject
 from torchfuse.comparison import FOLDED
 from torchfuse.errors import TorchfuseError
-from torchfuse.profiling import Profile, profile
+from torchfuse.operator_times import Profile
+from torchfuse.profiling import profile
 from torchfuse.targets import target_for
 
 __all__ = ["profiles"]

@@ -22,7 +22,7 @@ from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, round_id_of
 
 if TYPE_CHECKING:
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
 
 __all__ = ["Settings", "bench_on"]
 

@@ -22,7 +22,8 @@ from torchfuse.devices.record import Record
 from torchfuse.devices.runner import Outputs, model_name, tensor_of
 from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
-from torchfuse.profiling import Profile, profile_of_etdump
+from torchfuse.operator_times import Profile
+from torchfuse.targets.executorch.etdump import profile_of_etdump
 from torchfuse.tasks import Task
 
 __all__ = ["ExecutorRunner"]

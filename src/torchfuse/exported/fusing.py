@@ -32,9 +32,8 @@ from torchfuse.exported.judging import judge
 from torchfuse.exported.proving import Pair, pair_differences, whole_difference
 from torchfuse.exported.rewrites import REWRITES
 from torchfuse.exported.rewriting import rewrite
-from torchfuse.fusing import FusionResult
 from torchfuse.inputs import check_finite
-from torchfuse.planning import Fusion, FusionPlan, Whole
+from torchfuse.planning import Fusion, FusionPlan, FusionResult, Whole
 from torchfuse.rules import RULES
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from torchfuse.profiling import OperatorTime, Profile
+from torchfuse.operator_times import OperatorTime, Profile
 from torchfuse.render.tables import markdown_row, without_lines
 from torchfuse.units import duration, percent
 

@@ -25,8 +25,8 @@ from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.noise import Caution
+from torchfuse.operator_times import OperatorTime, Profile
 from torchfuse.planning import Fusion, FusionPlan, Skip
-from torchfuse.profiling import OperatorTime, Profile
 from torchfuse.render import libraries
 from torchfuse.render.html.charts import pareto, row_name
 from torchfuse.stats import share_of

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.profiling import OperatorTime
+from torchfuse.operator_times import OperatorTime
 from torchfuse.render.comparison import (
     answer_lines,
     caution_lines,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torchfuse.comparison import Comparison
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
 
 __all__ = ["fragment", "page"]
 
