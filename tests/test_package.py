@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 import types
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,35 @@ def imported_by(path):
 
 def test_no_module_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter({n: imported_by(p) for n, p in SOURCES.items()}).prepare()
+
+
+def shared(names):
+    """Return the names that more than one module has or holds, each with these modules."""
+    held = defaultdict(list)
+    for name, module in names:
+        held[name].append(module)
+    return {name: modules for name, modules in held.items() if len(modules) > 1}
+
+
+def test_no_two_modules_share_a_name():
+    # A command and what prints something are called as what they are about, and the parts that
+    # every target has have the same names in each target's folder.
+    alike = ("torchfuse.commands.", "torchfuse.render.")
+    own = [
+        name
+        for name in SOURCES
+        if not name.startswith(alike)
+        and not (name.startswith("torchfuse.targets.") and name.count(".") > 2)
+        and not name.endswith("__main__")
+    ]
+    assert shared((name.rpartition(".")[2], name) for name in own) == {}
+
+
+def test_no_two_classes_of_ours_share_a_name():
+    classes = [
+        (node.name, name)
+        for name, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert shared(classes) == {}

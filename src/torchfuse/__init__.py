@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         TorchfuseError,
         UnsupportedError,
     )
-    from torchfuse.exported.fusing import fuse_exported
+    from torchfuse.exported.program_fusing import fuse_exported
     from torchfuse.exporting import export, load
     from torchfuse.fusing import (
         fuse,
@@ -128,7 +128,7 @@ _HOME = {
     "export": "exporting",
     "export_fastest": "choosing",
     "fuse": "fusing",
-    "fuse_exported": "exported.fusing",
+    "fuse_exported": "exported.program_fusing",
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
     "load": "exporting",

@@ -195,7 +195,7 @@ def _fused_graph(
     verify: bool,
 ) -> FusionResult:
     # Imported here: it is built on this module, which needs it for nothing else.
-    from torchfuse.exported.fusing import fuse_exported
+    from torchfuse.exported.program_fusing import fuse_exported
 
     given = cases(example_inputs)
     if inplace:

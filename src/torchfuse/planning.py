@@ -10,7 +10,7 @@ from torchfuse import serialization
 if TYPE_CHECKING:
     from torchfuse.equivalence import Equivalence
 
-__all__ = ["Fusion", "FusionPlan", "FusionResult", "Refusal", "Skip", "Whole"]
+__all__ = ["Fusion", "FusionPlan", "FusionResult", "Refusal", "Skip", "WholeCost"]
 
 _FORMAT = "torchfuse-plan-1"
 
@@ -46,7 +46,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeCost:
     """What the model costs in all before fusing, in the first case."""
 
     macs: int  # multiply-adds
@@ -64,7 +64,7 @@ class FusionPlan:
     fusions: tuple[Fusion, ...]
     skips: tuple[Skip, ...]
     originals_bytes: int | None = None  # memory that kept originals take, once fused
-    whole: Whole | None = None  # what the savings are a share of; None: unknown
+    whole: WholeCost | None = None  # what the savings are a share of; None: unknown
 
     @property
     def parameters_saved(self) -> int:

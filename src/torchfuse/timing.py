@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torchfuse import serialization
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.machine_state import MachineState, this_state
-from torchfuse.noise import Caution, Samples, resumed
+from torchfuse.noise import Caution, TimedSamples, resumed
 from torchfuse.noise import cautions as cautions_of
 from torchfuse.runner.loop import Clock, Turns, interleave, timed, turn_length, warm_up
 from torchfuse.runner.workers import Worker, WorkerError, start_workers
@@ -132,10 +132,12 @@ class Measurement:
         return 1 / self.median_s
 
     @property
-    def samples(self) -> Samples:
+    def samples(self) -> TimedSamples:
         """The samples as `noise.cautions` takes them."""
         page_faults = self.page_faults if self.file is None else self.file.page_faults
-        return Samples(self.samples_s, self.turn_runs, self.settled, self.warmup_runs, page_faults)
+        return TimedSamples(
+            self.samples_s, self.turn_runs, self.settled, self.warmup_runs, page_faults
+        )
 
     def to_json(self) -> str:
         """Return this measurement as JSON, every sample included."""

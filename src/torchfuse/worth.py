@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from torchfuse.planning import Fusion, FusionPlan
 
-__all__ = ["TARGETS", "Target", "worth"]
+__all__ = ["TARGETS", "FoldingRuntime", "worth"]
 
 
 @dataclass(frozen=True)
-class Target:
+class FoldingRuntime:
     """A runtime, and the rules whose fusions its own lowering or graph optimizer does anyway."""
 
     name: str
@@ -30,11 +30,15 @@ _OPTIMIZED = frozenset({"no_op", "layer_affine", "pad_conv"})
 # ConvBNFusion, ConvMulFusion, ConvAddFusion, PadFusion. OpenVINO: LinOpSequenceFusion, and any
 # number of elementwise calls in one.
 TARGETS = {
-    "eager": Target("PyTorch eager mode", frozenset()),
-    "torchscript": Target("TorchScript frozen without numeric optimization", frozenset()),
-    "executorch": Target("ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn"})),
-    "onnxruntime": Target("ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn"}) | _OPTIMIZED),
-    "openvino": Target(
+    "eager": FoldingRuntime("PyTorch eager mode", frozenset()),
+    "torchscript": FoldingRuntime("TorchScript frozen without numeric optimization", frozenset()),
+    "executorch": FoldingRuntime(
+        "ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn"})
+    ),
+    "onnxruntime": FoldingRuntime(
+        "ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn"}) | _OPTIMIZED
+    ),
+    "openvino": FoldingRuntime(
         "OpenVINO",
         frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "affine_chain"}) | _OPTIMIZED,
     ),

@@ -281,7 +281,7 @@ def _measure(
     *,
     print_output: bool,
 ) -> "list[DeviceRun]":
-    from torchfuse.devices.opening import checked_device
+    from torchfuse.devices.by_name import checked_device
     from torchfuse.devices.several import bench_devices
     from torchfuse.temporary import temporary_folder
     from torchfuse.timing import check_counts
@@ -344,7 +344,7 @@ def _print_outputs(tasks: "Mapping[str, Task]") -> None:
 
 
 def _compare_record(path: Path, report: Report, fail_on_noise: bool) -> None:
-    from torchfuse.devices.reading import run_from_record
+    from torchfuse.devices.saved_run import run_from_record
 
     run = run_from_record(path)
     report.open({"record": str(path)})

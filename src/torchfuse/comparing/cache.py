@@ -32,7 +32,7 @@ from torchfuse.targets import TARGETS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torchfuse.comparing.jobs import Subject
+    from torchfuse.comparing.jobs import ComparedModel
     from torchfuse.inputs import Case
 
 __all__ = ["Cache", "Folder", "Store", "default_folder", "digest_of", "makers"]
@@ -247,7 +247,7 @@ class Cache:
         self.store.put(f"{key}.json", to_json(value, _FORM).encode())
 
 
-def digest_of(subject: Subject) -> str | None:
+def digest_of(subject: ComparedModel) -> str | None:
     """Return what tells one content from another; None: the model cannot be recorded."""
     digest = hashlib.sha256()
 

@@ -14,7 +14,7 @@ from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.judging.other_ways import breaks_on_some_way
 from torchfuse.judging.sources import functions_of, is_setup, names_in
 from torchfuse.judging.straight import where_it_may_turn
-from torchfuse.judging.whole import whole
+from torchfuse.judging.whole_cost import whole
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 from torchfuse.surgery import is_folded
