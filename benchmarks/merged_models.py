@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from typing import TYPE_CHECKING
 
 import torchfuse
-from torchfuse.exported.fusing import fold
+from torchfuse.exported.program_fusing import fold
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.targets import capturing
 from torchfuse.timing import measure_interleaved, ratio

@@ -28,10 +28,10 @@ from torchfuse.errors import UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
-from torchfuse.render.units import duration
 from torchfuse.runner.allocator import keep_freed_memory
 from torchfuse.targets.torchscript import mobile_optimizer, scripting
 from torchfuse.timing import Measurement, measure_interleaved, ratio
+from torchfuse.units import duration
 
 BASELINE = "eager fp32"
 TARGETS = {".pte int8": 5.0, ".pte fp32": 2.5}  # times as fast as the baseline, with AVX-512 VNNI

@@ -41,8 +41,8 @@ from torchfuse.machine_state import this_state
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
 from torchfuse.noise import cautions
-from torchfuse.render.units import duration
 from torchfuse.stats import Ratio, ratio_of_medians
+from torchfuse.units import duration
 
 TARGET_RATIO = 1.02  # at most 2 % more than the native loop, on MobileNetV2
 WIDEST_INTERVAL = 0.05  # of a busy machine, it includes or excludes anything

@@ -28,7 +28,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 import torchfuse
-from torchfuse.exported.fusing import fold
+from torchfuse.exported.program_fusing import fold
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.targets import capturing
 from torchfuse.timing import measure_interleaved, ratio

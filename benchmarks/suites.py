@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of the builds on one and on two")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    from torchfuse.suites.reading import read_suite
+    from torchfuse.suites.suite_file import read_suite
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -7,7 +7,7 @@ from torchfuse.rules import RULES
 
 
 def main(which: str) -> None:
-    """Print a line per rule: its name, when it runs, and what it does; an example in programs."""
+    """Print a line per rule: its name, and what it does; an example in programs."""
     if which == "programs":
         width = max(len(rule.name) for rule in REWRITES)
         for rewrite in REWRITES:
@@ -16,8 +16,7 @@ def main(which: str) -> None:
         return
     width = max(len(rule.name) for rule in RULES)
     for rule in RULES:
-        when = "only by name" if rule.on_request else "always"
-        print(f"{rule.name:{width}}  {when:12}  {rule.summary}")
+        print(f"{rule.name:{width}}  {rule.summary}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
 import torchfuse
-from torchfuse.fusing import FusionResult
+from torchfuse.planning import FusionResult
 
 __all__ = ["Model", "calls", "fused", "reasons", "rules"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from torchfuse.machine_state import MachineState, ThermalZone
-from torchfuse.noise import Caution, Kind, Samples, cautions, resumed
+from torchfuse.noise import Caution, Kind, TimedSamples, cautions, resumed
 
 # Two quiet cores before a run of 10 s, and after it: our process used 9.8 s of one.
 BEFORE = MachineState(
@@ -42,14 +42,14 @@ def quiet_times(count: int = 50, spread: float = 0.005, seed: int = 0) -> "np.nd
     return np.random.default_rng(seed).normal(1e-3, 1e-3 * spread, count)
 
 
-def samples(times_s: Any = None, **fields: Any) -> Samples:
-    return Samples(tuple(quiet_times() if times_s is None else times_s), **fields)
+def samples(times_s: Any = None, **fields: Any) -> TimedSamples:
+    return TimedSamples(tuple(quiet_times() if times_s is None else times_s), **fields)
 
 
 def found(
     before: MachineState | None = BEFORE,
     after: MachineState | None = AFTER,
-    times: Samples | None = None,
+    times: TimedSamples | None = None,
     threads: int = 1,
     **flags: Any,
 ) -> tuple[Caution, ...]:
@@ -167,7 +167,7 @@ def test_a_run_that_is_cautioned_about(
 
 
 # the times → the caution's kind and what it says; all but page faults fail
-TIMES: list[tuple[Samples, str, str]] = [
+TIMES: list[tuple[TimedSamples, str, str]] = [
     (
         samples(settled=False, warmup_runs=300),
         "unsettled",
@@ -228,7 +228,7 @@ TIMES: list[tuple[Samples, str, str]] = [
 
 
 @pytest.mark.parametrize(("times", "kind", "text"), TIMES)
-def test_times_that_are_cautioned_about(times: Samples, kind: Kind, text: str) -> None:
+def test_times_that_are_cautioned_about(times: TimedSamples, kind: Kind, text: str) -> None:
     (caution,) = found(times=times)
     assert caution == Caution(kind, text, kind != "page-faults", "net")
     assert str(caution) == f"net: {text}"
@@ -297,9 +297,9 @@ def test_each_variant_is_judged_by_itself() -> None:
 
 def test_it_is_judged_without_torch() -> None:
     code = (
-        "import sys; from torchfuse.noise import Samples, cautions; "
+        "import sys; from torchfuse.noise import TimedSamples, cautions; "
         "from torchfuse.machine_state import this_state; "
-        "cautions(this_state(), this_state(), {'net': Samples((1.0, 2.0) * 20)}, 1); "
+        "cautions(this_state(), this_state(), {'net': TimedSamples((1.0, 2.0) * 20)}, 1); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,10 +1,14 @@
 """The package as a whole: light to import, every verb reachable, no name taken twice."""
 
+import ast
+import graphlib
 import importlib
 import pkgutil
 import subprocess
 import sys
 import types
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +19,11 @@ SUBMODULES = [
     for module in pkgutil.walk_packages(torchfuse.__path__, "torchfuse.")
     if not module.name.endswith("__main__")
 ]
+SOURCES = {
+    ".".join(("torchfuse", *path.relative_to(torchfuse.__path__[0]).with_suffix("").parts)): path
+    for path in Path(torchfuse.__path__[0]).rglob("*.py")
+}
+SOURCES = {name.removesuffix(".__init__"): path for name, path in SOURCES.items()}
 
 
 def modules_loaded_by(code):
@@ -69,3 +78,61 @@ def test_every_submodule_says_what_it_is():
 def test_dir_offers_what_is_public_and_nothing_else():
     offered = {name for name in dir(torchfuse) if not name.startswith("__")}
     assert offered == set(torchfuse.__all__)
+
+
+def imported_by(path):
+    """Return what a file of ours imports of ours, but for types alone: in functions as well."""
+    found = set()
+    todo = [(ast.parse(path.read_text()), False)]
+    while todo:
+        node, in_function = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += [(child, in_function) for child in node.orelse]
+            continue
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        modules = {name if name in SOURCES else name.rpartition(".")[0] for name in names}
+        # Results are shown by what is imported when they are: str(plan), comparison.to_html().
+        found |= {m for m in modules if not (in_function and m.startswith("torchfuse.render."))}
+        in_function = in_function or isinstance(node, ast.FunctionDef)
+        todo += [(child, in_function) for child in ast.iter_child_nodes(node)]
+    return found & set(SOURCES)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graphlib.TopologicalSorter({n: imported_by(p) for n, p in SOURCES.items()}).prepare()
+
+
+def shared(names):
+    """Return the names that more than one module has or holds, each with these modules."""
+    held = defaultdict(list)
+    for name, module in names:
+        held[name].append(module)
+    return {name: modules for name, modules in held.items() if len(modules) > 1}
+
+
+def test_no_two_modules_share_a_name():
+    # A command and what prints something are called as what they are about, and the parts that
+    # every target has have the same names in each target's folder.
+    alike = ("torchfuse.commands.", "torchfuse.render.")
+    own = [
+        name
+        for name in SOURCES
+        if not name.startswith(alike)
+        and not (name.startswith("torchfuse.targets.") and name.count(".") > 2)
+        and not name.endswith("__main__")
+    ]
+    assert shared((name.rpartition(".")[2], name) for name in own) == {}
+
+
+def test_no_two_classes_of_ours_share_a_name():
+    classes = [
+        (node.name, name)
+        for name, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert shared(classes) == {}

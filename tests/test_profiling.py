@@ -11,8 +11,10 @@ from torch import nn
 import torchfuse
 from etdumps import Logged, write_etdump
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
-from torchfuse.profiling import THE_REST, OperatorTime, Profile, profile, profile_of_etdump
+from torchfuse.operator_times import OperatorTime, Profile
+from torchfuse.profiling import profile
 from torchfuse.quieting import quiet
+from torchfuse.targets.executorch.etdump import THE_REST, profile_of_etdump
 
 X = torch.ones(1, 3, 8, 8)
 

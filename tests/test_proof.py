@@ -14,7 +14,6 @@ import torchfuse
 from fusing_checks import IMAGE, relative_difference, trained
 from torchfuse.folding import fold_into_weight
 from torchfuse.proving import modules
-from torchfuse.rules import RULES
 from torchfuse.surgery import fold_in
 
 Fold = tuple[Tensor, Tensor]
@@ -200,24 +199,6 @@ def test_a_small_error_that_only_the_whole_model_shows_is_seen_in_half_precision
     assert torch.equal(result.model(IMAGE.to(dtype)), model(IMAGE.to(dtype))) or (
         len(result.plan.fusions) == 1
     )
-
-
-def test_a_merge_that_breaks_the_model_is_rolled_back() -> None:
-    class ReadsTheWeight(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3)
-            self.relu = nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.conv(x)) * self.conv.out_channels
-
-    assert "conv_relu" in {rule.name for rule in RULES}
-    model = ReadsTheWeight().eval()
-    result = torchfuse.fuse(model, IMAGE, rules=["conv_relu"])
-    assert result.plan.fusions == ()
-    assert result.check.passed
-    assert torch.equal(result.model(IMAGE), model(IMAGE))
 
 
 @pytest.mark.parametrize("times", [12, 40], ids=["in float32", "in float64 too"])

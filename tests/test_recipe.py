@@ -9,7 +9,7 @@ from torchfuse import recipe
 from torchfuse.comparison import FOLDED, NOT_FUSED
 from torchfuse.errors import ArtifactError
 from torchfuse.quieting import quiet
-from torchfuse.render.json import to_json
+from torchfuse.serialization import to_json
 from torchfuse.targets.torchscript.scripting import op_counts
 
 BEFORE = """\

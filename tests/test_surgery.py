@@ -1,7 +1,5 @@
 """One fusion goes into a model, and comes back out of it, bit for bit."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -18,8 +16,6 @@ from torchfuse.surgery import (
     folded_while_called,
     forget_fusions,
     fusions_of,
-    merge_in,
-    separate,
     take_back,
     was_fused,
 )
@@ -103,24 +99,6 @@ def test_changed_weights_are_noticed_before_anything_is_undone(model):
         model.conv.bias[0] += 1
     with pytest.raises(FusionError, match="`conv` have changed"):
         check_unchanged(model)
-
-
-def test_a_merge_goes_in_and_comes_back_out():
-    class Activated(ConvBn):
-        def __init__(self):
-            super().__init__()
-            self.relu = nn.ReLU()
-
-        def forward(self, x):
-            return self.relu(self.conv(x))
-
-    model = Activated().eval()
-    modules = copy.copy(model._modules)
-    merged = merge_in(model, RULE["conv_relu"], ("conv",), ("relu",))
-    assert type(model.conv) is torch.ao.nn.intrinsic.ConvReLU2d
-    assert type(model.relu) is nn.Identity
-    separate(model, merged)
-    assert all(model._modules[name] is module for name, module in modules.items())
 
 
 def test_all_paths_of_a_module_are_edited():

@@ -29,16 +29,15 @@ if TYPE_CHECKING:
         TorchfuseError,
         UnsupportedError,
     )
-    from torchfuse.exported.fusing import fuse_exported
+    from torchfuse.exported.program_fusing import fuse_exported
     from torchfuse.exporting import export, load
     from torchfuse.fusing import (
-        FusionResult,
         fuse,
         plan,
         unfuse,
     )
     from torchfuse.inputs import Case
-    from torchfuse.planning import Fusion, FusionPlan, Skip
+    from torchfuse.planning import Fusion, FusionPlan, FusionResult, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
     from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
     from torchfuse.quantizing.report import QuantizationReport
@@ -112,7 +111,7 @@ _HOME = {
     "Fusion": "planning",
     "FusionError": "errors",
     "FusionPlan": "planning",
-    "FusionResult": "fusing",
+    "FusionResult": "planning",
     "FusionWarning": "errors",
     "InputError": "errors",
     "Measurement": "timing",
@@ -129,7 +128,7 @@ _HOME = {
     "export": "exporting",
     "export_fastest": "choosing",
     "fuse": "fusing",
-    "fuse_exported": "exported.fusing",
+    "fuse_exported": "exported.program_fusing",
     "fuse_modules": "eager",
     "fuse_modules_qat": "eager",
     "load": "exporting",

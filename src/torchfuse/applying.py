@@ -6,14 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from torchfuse.blocks.replacing import take_block_back
-from torchfuse.surgery import (
-    Fusions,
-    fold_in,
-    folded_while_called,
-    merge_in,
-    separate,
-    take_back,
-)
+from torchfuse.surgery import Fusions, fold_in, folded_while_called, take_back
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,13 +33,9 @@ def apply(
     """
     done = Fusions()
     for rule, match in matches:
-        if rule.merge is None:
-            first, second = _paths(graph, match)
-            known = (weights or {}).get(match.second)
-            done.folded.append(fold_in(target, rule, first, second, keep=keep, weights=known))
-    for rule, match in matches:
-        if rule.merge is not None:
-            done.merged.append(merge_in(target, rule, *_paths(graph, match)))
+        first, second = _paths(graph, match)
+        known = (weights or {}).get(match.second)
+        done.folded.append(fold_in(target, rule, first, second, keep=keep, weights=known))
     return done
 
 
@@ -54,8 +43,6 @@ def undo(target: nn.Module, done: Fusions) -> None:
     """Takes back what was done."""
     for block in reversed(done.blocks):
         take_block_back(target, block)
-    for merged in reversed(done.merged):
-        separate(target, merged)
     for folded in reversed(done.folded):
         take_back(target, folded)
 
@@ -67,19 +54,9 @@ def fused_while_called(
     """A context in which `target` is fused, one layer's folded weights in memory at a time."""
     with ExitStack() as stack:
         for rule, match in matches:
-            if rule.merge is None:
-                first, second = _paths(graph, match)
-                stack.enter_context(folded_while_called(target, rule, first, second))
-        merged = [
-            merge_in(target, rule, *_paths(graph, match))
-            for rule, match in matches
-            if rule.merge is not None
-        ]
-        try:
-            yield
-        finally:
-            for merge in reversed(merged):
-                separate(target, merge)
+            first, second = _paths(graph, match)
+            stack.enter_context(folded_while_called(target, rule, first, second))
+        yield
 
 
 def _paths(graph: Graph, match: Match) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torchfuse.errors import ArtifactError, InputError
+from torchfuse.units import size
 
 if TYPE_CHECKING:
     from torchfuse.delegation import Delegation
@@ -51,7 +52,7 @@ class Artifact:
 
     def __str__(self) -> str:
         """What was written, in a few lines."""
-        lines = [f"{self.path}: {self.precision} .{self.format}, {self.size_bytes / 1e3:.1f} kB"]
+        lines = [f"{self.path}: {self.precision} .{self.format}, {size(self.size_bytes)}"]
         lines.append(f"SHA-256 {self.sha256}")
         lines += [f"with {path}, which it needs beside it" for path in self.beside]
         if self.computes_in is not None:

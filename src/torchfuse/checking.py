@@ -14,6 +14,7 @@ from torchfuse.errors import InputError
 from torchfuse.inputs import Case, cases, half_precision, require_finite_tensors
 from torchfuse.nesting import named_leaves
 from torchfuse.restoring import restored
+from torchfuse.units import decibels, sqnr_db
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -228,22 +229,17 @@ def _difference(
     peak = a.abs().max().item()
     noise, signal = error.square().sum().item(), a.abs().square().sum().item()
     max_rel = 0.0 if max_abs == 0 else max_abs / peak if peak else math.inf
-    sqnr_db = _decibels(signal, noise)
+    ratio_db = sqnr_db(signal, noise)
     problem = None
     if rtol is not None or atol is not None or min_sqnr_db is None:
         default = tolerance(dtype) if rtol is None and atol is None else 0.0
         allowed = (atol or 0.0) + (default if rtol is None else rtol) * peak
         if max_abs > allowed:
             problem = f"differs by up to {max_abs:.3g}; at most {allowed:.3g} was expected."
-    if problem is None and min_sqnr_db is not None and sqnr_db < min_sqnr_db:
-        problem = f"has an SQNR of {sqnr_db:.1f} dB; at least {min_sqnr_db:.1f} dB was asked for."
-    return OutputDifference(name, max_abs, max_rel, sqnr_db, problem is None, problem)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal / noise > 0 else -math.inf
+    if problem is None and min_sqnr_db is not None and ratio_db < min_sqnr_db:
+        least = decibels(min_sqnr_db)
+        problem = f"has an SQNR of {decibels(ratio_db)}; at least {least} was asked for."
+    return OutputDifference(name, max_abs, max_rel, ratio_db, problem is None, problem)
 
 
 def _as_tensor(leaf: Any) -> Tensor | None:

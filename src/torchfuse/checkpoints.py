@@ -14,7 +14,7 @@ from torchfuse.copying import shell
 from torchfuse.errors import FusionError, InputError, first_line
 from torchfuse.inputs import check_model
 from torchfuse.rules import RULES
-from torchfuse.surgery import fusions_of, plain_layer, separated, was_fused
+from torchfuse.surgery import fusions_of, plain_layer, was_fused
 
 if TYPE_CHECKING:
     from torchfuse.surgery import Folded, Fusions
@@ -42,7 +42,7 @@ def load_unfused_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
         raise InputError(
             f"Expected a state_dict, from key to tensor, got {type(state_dict).__name__}."
         )
-    with blocks_loaded(model), separated(model):
+    with blocks_loaded(model):
         _load_unfused(model, state_dict)
 
 
@@ -142,7 +142,6 @@ def _loaded(
         modules.append(module)
     layer, norm = modules
     rule = next(rule for rule in RULES if rule.name == entry.rule)
-    assert rule.rewrite is not None
     weight, bias = rule.rewrite(plain_layer(layer), norm)
     for path in entry.first:
         known |= {f"{path}.weight": weight, f"{path}.bias": bias}
@@ -161,11 +160,6 @@ def key_map(old_keys: list[str], done: Fusions) -> dict[str, str | None]:
             for name in _own(folded.norm.state_dict()):
                 last = into.get(name, "weight")
                 new[f"{path}.{name}"] = f"{folded.first[0]}.{last}" if last else None
-    for merged in done.merged:
-        for path in merged.first:
-            for key, target in new.items():
-                if target is not None and target.startswith(f"{path}."):
-                    new[key] = f"{path}.0.{target[len(path) + 1 :]}"
     for block in done.blocks:
         for key, target in new.items():
             if target is not None and target.startswith(f"{block.path}."):

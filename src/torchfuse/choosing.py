@@ -23,6 +23,7 @@ from torchfuse.quantizing.static import argument_names
 from torchfuse.stats import Ratio
 from torchfuse.targets import TARGETS, Target, target_of
 from torchfuse.timing import Measurement, check_counts, measure_interleaved, ratio
+from torchfuse.units import duration, size
 
 __all__ = ["Candidate", "Fastest", "export_fastest"]
 
@@ -52,8 +53,8 @@ class Candidate:
             slower += " times the fastest's time"
         reason = "" if self.reason is None else f"  ({self.reason})"
         return (
-            f"{self.suffix:<10} {self.latency.median_s * 1e3:9.3f} ms"
-            f"  {self.artifact.size_bytes / 1e6:8.2f} MB{drop}{slower}{reason}"
+            f"{self.suffix:<10} {duration(self.latency.median_s):>12}"
+            f"  {size(self.artifact.size_bytes):>11}{drop}{slower}{reason}"
         )
 
 

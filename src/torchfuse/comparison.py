@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from torchfuse import serialization
 from torchfuse.delegation import Delegation
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence
 from torchfuse.noise import Caution
+from torchfuse.operator_times import Profile
 from torchfuse.planning import FusionPlan
-from torchfuse.profiling import Profile
 from torchfuse.stats import Ratio, Share
 from torchfuse.timing import Measurement, ratio
 
@@ -161,9 +162,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """The comparison as JSON text, with every sample; `from_json` gives back an equal one."""
-        from torchfuse.render.json import to_json
-
-        return to_json(self, _FORMAT)
+        return serialization.to_json(self, _FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> "Comparison":
@@ -172,9 +171,7 @@ class Comparison:
         Raises:
             InputError: it did not write this text.
         """
-        from torchfuse.render.json import from_json
-
-        return from_json(cls, text, _FORMAT)
+        return serialization.from_json(cls, text, _FORMAT)
 
 
 def gain(slower: Row, faster: Row) -> Ratio:

@@ -4,10 +4,11 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.errors import ExportWarning
+from torchfuse.serialization import from_plain, plain
 
 if TYPE_CHECKING:
     import torch
@@ -119,14 +120,12 @@ class Delegation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
-        return asdict(self)
+        return dict(plain(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Delegation":
         """Return what `to_dict` was called on."""
-        import msgspec
-
-        return msgspec.convert(data, cls)
+        return from_plain(cls, data)
 
     def __str__(self) -> str:
         """One line per operator, the ones left outside first, and a closing sentence."""

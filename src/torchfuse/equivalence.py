@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchfuse.units import decibels
+
 __all__ = ["Equivalence", "OutputDifference"]
 
 
@@ -62,9 +64,9 @@ class Equivalence:
         """One line per output, the verdict last."""
         lines = [
             f"{o.name}: {o.problem}"
-            if o.max_abs is None
+            if o.sqnr_db is None
             else f"{o.name}: max abs {o.max_abs:.3g}, max rel {o.max_rel:.3g}, "
-            f"SQNR {o.sqnr_db:.1f} dB, {'passed' if o.passed else 'DIFFERS'}"
+            f"SQNR {decibels(o.sqnr_db)}, {'passed' if o.passed else 'DIFFERS'}"
             for o in self.outputs
         ]
         return "\n".join([*lines, self.verdict])
@@ -82,10 +84,10 @@ class Equivalence:
             return "equal"
         if self.passed and self.sqnr_db is not None and self.sqnr_db < self.min_sqnr_db:
             # Outputs hardly larger than a step of int8, or a bound over more cases than these.
-            return f"within the steps of int8: SQNR {self.sqnr_db:.1f} dB on these cases"
+            return f"within the steps of int8: SQNR {decibels(self.sqnr_db)} on these cases"
         where = "within" if self.passed else "NOT within"
-        found = "" if self.sqnr_db is None else f"SQNR {self.sqnr_db:.1f} dB, "
-        return f"{where} the bound: {found}at least {self.min_sqnr_db:.1f} dB asked for"
+        found = "" if self.sqnr_db is None else f"SQNR {decibels(self.sqnr_db)}, "
+        return f"{where} the bound: {found}at least {decibels(self.min_sqnr_db)} asked for"
 
 
 def _known(figures: list[float | None]) -> list[float]:

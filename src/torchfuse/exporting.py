@@ -48,6 +48,7 @@ from torchfuse.targets import Target, target_for
 from torchfuse.targets.opening import check
 from torchfuse.targets.options import check_options
 from torchfuse.targets.target import CheckedFile, Made, Request
+from torchfuse.units import decibels
 
 __all__ = ["CALIBRATED_ON_NOISE", "export", "exported", "in_the_shape_of", "load", "loaded"]
 
@@ -63,7 +64,7 @@ _INT8_SUSPECT_DB = 12.0  # against the model, below which something is wrong, an
 
 
 _SUSPECT = (
-    "quantized to {:.1f} dB only (signal to noise against the model), most likely since it was "
+    "quantized to {} only (signal to noise against the model), most likely since it was "
     "calibrated on other data than it is meant for; give calibration inputs like the example's"
 )
 
@@ -451,13 +452,13 @@ def _judged(model: nn.Module, made: Made, data: list[Case]) -> tuple[list[str], 
             wanted["the model"] = (to_model, least_to_model)
         asked.append(least_to_model)
         problems += [
-            f"{name}: has an SQNR of {found.sqnr_db:.1f} dB against {what}; at least "
-            f"{least:.1f} dB was asked for."
+            f"{name}: has an SQNR of {decibels(found.sqnr_db)} against {what}; at least "
+            f"{decibels(least)} was asked for."
             for what, (found, least) in wanted.items()
             if found.sqnr_db < least and to_quantized.rms_noise > step
         ]
         if made.reference is not model and to_model.sqnr_db < _INT8_SUSPECT_DB:
-            notes.append(_SUSPECT.format(to_model.sqnr_db))
+            notes.append(_SUSPECT.format(decibels(to_model.sqnr_db)))
     return problems, notes[:1], min(asked)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from torchfuse.copying import calls_of, copied
 from torchfuse.errors import FusionError, InputError, UnsupportedError, first_line
 from torchfuse.inputs import Case, cases, check_model, require_finite_tensors
 from torchfuse.judging.finding import find
+from torchfuse.planning import FusionResult
 from torchfuse.proving.modules import PairProof, fuse_what_agrees
 from torchfuse.quieting import quiet
 from torchfuse.retracing import traced_once
@@ -39,20 +40,10 @@ if TYPE_CHECKING:
     from torchfuse.planning import FusionPlan
 
 __all__ = [
-    "FusionResult",
     "fuse",
     "plan",
     "unfuse",
 ]
-
-
-class FusionResult(NamedTuple):
-    """What `fuse` gives back."""
-
-    model: Any  # the fused model; for `fuse_exported` an ExportedProgram, or a GraphModule
-    plan: FusionPlan
-    check: Equivalence | None  # None: not verified
-    key_map: dict[str, str | None]  # old state_dict key → new one; None: gone
 
 
 @traced_once()
@@ -69,8 +60,7 @@ def plan(
         model: its batch norms in eval mode, or they are skipped with this reason.
         example_inputs: a tensor, a tuple of tensors, a dict of keywords, a `Case`, or a list of
             these; the model is run on each.
-        rules: names of the rules to use; None: every rule that changes no class and no key of a
-            layer that stays.
+        rules: names of the rules to use; None: all.
         strict: skip a fusion wherever another way through the code could not be followed; else
             only where something is known against it.
 
@@ -206,7 +196,7 @@ def _fused_graph(
     verify: bool,
 ) -> FusionResult:
     # Imported here: it is built on this module, which needs it for nothing else.
-    from torchfuse.exported.fusing import fuse_exported
+    from torchfuse.exported.program_fusing import fuse_exported
 
     given = cases(example_inputs)
     if inplace:
@@ -292,7 +282,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def _chosen(names: Sequence[str] | None) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
     """The rules for pairs of modules, and the names of those for blocks."""
     if names is None:
-        return tuple(rule for rule in RULES if not rule.on_request), BLOCK_RULES
+        return RULES, BLOCK_RULES
     if isinstance(names, str):
         names = [names]
     known = {rule.name: rule for rule in RULES}

@@ -9,7 +9,7 @@ import numpy as np
 
 from torchfuse.machine_state import MachineState
 
-__all__ = ["Caution", "Kind", "Samples", "cautions", "resumed"]
+__all__ = ["Caution", "Kind", "TimedSamples", "cautions", "resumed"]
 
 Kind = Literal[
     "other-load",
@@ -44,7 +44,7 @@ class Caution:
 
 
 @dataclass(frozen=True)
-class Samples:
+class TimedSamples:
     """The times of one variant in the order they were taken, `turn_runs` in a row each round."""
 
     times_s: Sequence[float]
@@ -76,7 +76,7 @@ _FAULTED = 0.02  # of the median
 def cautions(
     before: MachineState | None,
     after: MachineState | None,
-    samples_by_name: Mapping[str, Samples],
+    samples_by_name: Mapping[str, TimedSamples],
     threads: int,
     *,
     debug_build: str | None = None,
@@ -101,7 +101,7 @@ def cautions(
         _debug_build(debug_build),
         _emulated(emulated),
     )
-    of_a_variant: tuple[Callable[[str, Samples], Caution | None], ...] = (
+    of_a_variant: tuple[Callable[[str, TimedSamples], Caution | None], ...] = (
         _unsettled,
         _drift,
         _spread,
@@ -294,7 +294,7 @@ def resumed(runs_before: int) -> tuple[Caution, ...]:
     )
 
 
-def _unsettled(name: str, samples: Samples) -> Caution | None:
+def _unsettled(name: str, samples: TimedSamples) -> Caution | None:
     if samples.settled is not False:
         return None
     after = "" if samples.warmup_runs is None else f" after {samples.warmup_runs} warm-up runs"
@@ -307,7 +307,7 @@ def _unsettled(name: str, samples: Samples) -> Caution | None:
     )
 
 
-def _round_medians(samples: Samples) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _round_medians(samples: TimedSamples) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     times = np.asarray(samples.times_s, dtype=np.float64)
     whole = len(times) // samples.turn_runs * samples.turn_runs
     medians: np.ndarray[tuple[int], np.dtype[np.float64]] = np.median(
@@ -316,7 +316,7 @@ def _round_medians(samples: Samples) -> "np.ndarray[tuple[int], np.dtype[np.floa
     return medians
 
 
-def _drift(name: str, samples: Samples) -> Caution | None:
+def _drift(name: str, samples: TimedSamples) -> Caution | None:
     """Judge by how much the last third differs from the first, unless that may be chance.
 
     Whether it may be is Mann and Whitney's test, on blocks of rounds: neighbours are alike, which
@@ -352,7 +352,7 @@ def _drift(name: str, samples: Samples) -> Caution | None:
     )
 
 
-def _spread(name: str, samples: Samples) -> Caution | None:
+def _spread(name: str, samples: TimedSamples) -> Caution | None:
     """Judge by the 95 % interval of the median: ± 1.96 · 1.2533 σ / √n, with σ = IQR / 1.349.
 
     n counts rounds, since runs in a row are alike. Source of the standard error of a median:
@@ -376,7 +376,7 @@ def _spread(name: str, samples: Samples) -> Caution | None:
     return Caution("spread", f"{what}; {advice}", fails=True, name=name)
 
 
-def _page_faults(name: str, samples: Samples) -> Caution | None:
+def _page_faults(name: str, samples: TimedSamples) -> Caution | None:
     """Judge by what page faults take at least: glibc gives large results back, and maps them anew.
 
     Whether it does depends on what else the process has allocated, so that the same file takes

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["Fusion", "FusionPlan", "Refusal", "Skip", "Whole"]
+from torchfuse import serialization
+
+if TYPE_CHECKING:
+    from torchfuse.equivalence import Equivalence
+
+__all__ = ["Fusion", "FusionPlan", "FusionResult", "Refusal", "Skip", "WholeCost"]
 
 _FORMAT = "torchfuse-plan-1"
 
@@ -40,7 +46,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeCost:
     """What the model costs in all before fusing, in the first case."""
 
     macs: int  # multiply-adds
@@ -58,7 +64,7 @@ class FusionPlan:
     fusions: tuple[Fusion, ...]
     skips: tuple[Skip, ...]
     originals_bytes: int | None = None  # memory that kept originals take, once fused
-    whole: Whole | None = None  # what the savings are a share of; None: unknown
+    whole: WholeCost | None = None  # what the savings are a share of; None: unknown
 
     @property
     def parameters_saved(self) -> int:
@@ -83,9 +89,7 @@ class FusionPlan:
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
-        from torchfuse.render.json import to_json
-
-        return to_json(self, _FORMAT)
+        return serialization.to_json(self, _FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> FusionPlan:
@@ -94,6 +98,13 @@ class FusionPlan:
         Raises:
             InputError: it did not write this text.
         """
-        from torchfuse.render.json import from_json
+        return serialization.from_json(cls, text, _FORMAT)
 
-        return from_json(cls, text, _FORMAT)
+
+class FusionResult(NamedTuple):
+    """What `fuse` gives back."""
+
+    model: Any  # the fused model; for `fuse_exported` an ExportedProgram, or a GraphModule
+    plan: FusionPlan
+    check: Equivalence | None  # None: not verified
+    key_map: dict[str, str | None]  # old state_dict key → new one; None: gone

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchfuse.errors import InputError
+from torchfuse.units import percent
 
 __all__ = ["Ratio", "Share", "percentile", "ratio_of_medians", "share_of"]
 
@@ -48,8 +49,8 @@ class Share:
     def __str__(self) -> str:
         """The share in percent: `98.50 % (96.2 … 99.4)`."""
         if self.low is None or self.high is None:
-            return f"{100 * self.value:.2f} %"
-        return f"{100 * self.value:.2f} % ({100 * self.low:.1f} … {100 * self.high:.1f})"
+            return percent(self.value)
+        return f"{percent(self.value)} ({100 * self.low:.1f} … {100 * self.high:.1f})"
 
 
 _Z = 1.959964  # of the normal distribution, at 95 %

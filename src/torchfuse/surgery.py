@@ -33,7 +33,6 @@ __all__ = [
     "HOOK_TABLES",
     "Folded",
     "Fusions",
-    "Merged",
     "MergedBlock",
     "attach",
     "check_unchanged",
@@ -43,12 +42,9 @@ __all__ = [
     "forget_fusions",
     "fusions_of",
     "is_folded",
-    "merge_in",
     "on_meta",
     "plain_layer",
     "put",
-    "separate",
-    "separated",
     "take_back",
     "was_fused",
     "without_memory",
@@ -78,14 +74,6 @@ class Folded:
         tensors = (*self.layer.parameters(), *self.layer.buffers())
         tensors += (*self.norm.parameters(), *self.norm.buffers())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@dataclass
-class Merged:
-    """Two modules that were put into one of a fused class; both are still in it, unchanged."""
-
-    first: tuple[str, ...]  # all paths
-    second: tuple[str, ...]
 
 
 @dataclass
@@ -119,10 +107,9 @@ class MergedBlock:
 
 @dataclass
 class Fusions:
-    """What one call of a fusing verb did: all folds, then all merges, then all blocks."""
+    """What one call of a fusing verb did: all folds, then all blocks."""
 
     folded: list[Folded] = field(default_factory=list)
-    merged: list[Merged] = field(default_factory=list)
     blocks: tuple[MergedBlock, ...] = ()
 
 
@@ -160,7 +147,6 @@ def fold_in(
     `weights` are what the rule gives for them, if that is known.
     """
     layer, norm = model.get_submodule(first[0]), model.get_submodule(second[0])
-    assert rule.rewrite is not None
     weight, bias = rule.rewrite(plain_layer(layer), norm) if weights is None else weights
     folded = Folded(
         rule=rule.name,
@@ -199,11 +185,9 @@ def folded_while_called(
             take_back(model, folded)
         return
     originals = (layer._parameters["weight"], layer._parameters["bias"])
-    rewrite = rule.rewrite
-    assert rewrite is not None
 
     def fold(*_: Any) -> None:
-        weights = rewrite(layer, norm)
+        weights = rule.rewrite(layer, norm)
         for name, tensor in zip(("weight", "bias"), weights, strict=True):
             layer._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
@@ -224,54 +208,17 @@ def folded_while_called(
             handle.remove()
 
 
-def merge_in(model: nn.Module, rule: Rule, first: Sequence[str], second: Sequence[str]) -> Merged:
-    """Puts the modules at `first` and `second` into one at `first`, an Identity at `second`."""
-    assert rule.merge is not None
-    one, other = model.get_submodule(first[0]), model.get_submodule(second[0])
-    merged = rule.merge(one, other)
-    merged.training = one.training  # the flag of the new module only, not those inside
-    put(model, first, merged)
-    identity = nn.Identity()
-    identity.training = other.training
-    put(model, second, identity)
-    return Merged(tuple(first), tuple(second))
-
-
-def separate(model: nn.Module, merged: Merged) -> None:
-    """Undoes `merge_in`."""
-    one, other = model.get_submodule(merged.first[0]).children()
-    put(model, merged.first, one)
-    put(model, merged.second, other)
-
-
-@contextmanager
-def separated(model: nn.Module) -> Iterator[None]:
-    """A context in which nothing in `model` is merged."""
-    merges = [merged for done in fusions_of(model) for merged in done.merged]
-    ones = [model.get_submodule(merged.first[0]) for merged in merges]
-    others = [model.get_submodule(merged.second[0]) for merged in merges]
-    for merged in merges:
-        separate(model, merged)
-    try:
-        yield
-    finally:
-        for merged, one, other in zip(merges, ones, others, strict=True):
-            put(model, merged.first, one)
-            put(model, merged.second, other)
-
-
 def check_unchanged(model: nn.Module) -> None:
     """Raises FusionError if originals are gone, or fused weights no longer what folding gave.
 
     A layer that took in two batch norms, in two calls, is looked at from the last one back.
     """
     before: dict[str, nn.Module] = {}
-    with separated(model):
-        for done in reversed(fusions_of(model)):
-            for folded in reversed(done.folded):
-                path = folded.first[0]
-                layer = before.get(path, model.get_submodule(path))
-                before[path] = _check_fold(folded, layer)
+    for done in reversed(fusions_of(model)):
+        for folded in reversed(done.folded):
+            path = folded.first[0]
+            layer = before.get(path, model.get_submodule(path))
+            before[path] = _check_fold(folded, layer)
 
 
 def _check_fold(folded: Folded, layer: Any) -> nn.Module:

@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchfuse import serialization
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.machine_state import MachineState, this_state
-from torchfuse.noise import Caution, Samples, resumed
+from torchfuse.noise import Caution, TimedSamples, resumed
 from torchfuse.noise import cautions as cautions_of
 from torchfuse.runner.loop import Clock, Turns, interleave, timed, turn_length, warm_up
 from torchfuse.runner.workers import Worker, WorkerError, start_workers
 from torchfuse.stats import Ratio, percentile, ratio_of_medians
 from torchfuse.temporary import temporary_folder
+from torchfuse.units import duration
 
 if TYPE_CHECKING:
     from torchfuse.tasks import Task
@@ -80,7 +82,7 @@ class Measurement:
         """The median with its spread: `net: 1.23 ms (IQR 0.04 ms), 50 runs, threads: 1`."""
         where = ", in this process" if self.file is None else ""
         return (
-            f"{self.name}: {self.median_s * 1e3:.4g} ms (IQR {self.iqr_s * 1e3:.2g} ms), "
+            f"{self.name}: {duration(self.median_s)} (IQR {duration(self.iqr_s, self.median_s)}), "
             f"{self.runs} runs, threads: {self.threads}{where}"
         )
 
@@ -130,16 +132,16 @@ class Measurement:
         return 1 / self.median_s
 
     @property
-    def samples(self) -> Samples:
+    def samples(self) -> TimedSamples:
         """The samples as `noise.cautions` takes them."""
         page_faults = self.page_faults if self.file is None else self.file.page_faults
-        return Samples(self.samples_s, self.turn_runs, self.settled, self.warmup_runs, page_faults)
+        return TimedSamples(
+            self.samples_s, self.turn_runs, self.settled, self.warmup_runs, page_faults
+        )
 
     def to_json(self) -> str:
         """Return this measurement as JSON, every sample included."""
-        from torchfuse.render.json import to_json
-
-        return to_json(self)
+        return serialization.to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Measurement":
@@ -148,9 +150,7 @@ class Measurement:
         Raises:
             InputError: it did not write this text.
         """
-        from torchfuse.render.json import from_json
-
-        return from_json(cls, text)
+        return serialization.from_json(cls, text)
 
 
 def ratio(numerator: Measurement, denominator: Measurement) -> Ratio:

@@ -5,25 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torchfuse.render.units import size
+from torchfuse.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchfuse.planning import Fusion, FusionPlan
 
-__all__ = ["TARGETS", "Target", "worth"]
+__all__ = ["TARGETS", "FoldingRuntime", "worth"]
 
 
 @dataclass(frozen=True)
-class Target:
+class FoldingRuntime:
     """A runtime, and the rules whose fusions its own lowering or graph optimizer does anyway."""
 
     name: str
     folds: frozenset[str]
 
-
-_RELUS = ("conv_relu", "linear_relu")
 
 # What their graph optimizers take out, and into a convolution, of what is no batch norm
 _OPTIMIZED = frozenset({"no_op", "layer_affine", "pad_conv"})
@@ -32,18 +30,17 @@ _OPTIMIZED = frozenset({"no_op", "layer_affine", "pad_conv"})
 # ConvBNFusion, ConvMulFusion, ConvAddFusion, PadFusion. OpenVINO: LinOpSequenceFusion, and any
 # number of elementwise calls in one.
 TARGETS = {
-    "eager": Target("PyTorch eager mode", frozenset()),
-    "torchscript": Target("TorchScript frozen without numeric optimization", frozenset()),
-    "executorch": Target(
-        "ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn", *_RELUS})
+    "eager": FoldingRuntime("PyTorch eager mode", frozenset()),
+    "torchscript": FoldingRuntime("TorchScript frozen without numeric optimization", frozenset()),
+    "executorch": FoldingRuntime(
+        "ExecuTorch's XNNPACK lowering", frozenset({"conv_bn", "linear_bn"})
     ),
-    "onnxruntime": Target(
-        "ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn", *_RELUS}) | _OPTIMIZED
+    "onnxruntime": FoldingRuntime(
+        "ONNX Runtime", frozenset({"conv_bn", "conv_transpose_bn"}) | _OPTIMIZED
     ),
-    "openvino": Target(
+    "openvino": FoldingRuntime(
         "OpenVINO",
-        frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "affine_chain", *_RELUS})
-        | _OPTIMIZED,
+        frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "affine_chain"}) | _OPTIMIZED,
     ),
 }
 

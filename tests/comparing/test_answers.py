@@ -11,7 +11,15 @@ from torch import nn
 
 import torchfuse
 from torchfuse.comparing import jobs
-from torchfuse.comparing.jobs import Build, Evaluate, Measure, Place, Subject, build, evaluate
+from torchfuse.comparing.jobs import (
+    Build,
+    ComparedModel,
+    Evaluate,
+    MeasureTimes,
+    Place,
+    build,
+    evaluate,
+)
 from torchfuse.comparing.samples import read_samples
 from torchfuse.comparison import FOLDED, NOT_FUSED, ChangedAnswer
 from torchfuse.devices.facts import DeviceFacts
@@ -35,7 +43,7 @@ class Scores(nn.Module):
         return x @ self.weight
 
 
-def subject(labels: list[int] | None = None, **changes: object) -> Subject:
+def subject(labels: list[int] | None = None, **changes: object) -> ComparedModel:
     loader = X if labels is None else list(zip(X.split(1), labels, strict=True))
     example = Case((X[:1],))
     given = {
@@ -48,7 +56,7 @@ def subject(labels: list[int] | None = None, **changes: object) -> Subject:
         "preprocessing": None,
         **changes,
     }
-    return Subject(**given)
+    return ComparedModel(**given)
 
 
 OTHER = Evaluate(Place("fused", "eager", "fp32", None), None)
@@ -144,7 +152,7 @@ def test_files_are_timed_on_another_device_and_modules_are_not(tmp_path, monkeyp
         return [DeviceRun(DeviceFacts(devices[0], "ready"), "r", times)]
 
     monkeypatch.setattr(jobs, "bench_devices", bench)
-    measured = jobs.measure(Measure("ssh:pi", (place,), 2, 1), on)
+    measured = jobs.measure(MeasureTimes("ssh:pi", (place,), 2, 1), on)
     assert measured.device.name == "ssh:pi"
     assert [latency.name for latency in measured.latencies] == [str(place)]
 

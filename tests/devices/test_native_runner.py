@@ -10,7 +10,7 @@ import torch
 from torchfuse.devices.executor_runner import ExecutorRunner
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.native_runner import native_runner
-from torchfuse.devices.speed_benchmark import SpeedBenchmark
+from torchfuse.devices.speed_benchmark_runner import SpeedBenchmark
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.inputs import Case
 from torchfuse.tasks import Task, task_of

@@ -41,10 +41,10 @@ def no_float64() -> Model:
     raise RuntimeError("expected scalar type Float")
 
 
-def proved(model: Model, in_float64: Callable[[], Model] = no_float64, **more: Any) -> Whole[str]:
+def proved(model: Model, in_float64: Callable[[], Model] = no_float64) -> Whole[str]:
     expected = model.outputs([], CASES)
     model.ran.clear()
-    return prove(model, list(model.errors), CASES, expected, in_float64, **more)
+    return prove(model, list(model.errors), CASES, expected, in_float64)
 
 
 def test_what_float32_settles_is_not_asked_of_float64() -> None:
@@ -186,23 +186,6 @@ def test_a_model_that_differs_from_itself_keeps_nothing_and_does_not_pass() -> N
     whole = proved(Model({"a": 0.0}, lambda x: torch.ones_like(x) * next(calls)))
     assert (whole.kept, whole.refused) == ([], ["a"])
     assert not whole.check.passed
-
-
-def test_stages_are_searched_in_turn_knowing_what_was_kept() -> None:
-    seen: list[tuple[list[str], list[str]]] = []
-
-    def later(matches: list[str], kept: list[str]) -> list[str]:
-        seen.append((matches, kept))
-        return [name for name in matches if name.isupper() and name.lower() in kept]
-
-    errors = {"a": 0.0, "b": 1e-3, "A": 1e-3, "B": 0.0}
-    whole = proved(
-        Model(errors),
-        lambda: Model(errors),
-        stages=(lambda matches, _: [name for name in matches if name.islower()], later),
-    )
-    assert seen == [(["a", "b", "A", "B"], ["a"])]
-    assert (whole.kept, whole.refused) == (["a"], ["b", "A"])
 
 
 def test_equal_infinities_do_not_stop_a_match() -> None:

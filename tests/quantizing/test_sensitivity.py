@@ -1,6 +1,5 @@
 """Which layers int8 hurts, by how much, and why."""
 
-import math
 import re
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.quantizing import quantize
-from torchfuse.quantizing.sensitivity import sqnr_db
 
 
 class Attention(nn.Module):
@@ -93,10 +91,3 @@ def test_inputs_that_are_next_to_all_zero_have_no_outliers() -> None:
 def test_too_few_samples_are_named_where_a_layer_is_bad() -> None:
     errors = errors_of(Net(torch.tensor([1e-3] * 7 + [10.0])), pictures(4))
     assert "few samples: 4" in errors["depthwise"].cause
-
-
-@pytest.mark.parametrize(
-    ("signal", "noise", "decibels"), [(100, 1, 20), (1, 0, math.inf), (0, 1, -math.inf)]
-)
-def test_signal_to_noise_is_in_decibels(signal: float, noise: float, decibels: float) -> None:
-    assert sqnr_db(signal, noise) == decibels

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from torchfuse.profiling import OperatorTime, Profile
+from torchfuse.operator_times import OperatorTime, Profile
 from torchfuse.render.profile import markdown, table
 
 NOT_FUSED = Profile(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from torchfuse.planning import Fusion, FusionPlan, Skip, Whole
+from torchfuse.planning import Fusion, FusionPlan, Skip, WholeCost
 from torchfuse.render.plan import text
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,7 +46,7 @@ def test_a_plan_reads_as_in_its_golden_file(name: str, plan: FusionPlan, width: 
 
 
 def test_what_is_saved_is_a_share_of_the_whole() -> None:
-    whole = Whole(macs=262_144, traffic_bytes=262_144, norms=3, norms_merged=2)
+    whole = WholeCost(macs=262_144, traffic_bytes=262_144, norms=3, norms_merged=2)
     lines = text(replace(PLAN, whole=whole)).splitlines()
     assert (
         "Of the whole model: 2 of 3 batch norms merged, 25.0 % of the memory traffic and 50.0 % "

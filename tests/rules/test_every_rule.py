@@ -21,12 +21,14 @@ def test_every_rule_has_a_test_file(name):
     assert (Path(__file__).parent / f"test_{name}.py").is_file()
 
 
-def test_an_unknown_rule_is_an_error_that_lists_the_rules():
-    with pytest.raises(InputError, match=r"no rule 'conv_bm'; the rules are conv_bn, "):
-        torchfuse.plan(trained(ConvBn(), IMAGE), IMAGE, rules=["conv_bm"])
+@pytest.mark.parametrize("name", ["conv_bm", "conv_relu"])
+def test_an_unknown_rule_is_an_error_that_lists_the_rules(name):
+    with pytest.raises(InputError, match=rf"no rule '{name}'; the rules are conv_bn, "):
+        torchfuse.plan(trained(ConvBn(), IMAGE), IMAGE, rules=[name])
 
 
 def test_only_rules_that_are_asked_for_are_used():
     model = trained(ConvBn(), IMAGE)
-    assert torchfuse.plan(model, IMAGE, rules=["linear_bn"]).fusions == ()
+    (skip,) = torchfuse.plan(model, IMAGE, rules=["linear_bn"]).skips
+    assert skip.reason == "The rule conv_bn, which is about it, was not asked for."
     assert len(torchfuse.plan(model, IMAGE, rules=["conv_bn"]).fusions) == 1

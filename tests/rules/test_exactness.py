@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import torchfuse
 from fusing_checks import IMAGE, ConvBn, trained
-from torchfuse.fusing import FusionResult
+from torchfuse.planning import FusionResult
 
 
 class CalledApart(ConvBn):

@@ -12,7 +12,7 @@ import pytest
 from devices.light_python import light_python
 from devices.pausing import pausing_python
 from torchfuse.devices.python_runner import runner_archive
-from torchfuse.devices.reading import run_from_record
+from torchfuse.devices.saved_run import run_from_record
 from torchfuse.runner.job import read_event
 
 Files = Callable[[str], str]

@@ -19,9 +19,9 @@ from distributed import Client, Worker
 
 from torchfuse.cli import cli
 from torchfuse.suites.cluster import cluster
-from torchfuse.suites.reading import read_suite
 from torchfuse.suites.results import SuiteResult
 from torchfuse.suites.running import Suite
+from torchfuse.suites.suite_file import read_suite
 
 NET = """
 import os

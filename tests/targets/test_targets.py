@@ -13,6 +13,7 @@ from torch import nn
 import torchfuse
 from torchfuse import targets
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
+from torchfuse.quantizing import static
 from torchfuse.targets.calling import Model, inputs_of_signature
 from torchfuse.targets.capturing import signature_of
 from torchfuse.targets.programs import captured, nested_as
@@ -156,7 +157,7 @@ def test_a_target_that_is_not_installed_says_the_line_that_installs_it(
 def test_quantizing_without_its_extra_says_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(targets.target_of("pte"), "modules", ("executorch", "no_such_package"))
+    monkeypatch.setattr(static, "_MODULES", ("executorch", "no_such_package"))
     message = r"needs no_such_package, not installed here: pip install 'torchfuse\[executorch\]'\."
     with pytest.raises(UnsupportedError, match=message):
         torchfuse.quantize(LAYER, X, [X])

@@ -131,7 +131,7 @@ def _folded_copy(found: Found, path: str) -> nn.Module | Refusal:
     except UnsupportedError as error:
         return Refusal(str(error))
     for rule, match in found.matches:
-        if rule.merge is None and all(_is_below(inner, path) for inner in match.modules):
+        if all(_is_below(inner, path) for inner in match.modules):
             first, second = (inner[len(path) + 1 :] for inner in match.modules)
             fold_in(made, rule, [first], [second], keep=False)
     return made

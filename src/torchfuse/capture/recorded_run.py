@@ -34,7 +34,7 @@ from torchfuse.capture.kinds import (
     name_of,
     roles,
 )
-from torchfuse.capture.memory import Memory, storage_key
+from torchfuse.capture.memory_blocks import MemoryBlocks, storage_key
 from torchfuse.capture.norm_modules import with_norms_as_calls
 from torchfuse.capture.threads import handing_over
 from torchfuse.errors import CaptureError
@@ -141,7 +141,7 @@ class _Recording:
         self.questions = questions
         self.accept = accept
         self.graph = Graph(type(model).__name__, tuple(map(str, cases)))
-        self.memory = Memory(self.graph.values)
+        self.memory = MemoryBlocks(self.graph.values)
         self.case = 0
         self.before = 0  # so many values were known when this case began
         self.current: _Open | None = None

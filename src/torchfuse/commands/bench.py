@@ -17,10 +17,11 @@ from torchfuse.commands.status import NOISE
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
 from torchfuse.render.progress import quiet_option
 from torchfuse.speed_benchmark import FLAGS, Options
+from torchfuse.units import decibels
 
 if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
     from torchfuse.tasks import Task
 
 _RUNS = 50
@@ -256,7 +257,7 @@ def _require_profiles(artifacts: Sequence[str], devices: Sequence[str], settings
 
 
 def _show_etdumps(paths: Sequence[Path]) -> None:
-    from torchfuse.profiling import profile_of_etdump
+    from torchfuse.targets.executorch.etdump import profile_of_etdump
 
     _show_profiles([profile_of_etdump(path) for path in paths])
 
@@ -280,7 +281,7 @@ def _measure(
     *,
     print_output: bool,
 ) -> "list[DeviceRun]":
-    from torchfuse.devices.opening import checked_device
+    from torchfuse.devices.by_name import checked_device
     from torchfuse.devices.several import bench_devices
     from torchfuse.temporary import temporary_folder
     from torchfuse.timing import check_counts
@@ -343,7 +344,7 @@ def _print_outputs(tasks: "Mapping[str, Task]") -> None:
 
 
 def _compare_record(path: Path, report: Report, fail_on_noise: bool) -> None:
-    from torchfuse.devices.reading import run_from_record
+    from torchfuse.devices.saved_run import run_from_record
 
     run = run_from_record(path)
     report.open({"record": str(path)})
@@ -389,7 +390,7 @@ def _warn(run: "DeviceRun", count: int) -> None:
 def _difference(difference: Any) -> str:
     if difference.max_abs == 0:
         return "nothing"
-    return f"at most {difference.max_abs:.2g} ({difference.sqnr_db:.1f} dB)"
+    return f"at most {difference.max_abs:.2g} ({decibels(difference.sqnr_db)})"
 
 
 def _end(runs: "Sequence[DeviceRun]", fail_on_noise: bool) -> None:

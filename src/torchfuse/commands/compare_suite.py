@@ -104,7 +104,7 @@ def compare_suite(
 ) -> None:
     """Run the suite, and end with its status."""
     from torchfuse.suites.cluster import cluster, require_dask
-    from torchfuse.suites.reading import read_suite
+    from torchfuse.suites.suite_file import read_suite
 
     require_dask()
     if given.scheduler is not None and given.workers is not None:

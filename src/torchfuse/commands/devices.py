@@ -24,7 +24,7 @@ def command(hosts: tuple[str, ...], json_path: str | None) -> None:
     from torchfuse.artifacts import check_destination, write_atomically
     from torchfuse.devices.listing import listed
     from torchfuse.render.devices import show
-    from torchfuse.render.json import to_json
+    from torchfuse.serialization import to_json
 
     if json_path not in (None, STDOUT):
         check_destination(json_path)

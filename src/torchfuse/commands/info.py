@@ -14,6 +14,7 @@ from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options
 from torchfuse.commands.status import STDOUT
 from torchfuse.errors import InputError
+from torchfuse.units import decibels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,7 +43,7 @@ def command(
     if is_file and (inputs or weights is not None):
         raise InputError(f"--input and --weights are for a model; '{model}' is a file.")
     found = _of_file(path) if is_file else _of_model(model, inputs, weights)
-    from torchfuse.render.json import to_json
+    from torchfuse.serialization import to_json
 
     if json_file == STDOUT:
         click.echo(to_json(found))
@@ -151,7 +152,7 @@ def _precisions(kept: Mapping[str, Any]) -> str:
 
 
 def _verified(kept: Mapping[str, Any]) -> str:
-    found = "equal" if kept["sqnr_db"] is None else f"at {kept['sqnr_db']:.1f} dB"
+    found = "equal" if kept["sqnr_db"] is None else f"at {decibels(kept['sqnr_db'])}"
     return f"outputs {found}, against {kept['against']} on {kept['on']}"
 
 

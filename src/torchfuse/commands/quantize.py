@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torchfuse.commands.model_options import model_options
 from torchfuse.commands.status import GATE, STDOUT
 from torchfuse.errors import ExportWarning, InputError, QuantizationWarning, first_line
 from torchfuse.render.progress import progress, quiet_option
+from torchfuse.serialization import plain, to_json
 from torchfuse.targets import TARGETS, target_for
 
 if TYPE_CHECKING:
@@ -250,10 +250,9 @@ def _show(report: QuantizationReport) -> None:
 
 def _write_report(path: str, report: QuantizationReport, artifact: Artifact | None) -> None:
     """Write the report as JSON, with what the file's delegate runs, if there is a file."""
-    delegation = None if artifact is None else artifact.delegation
     found = {
-        **json.loads(report.to_json()),
-        "delegation": None if delegation is None else delegation.to_dict(),
+        **plain(report),
+        "delegation": None if artifact is None else artifact.delegation,
         "written": artifact is not None,
         "file": None if artifact is None else str(artifact.path),
         "size_bytes": None if artifact is None else artifact.size_bytes,
@@ -261,7 +260,7 @@ def _write_report(path: str, report: QuantizationReport, artifact: Artifact | No
         "verified_on": None if artifact is None else artifact.verified_on,
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    text = to_json(found) + "\n"
     if path == STDOUT:
         click.echo(text, nl=False)
     else:

@@ -11,6 +11,7 @@ from torchfuse.artifacts import check_destination, check_folder, write_atomicall
 from torchfuse.commands.status import STDOUT
 from torchfuse.errors import InputError
 from torchfuse.render.libraries import require_libraries
+from torchfuse.units import size
 
 if TYPE_CHECKING:
     from torchfuse.comparison import Comparison
@@ -77,7 +78,7 @@ def command(
         click.echo(page, nl=False)
         return
     write_atomically(output, page.encode())
-    click.echo(f"Wrote {output} ({len(page.encode()) / 1e6:.2f} MB).")
+    click.echo(f"Wrote {output} ({size(len(page.encode()))}).")
 
 
 def _write_for_model_explorer(found: "Comparison | SuiteResult", folder: Path) -> None:

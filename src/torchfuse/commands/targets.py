@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -36,13 +36,13 @@ def command(json_path: Path | None) -> None:
     merges by itself, and whether it makes and runs files on this machine.
     """
     from torchfuse.artifacts import check_destination, write_atomically
-    from torchfuse.render.json import to_json
     from torchfuse.render.targets import listed
+    from torchfuse.serialization import plain, to_json
 
     if json_path is not None:
         check_destination(json_path)
     found = facts()
-    click.echo(listed([asdict(fact) for fact in found]))
+    click.echo(listed([plain(fact) for fact in found]))
     if json_path is not None:
         write_atomically(json_path, (to_json(found) + "\n").encode())
 

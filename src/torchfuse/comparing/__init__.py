@@ -17,16 +17,17 @@ from torch.ao.quantization import QuantStub
 
 from torchfuse.artifacts import Artifact, Precision, check_folder
 from torchfuse.comparing.cache import Cache, Folder, digest_of
+from torchfuse.comparing.file_targets import FileTarget, chosen_targets
 from torchfuse.comparing.jobs import (
     Build,
     Built,
+    ComparedModel,
     Evaluate,
     Evaluated,
     Evaluation,
-    Measure,
     Measured,
+    MeasureTimes,
     Place,
-    Subject,
     accuracy_from,
     build,
     check_labels,
@@ -42,9 +43,8 @@ from torchfuse.comparing.samples import (
     held_out,
     read_samples,
 )
-from torchfuse.comparing.targets import FileTarget, chosen_targets
 from torchfuse.comparison import FOLDED, LOCAL, NOT_FUSED, Comparison, LayerNoise, Row
-from torchfuse.devices.opening import checked_device
+from torchfuse.devices.by_name import checked_device
 from torchfuse.errors import (
     ArtifactError,
     CalibrationError,
@@ -254,7 +254,7 @@ def begin(
         fused, plan = {"fused": result.model}, result.plan
     inside = isinstance(model, WithPreprocessing)  # then nobody who calls it has to do it
     kept = None if inside else preprocessing
-    subject = Subject(model, fused, examples, calibrating, samples, evaluate, kept)
+    subject = ComparedModel(model, fused, examples, calibrating, samples, evaluate, kept)
     progress("looking for what was made before")
     digest = digest_of(subject)
     settings = None if digest is None else _digest_with(digest, runs, threads, chosen, targets)
@@ -326,7 +326,7 @@ class _Noise:
 class Work:
     """What is to be done for a comparison, and what has been so far."""
 
-    subject: Subject
+    subject: ComparedModel
     cache: Cache | None
     folder: Path
     base: Comparison  # what is known without rows; its notes are of int8
@@ -484,7 +484,7 @@ class Work:
         def take(found: Measured) -> None:
             self.measured[device] = found
 
-        job = Measure(device, tuple(places), self.runs, self.threads)
+        job = MeasureTimes(device, tuple(places), self.runs, self.threads)
         self.unfinished = f"timing on {device}"
         take(measure(job, self.subject, self.progress, take, self.earlier))
         self.unfinished = None

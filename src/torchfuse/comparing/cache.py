@@ -26,13 +26,13 @@ from torchfuse.comparing.jobs import Build, Built
 from torchfuse.delegation import Delegation  # noqa: TC001  # msgspec reads annotations
 from torchfuse.equivalence import Equivalence  # noqa: TC001  # likewise
 from torchfuse.errors import ArtifactError, InputError, TorchfuseError
-from torchfuse.render.json import from_json, to_json
+from torchfuse.serialization import from_json, to_json
 from torchfuse.targets import TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torchfuse.comparing.jobs import Subject
+    from torchfuse.comparing.jobs import ComparedModel
     from torchfuse.inputs import Case
 
 __all__ = ["Cache", "Folder", "Store", "default_folder", "digest_of", "makers"]
@@ -247,7 +247,7 @@ class Cache:
         self.store.put(f"{key}.json", to_json(value, _FORM).encode())
 
 
-def digest_of(subject: Subject) -> str | None:
+def digest_of(subject: ComparedModel) -> str | None:
     """Return what tells one content from another; None: the model cannot be recorded."""
     digest = hashlib.sha256()
 

@@ -48,13 +48,13 @@ from torchfuse.timing import Measurement, measure_interleaved
 __all__ = [
     "Build",
     "Built",
+    "ComparedModel",
     "Evaluate",
     "Evaluated",
     "Evaluation",
-    "Measure",
+    "MeasureTimes",
     "Measured",
     "Place",
-    "Subject",
     "accuracy_from",
     "build",
     "check_labels",
@@ -72,7 +72,7 @@ _SCORES_DIMENSIONS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ComparedModel:
     """What the jobs of one comparison are about."""
 
     model: nn.Module
@@ -138,7 +138,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Measure:
+class MeasureTimes:
     """What is to be timed in the same rounds on one device."""
 
     device: str
@@ -173,7 +173,7 @@ class Evaluated:
     answers: Answers | None
 
 
-def build(job: Build, subject: Subject) -> Built:
+def build(job: Build, subject: ComparedModel) -> Built:
     """Return the file that a job asks for; what the target cannot do is left out with its reason.
 
     Raises:
@@ -209,8 +209,8 @@ def build(job: Build, subject: Subject) -> Built:
 
 
 def measure(
-    job: Measure,
-    subject: Subject,
+    job: MeasureTimes,
+    subject: ComparedModel,
     on_round: OnRound = lambda _: None,
     on_partial: Callable[[Measured], object] = lambda _: None,
     earlier: Mapping[str, Measurement] | None = None,
@@ -257,7 +257,7 @@ def measure(
     return Measured(ran.device, latencies if ran.error is None else (), ran.error)
 
 
-def evaluate(job: Evaluate, subject: Subject, on_step: OnRound = lambda _: None) -> Evaluated:
+def evaluate(job: Evaluate, subject: ComparedModel, on_step: OnRound = lambda _: None) -> Evaluated:
     """Return how far a row's outputs are from the model's, and how right.
 
     Raises:
@@ -275,7 +275,7 @@ def evaluate(job: Evaluate, subject: Subject, on_step: OnRound = lambda _: None)
     return Evaluated(difference, accuracy, answers)
 
 
-def _call(place: Place, subject: Subject) -> Callable[..., Any]:
+def _call(place: Place, subject: ComparedModel) -> Callable[..., Any]:
     if place.path is not None:
         return load(place.path)
     module = subject.module(place.variant)
@@ -287,7 +287,7 @@ def _call(place: Place, subject: Subject) -> Callable[..., Any]:
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _answers(call: Callable[..., Any], subject: Subject, on_step: OnRound) -> Answers:
+def _answers(call: Callable[..., Any], subject: ComparedModel, on_step: OnRound) -> Answers:
     samples, example = subject.validation, subject.examples[0]
     assert samples is not None
     size = batch_size(example)

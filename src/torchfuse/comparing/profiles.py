@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from torchfuse.comparing.jobs import Place, Subject
+from torchfuse.comparing.jobs import ComparedModel, Place
 from torchfuse.comparison import FOLDED
 from torchfuse.errors import TorchfuseError
-from torchfuse.profiling import Profile, profile
+from torchfuse.operator_times import Profile
+from torchfuse.profiling import profile
 from torchfuse.targets import target_for
 
 __all__ = ["profiles"]
@@ -14,7 +15,7 @@ _WARMUP, _RUNS = 2, 10
 
 
 def profiles(
-    places: Sequence[Place], subject: Subject, threads: int, on_step: Callable[[str], object]
+    places: Sequence[Place], subject: ComparedModel, threads: int, on_step: Callable[[str], object]
 ) -> tuple[tuple[Profile, ...], list[str]]:
     """Return a profile of each row in eager mode or with a runtime that keeps one; and notes.
 
@@ -39,7 +40,7 @@ def _has_its_own(place: Place) -> bool:
     return target.quantized_by != "torch.ao" and target.profile_obstacle() is None
 
 
-def _profile(place: Place, subject: Subject, threads: int) -> Profile:
+def _profile(place: Place, subject: ComparedModel, threads: int) -> Profile:
     what = f"{place.target} {place.precision}"
     return profile(
         place.path or subject.module(place.variant),

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchfuse.checking import compare_outputs
+from torchfuse.devices.device_runner import Runner, Schedule
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.native_runner import native_runner
 from torchfuse.devices.operators import operators_of
 from torchfuse.devices.python_runner import PythonRunner
 from torchfuse.devices.record import ArtifactName, Record
 from torchfuse.devices.run import DeviceRun
-from torchfuse.devices.runner import Runner, Schedule
 from torchfuse.devices.transport import Transport
 from torchfuse.equivalence import Equivalence
 from torchfuse.errors import DeviceError, TorchfuseError
@@ -22,7 +22,7 @@ from torchfuse.tasks import Task
 from torchfuse.timing import Measurement, round_id_of
 
 if TYPE_CHECKING:
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
 
 __all__ = ["Settings", "bench_on"]
 

@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchfuse.devices.device_runner import Outputs, model_name, tensor_of
 from torchfuse.devices.native import (
     LONGEST_CHECK_S,
     RUNNER,
-    Model,
+    NativeModel,
     NativeRunner,
     models,
     raise_if_it_failed,
 )
 from torchfuse.devices.record import Record
-from torchfuse.devices.runner import Outputs, model_name, tensor_of
 from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
-from torchfuse.profiling import Profile, profile_of_etdump
+from torchfuse.operator_times import Profile
+from torchfuse.targets.executorch.etdump import profile_of_etdump
 from torchfuse.tasks import Task
 
 __all__ = ["ExecutorRunner"]
@@ -44,7 +45,9 @@ class ExecutorRunner(NativeRunner):
                 "measure it with the Python runner, without --runner."
             )
 
-    def _first_run(self, transport: Transport, model: Model) -> tuple[Mapping[str, Any], Outputs]:
+    def _first_run(
+        self, transport: Transport, model: NativeModel
+    ) -> tuple[Mapping[str, Any], Outputs]:
         words = [*self._words(model, 1), f"--output_file=output-{model.index}"]
         log = self._run(transport, words, model.name, LONGEST_CHECK_S)
         (first_s,) = _iterations_s(transport, log, model.name, 1)
@@ -58,7 +61,7 @@ class ExecutorRunner(NativeRunner):
         return loaded, tuple(_pulled(transport, model.index, model.task))
 
     def _turn(
-        self, transport: Transport, model: Model, untimed: int, timed: int, left_s: float
+        self, transport: Transport, model: NativeModel, untimed: int, timed: int, left_s: float
     ) -> Sequence[float]:
         calls = untimed + timed
         log = self._run(transport, self._words(model, calls), model.name, left_s)
@@ -78,7 +81,7 @@ class ExecutorRunner(NativeRunner):
                 profiles.append(profile_of_etdump(target, name=model.name))
         return tuple(profiles)
 
-    def _words(self, model: Model, executions: int) -> list[str]:
+    def _words(self, model: NativeModel, executions: int) -> list[str]:
         inputs = ",".join(arg["file"] for arg in model.task.args)
         return [
             f"./{RUNNER}",

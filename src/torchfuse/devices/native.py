@@ -11,15 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torchfuse.devices.device_runner import OnRound, Outputs, Runner, Schedule, push_models
 from torchfuse.devices.record import Record
-from torchfuse.devices.runner import OnRound, Outputs, Runner, Schedule, push_models
 from torchfuse.devices.state import state_of
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError
 from torchfuse.runner.loop import interleave
 from torchfuse.tasks import Task
 
-__all__ = ["LONGEST_CHECK_S", "RUNNER", "Model", "NativeRunner", "models", "raise_if_it_failed"]
+__all__ = [
+    "LONGEST_CHECK_S",
+    "RUNNER",
+    "NativeModel",
+    "NativeRunner",
+    "models",
+    "raise_if_it_failed",
+]
 
 RUNNER = "runner"  # the name of the binary on the device
 LONGEST_CHECK_S = 300.0
@@ -33,7 +40,7 @@ Turn = Callable[[int, int, float], Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class NativeModel:
     """One model of a run, and how it is run."""
 
     index: int
@@ -55,12 +62,14 @@ class NativeRunner(Runner):
         """Raise InputError if the binary cannot be given the task's inputs."""
 
     @abc.abstractmethod
-    def _first_run(self, transport: Transport, model: Model) -> tuple[Mapping[str, Any], Outputs]:
+    def _first_run(
+        self, transport: Transport, model: NativeModel
+    ) -> tuple[Mapping[str, Any], Outputs]:
         """Return what a `loaded` event tells of the model, and its outputs."""
 
     @abc.abstractmethod
     def _turn(
-        self, transport: Transport, model: Model, untimed: int, timed: int, left_s: float
+        self, transport: Transport, model: NativeModel, untimed: int, timed: int, left_s: float
     ) -> Sequence[float]:
         """Return the seconds of each of the timed calls."""
 
@@ -107,10 +116,11 @@ class NativeRunner(Runner):
         _time_in_rounds(transport, turns, record, schedule, on_round)
 
 
-def models(tasks: Mapping[str, Task], record: Record) -> list[Model]:
+def models(tasks: Mapping[str, Task], record: Record) -> list[NativeModel]:
     """Return the models of a run, in their order."""
     return [
-        Model(index, name, task, record.threads) for index, (name, task) in enumerate(tasks.items())
+        NativeModel(index, name, task, record.threads)
+        for index, (name, task) in enumerate(tasks.items())
     ]
 
 

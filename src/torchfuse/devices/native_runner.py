@@ -10,11 +10,11 @@ import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from torchfuse.devices.device_runner import Runner
 from torchfuse.devices.executor_runner import ExecutorRunner
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.operators import operators_of
-from torchfuse.devices.runner import Runner
-from torchfuse.devices.speed_benchmark import SpeedBenchmark
+from torchfuse.devices.speed_benchmark_runner import SpeedBenchmark
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.targets import TARGETS, target_of
 from torchfuse.tasks import Task

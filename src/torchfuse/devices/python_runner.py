@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from torchfuse.devices.operators import operators_of
-from torchfuse.devices.printable import printable
-from torchfuse.devices.record import Record
-from torchfuse.devices.runner import (
+from torchfuse.devices.device_runner import (
     OnRound,
     Outputs,
     Runner,
@@ -25,6 +22,9 @@ from torchfuse.devices.runner import (
     push_models,
     tensor_of,
 )
+from torchfuse.devices.operators import operators_of
+from torchfuse.devices.printable import printable
+from torchfuse.devices.record import Record
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError, UnsupportedError
 from torchfuse.runner.interpreter import ONE_THREAD

@@ -6,9 +6,10 @@ from typing import Any
 
 from torchfuse.devices.events import checked
 from torchfuse.devices.printable import printable
-from torchfuse.machine_state import MachineState, ThermalZone
+from torchfuse.machine_state import MachineState
 from torchfuse.noise import Caution, cautions, resumed
 from torchfuse.runner.job import read_event
+from torchfuse.serialization import from_plain
 from torchfuse.timing import Measurement, file_facts
 
 __all__ = ["ArtifactName", "Record"]
@@ -65,7 +66,7 @@ class Record:
             case "warm":
                 self._warm[told["artifact"]] = told
             case "state":
-                self.note_state(_state(told["state"]))
+                self.note_state(from_plain(MachineState, told["state"]))
             case "round":
                 if not self._samples_s:  # the first: those before it are an earlier run's
                     self._kept = (told["done"] - 1) * told["turn_runs"]
@@ -163,15 +164,3 @@ class Record:
 
 def _shown(name: str | None) -> str | None:
     return None if name is None else printable(name)
-
-
-def _state(fields: Mapping[str, Any]) -> MachineState:
-    zones = fields["thermal_zones"]
-    lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
-    return MachineState(
-        **{
-            **fields,
-            **lists,
-            "thermal_zones": None if zones is None else tuple(ThermalZone(**z) for z in zones),
-        }
-    )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence
 from torchfuse.noise import Caution
-from torchfuse.profiling import Profile
+from torchfuse.operator_times import Profile
 from torchfuse.timing import Measurement
 
 __all__ = ["DeviceRun"]

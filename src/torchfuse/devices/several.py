@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchfuse.devices.benching import Settings, bench_on
+from torchfuse.devices.by_name import device_named
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.local import Local
-from torchfuse.devices.opening import device_named
 from torchfuse.devices.run import DeviceRun
 from torchfuse.errors import DeviceError, UnsupportedError
 from torchfuse.profiling import profile

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from torchfuse.errors import InputError
-from torchfuse.exported.proving import example_arguments
+from torchfuse.exported.program_proving import example_arguments
 from torchfuse.exported.rewrites._rewrite import Constant, NewCall
 from torchfuse.proving import decided
 

@@ -16,7 +16,7 @@ from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from torchfuse.capture.exported import module_path
+from torchfuse.capture.exported_program import module_path
 from torchfuse.exported.costs import Cost, cost
 from torchfuse.exported.edited_program import EditedProgram
 from torchfuse.exported.memory import is_view

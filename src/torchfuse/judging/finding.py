@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torchfuse.judging.methods import parts_of_forward, reached_apart
 from torchfuse.judging.other_ways import breaks_on_some_way
 from torchfuse.judging.sources import functions_of, is_setup, names_in
 from torchfuse.judging.straight import where_it_may_turn
-from torchfuse.judging.whole import whole
+from torchfuse.judging.whole_cost import whole
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 from torchfuse.surgery import is_folded
@@ -58,9 +57,6 @@ class Found:
         """Keeps the matches whose pair (by the norm's path) agrees; the rest becomes skips."""
         kept = []
         for rule, match in self.matches:
-            if rule.merge is not None:  # changes no arithmetic; the whole model is compared
-                kept.append((rule, match))
-                continue
             pair = found.get(match.second)
             if pair is None or pair.problem is not None:
                 why = "it did not run while comparing." if pair is None else pair.problem
@@ -69,18 +65,6 @@ class Found:
                 self.max_rel[match.second] = pair.max_rel
                 kept.append((rule, match))
         self.matches = kept
-        self.drop_orphans()
-
-    def drop_orphans(self) -> None:
-        """Makes skips of merges over a batch norm that is no longer folded."""
-        folded = {
-            id(call) for rule, match in self.matches for call in match.seconds if not rule.merge
-        }
-        for entry in list(self.matches):
-            rule, match = entry
-            if rule.merge and any(id(c) not in folded for moved in match.between for c in moved):
-                self.matches.remove(entry)
-                self.reject(entry, "The batch norm between the two could not be folded.")
 
     def plan(self) -> FusionPlan:
         """The plan as plain data."""
@@ -95,7 +79,7 @@ class Found:
             skips=tuple(self.skips),
             whole=whole(
                 self.subject.graph,
-                {match.second for rule, match in self.matches if rule.merge is None}.union(
+                {match.second for _, match in self.matches}.union(
                     *(block.absorbed for block in self.blocks)
                 ),
             ),
@@ -129,8 +113,9 @@ def _scope(subject: Subject) -> tuple[str, ...]:
 
 def _parts(found: Found) -> tuple[str, ...]:
     """The sentence that names methods which are right only as parts of what was recorded."""
-    folds = [match for rule, match in found.matches if rule.merge is None]
-    parts = sorted({part for match in folds for part in parts_of_forward(found.subject, match)})
+    parts = sorted(
+        {part for _, match in found.matches for part in parts_of_forward(found.subject, match)}
+    )
     if not parts:
         return ()
     more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
@@ -174,7 +159,7 @@ def _in_bulk(found: Found) -> tuple[str, ...]:
 def find(
     model: nn.Module, given: Sequence[Case], rules: Sequence[Rule], *, strict: bool = False
 ) -> Found:
-    """Records `model` on the given cases and judges every batch norm, and what was asked for.
+    """Records `model` on the given cases and judges every batch norm.
 
     With `strict`, what could not be followed on all ways through the code is a skip.
     """
@@ -183,17 +168,12 @@ def find(
     subject = Subject(model, graph, modules, tuple(given), strict)
     found = Found(subject)
     seen: set[str] = set()
-    folds = any(rule.merge is None for rule in rules)
     for second, calls in subject.norms.items():
         seen.add(second)
-        if folds:
+        if rules:
             _judge(found, rules, second, calls)
-    activations = [rule for rule in rules if rule.merge is not None]
-    if activations:
-        for second, calls in _relu_calls(subject).items():
-            _judge_activation(found, activations, second, calls)
     for path, module in model.named_modules():
-        if folds and isinstance(module, _BatchNorm) and path not in seen and not is_folded(module):
+        if rules and isinstance(module, _BatchNorm) and path not in seen and not is_folded(module):
             found.skip(
                 (path,),
                 Refusal(
@@ -214,60 +194,15 @@ def _maybe_a_branch(graph: Graph) -> str:
     return f" (a branch may depend on the values read at {data[0].where})" if data else ""
 
 
-def _relu_calls(subject: Subject) -> dict[str, list[Call]]:
-    groups: dict[str, list[Call]] = defaultdict(list)
-    for call in subject.graph.calls:
-        if call.kind == "relu":
-            groups[call.module_path or ""].append(call)
-    return groups
-
-
-def _judge_activation(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) -> None:
-    """Judges a relu: after a layer, or after a batch norm that this plan folds into a layer."""
-    subject = found.subject
-    folds = [match for rule, match in found.matches if rule.merge is None]
-    absorbed = {
-        id(norm): layer for m in folds for layer, norm in zip(m.firsts, m.seconds, strict=True)
-    }
-    firsts: list[Call] = []
-    between: list[tuple[Call, ...]] = []
-    for call in calls:
-        maker, moved = origin(subject.graph, call)
-        if maker is not None and id(maker) in absorbed:
-            moved, maker = (maker, *moved), absorbed[id(maker)]
-        if maker is not None:
-            firsts.append(maker)
-            between.append(moved)
-    known = {rule.pattern[0]: rule for rule in rules}
-    if not firsts or firsts[0].kind not in known:
-        if isinstance(subject.modules[second], nn.ReLU):
-            found.skip((second,), _not_what_was_asked_for(subject, firsts, rules), None)
-        return
-    rule, first = known[firsts[0].kind], firsts[0].module_path or ""
-    if len(firsts) < len(calls) or any(maker.module_path != first for maker in firsts):
-        refusal = Refusal(
-            f"`{second}` is called more than once, and not always after `{first}`.",
-            "Give each use an activation of its own.",
-        )
-        found.skip((first, second), refusal, rule.name)
-        return
-    match = Match(first, second, tuple(firsts), tuple(between), tuple(calls))
-    verdict = _judged(subject, rule, match)
-    if verdict is None:
-        found.matches.append((rule, match))
-    else:
-        found.skip(match.modules, verdict, rule.name)
-
-
 def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) -> None:
     subject, graph = found.subject, found.subject.graph
     traced = [origin(graph, call) for call in calls]
     makers = [maker for maker, _ in traced]
     kinds = {maker.kind if maker else None for maker in makers}
-    known = {rule.pattern[0]: rule for rule in rules if rule.pattern[1] == "batch_norm"}
+    known = {rule.pattern[0]: rule for rule in rules}
     foldable = [maker for maker in makers if maker is not None and maker.kind in known]
     if not foldable:
-        unasked = [r.name for r in RULES if r.pattern[1] == "batch_norm" and r.pattern[0] in kinds]
+        unasked = [rule.name for rule in RULES if rule.pattern[0] in kinds]
         refusal = not_after_a_layer(subject, makers)
         if unasked:
             refusal = Refusal(f"The rule {unasked[0]}, which is about it, was not asked for.")
@@ -357,35 +292,11 @@ def not_after_a_layer(subject: Subject, makers: Sequence[Call | None]) -> Refusa
     )
 
 
-def _not_what_was_asked_for(
-    subject: Subject, makers: Sequence[Call], rules: Sequence[Rule]
-) -> Refusal:
-    names = " and ".join(rule.name for rule in rules)
-    norms = [maker for maker in makers if maker.kind == "batch_norm"]
-    if norms:
-        return Refusal(
-            f"Its input comes from the batch norm `{norms[0].module_path}`, which this plan does "
-            "not fold.",
-            "Ask for the rule that folds it too, or for bn_relu.",
-        )
-    for maker in makers:
-        path = maker.module_path
-        if path is not None and subject.modules[path]._forward_hooks:
-            return Refusal(
-                f"Its input comes from {maker.target}, in or after a hook of `{path}`.",
-                "Remove the hook.",
-            )
-    shown = ", ".join(sorted({_kind_in_words(maker) for maker in makers})) or "outside the model"
-    return Refusal(f"Its input comes from {shown}, which {names} does not take.")
-
-
 def _kind_in_words(maker: Call) -> str:
     return f"outside torch's functions ({maker.target})" if maker.kind == "unseen" else maker.kind
 
 
 def _fusion(subject: Subject, rule: Rule, match: Match, max_rel: float | None) -> Fusion:
-    if rule.merge is not None:  # the same arithmetic in one module
-        return Fusion(rule.name, match.modules, 0, 0, 0)
     norm = subject.modules[match.second]
     saved = sum(parameter.numel() for parameter in norm.parameters(recurse=False))
     if "bias" not in match.firsts[0].operands:

@@ -67,8 +67,7 @@ class PairProof:
         args, kwargs = copy_tensors((case.args, dict(case.kwargs)))
         with restored(self.model, snapshot=snapshot):
             for rule, match in self.matches:
-                if rule.rewrite is not None:
-                    self._watch(rule.rewrite, match, found)  # `restored` takes the hooks off
+                self._watch(rule.rewrite, match, found)  # `restored` takes the hooks off
             output = copied_leaves(case.method_of(self.model)(*args, **kwargs))
         if if_finite and not is_finite(output):
             return None
@@ -192,16 +191,8 @@ def fuse_what_agrees(
         trial.undo()
         return _ModuleTrial(copied(target).double(), graph, keep, {}, watch)
 
-    def folds(matches: list[_Entry], _: list[_Entry]) -> list[_Entry]:
-        return [entry for entry in matches if entry[0].merge is None]
-
-    def merges(matches: list[_Entry], kept: list[_Entry]) -> list[_Entry]:
-        found.matches = kept + [entry for entry in matches if entry[0].merge is not None]
-        found.drop_orphans()
-        return [entry for entry in found.matches if entry[0].merge is not None]
-
     try:
-        whole = prove(trial, found.matches, tried, expected, in_float64, (folds, merges))
+        whole = prove(trial, found.matches, tried, expected, in_float64)
         done = trial.done(whole.kept)
     except BaseException:
         trial.undo()

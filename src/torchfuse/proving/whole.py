@@ -9,7 +9,6 @@ by more than that is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -22,7 +21,7 @@ from torchfuse.inputs import Case
 from torchfuse.restoring import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
@@ -43,14 +42,6 @@ class Trial(Protocol[_Match]):
         """What it returns on each case, fused by `matches`; none: as it was given."""
 
 
-# From the matches, and those that are kept so far, to the next ones to be looked through.
-Stage = Callable[[list[Match], list[Match]], list[Match]]
-
-
-def _all_at_once(matches: list[Match], _: list[Match]) -> list[Match]:
-    return matches
-
-
 @dataclass(frozen=True)
 class Whole(Generic[Match]):
     """What the comparison of the whole model came to."""
@@ -67,12 +58,10 @@ def prove(
     cases: Sequence[Case],
     expected: Sequence[Outputs],
     in_float64: Callable[[], Trial[Match]],
-    stages: Sequence[Stage[Match]] = (_all_at_once,),
 ) -> Whole[Match]:
     """Which of the matches leave the model's outputs on `cases` as `expected`, and how far off.
 
-    `in_float64` gives the same model there; it raises if there is none. `stages` are asked in turn
-    for what is looked through by halving, where that is needed.
+    `in_float64` gives the same model there; it raises if there is none.
     """
     narrow = _Judge(trial, cases, dict(enumerate(expected)))
     wide: _Judge[Match] | None = None
@@ -94,7 +83,7 @@ def prove(
             said = [c if c.passed and i not in wrong else exact[i] for i, c in checks.items()]
             outputs = tuple(output for check in said for output in check.outputs)
             return Whole(Equivalence(outputs), kept, refused, decided)
-        kept, found = _halved(wide or narrow, kept, wrong, stages)
+        kept, found = _halved(wide or narrow, kept, wrong)
         refused += found
 
 
@@ -164,10 +153,7 @@ def _widened(
 
 
 def _halved(
-    judge: _Judge[Match],
-    matches: Sequence[Match],
-    indices: Sequence[int],
-    stages: Sequence[Stage[Match]],
+    judge: _Judge[Match], matches: list[Match], indices: Sequence[int]
 ) -> tuple[list[Match], list[Match]]:
     """The matches that agree on these cases, and those that do not, by halving."""
     kept, refused = list[Match](), list[Match]()
@@ -182,8 +168,7 @@ def _halved(
         else:
             refused.extend(group)
 
-    for stage in stages:
-        search(stage(list(matches), list(kept)))
+    search(matches)
     return kept, refused
 
 

@@ -17,19 +17,21 @@ from torchfuse.targets.capturing import capture
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
 
-__all__ = ["GROUP_SIZE", "Made", "quantized"]
+__all__ = ["GROUP_SIZE", "DynamicallyQuantized", "quantized"]
 
 GROUP_SIZE = 32  # inputs that share a scale in int4: what XNNPACK's kernels take
 
 
-class Made(NamedTuple):
+class DynamicallyQuantized(NamedTuple):
     """A model with quantized linear layers, and the float graph that it is compared with."""
 
     model: fx.GraphModule
     reference: fx.GraphModule
 
 
-def quantized(model: nn.Module, example: Case, scheme: str, dynamic_shapes: Any) -> Made:
+def quantized(
+    model: nn.Module, example: Case, scheme: str, dynamic_shapes: Any
+) -> DynamicallyQuantized:
     """Return `model` with its linear layers in "int8_dynamic" or "int4".
 
     Raises:
@@ -42,11 +44,11 @@ def quantized(model: nn.Module, example: Case, scheme: str, dynamic_shapes: Any)
             f"{scheme} is for linear layers, of which this model has none; use static int8."
         )
     if scheme == "int4":
-        return Made(
+        return DynamicallyQuantized(
             _graph(_int4(model), example, dynamic_shapes), _graph(model, example, dynamic_shapes)
         )
     reference = _graph(model, example, dynamic_shapes)
-    return Made(_int8(copy.deepcopy(reference), example), reference)
+    return DynamicallyQuantized(_int8(copy.deepcopy(reference), example), reference)
 
 
 def _graph(model: nn.Module, example: Case, dynamic_shapes: Any) -> fx.GraphModule:

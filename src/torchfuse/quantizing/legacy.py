@@ -22,13 +22,13 @@ from torchfuse.quieting import quiet
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
 
-__all__ = ["ENGINES", "Made", "quantized"]
+__all__ = ["ENGINES", "LegacyInt8", "quantized"]
 
 ENGINES = ("qnnpack", "x86", "fbgemm", "onednn")
 _COMPUTING = ("conv", "linear", "matmul", "lstm", "gru", "rnn")
 
 
-class Made(NamedTuple):
+class LegacyInt8(NamedTuple):
     """A model in int8 for one of torch's engines."""
 
     model: fx.GraphModule
@@ -37,7 +37,7 @@ class Made(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> Made:
+def quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> LegacyInt8:
     """Return `model` in int8 for `engine`.
 
     The engine is torch's while this runs, and must be where the result runs.
@@ -58,7 +58,7 @@ def quantized(model: nn.Module, example: Case, data: list[Case], engine: str) ->
         torch.backends.quantized.engine = before
 
 
-def _quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> Made:
+def _quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -> LegacyInt8:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -83,7 +83,7 @@ def _quantized(model: nn.Module, example: Case, data: list[Case], engine: str) -
         )
     growth = calibrate(prepared, data)
     converted = convert_fx(prepared)
-    return Made(converted, tuple(_layers(converted)), growth, notes)
+    return LegacyInt8(converted, tuple(_layers(converted)), growth, notes)
 
 
 def _as_it_runs(model: nn.Module, example: Case) -> fx.GraphModule:

@@ -1,13 +1,14 @@
 """How a picture becomes the model's input: size, mean, standard deviation, layout."""
 
 # No annotations from __future__: torch.jit.script reads those of `WithPreprocessing`, not as text.
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from torchfuse.errors import CalibrationError, InputError
+from torchfuse.serialization import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +83,7 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them, as they are kept in an artifact's metadata."""
-        return asdict(self)
+        return dict(plain(self))
 
 
 class WithPreprocessing(nn.Module):

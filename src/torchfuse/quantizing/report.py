@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchfuse import serialization
+
 __all__ = [
     "WITHOUT_RANGES",
     "Accuracy",
@@ -105,9 +107,7 @@ class QuantizationReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        from torchfuse.render.json import to_json
-
-        return to_json(self)
+        return serialization.to_json(self)
 
     def __str__(self) -> str:
         """What `torchfuse quantize` prints."""

@@ -17,6 +17,7 @@ from torchfuse.quantizing.importance import by_channel
 from torchfuse.quantizing.lockstep import paired_steps
 from torchfuse.quantizing.report import LayerError
 from torchfuse.quantizing.static import LAYERS, group_count, module_path
+from torchfuse.units import sqnr_db
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,13 +36,6 @@ _QUANTILE = 0.999
 _OCTAVES, _PER_OCTAVE = (-40, 40), 32  # of a histogram of |values|, whose bins are 2 % wide
 _BINS = (_OCTAVES[1] - _OCTAVES[0]) * _PER_OCTAVE
 _LOW_DB = 30.0  # a layer better than this needs no explanation
-
-
-def sqnr_db(signal: float, noise: float) -> float:
-    """Return 10 · log10(signal / noise), both sums of squares; inf where nothing differs."""
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 class SignalToNoise:

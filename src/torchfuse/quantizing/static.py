@@ -5,6 +5,7 @@ The observers, the annotation and the conversion are torchao's and ExecuTorch's.
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from torchfuse.quantizing.lockstep import attribute
 from torchfuse.quantizing.normalisation import FLOAT, RANGE, fold_normalisation
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quieting import quiet
-from torchfuse.targets import TARGETS
 from torchfuse.targets.capturing import capture
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "widest",
 ]
 
+_MODULES = ("executorch", "torchao")
 LAYERS = {
     torch.ops.aten.conv1d.default: "conv1d",
     torch.ops.aten.conv2d.default: "conv2d",
@@ -361,11 +362,10 @@ def _pads_with_zeros(node: fx.Node) -> bool:
 
 def require_quantizer() -> None:
     """Raise UnsupportedError if PT2E or XNNPACK's recipe for it is not installed."""
-    target = next(each for each in TARGETS if each.quantized_by == "pt2e")  # its extra is theirs
-    if missing := target.missing():
+    if missing := [name for name in _MODULES if importlib.util.find_spec(name) is None]:
         raise UnsupportedError(
             f"Quantizing for XNNPACK needs {' and '.join(missing)}, not installed here: "
-            f"{target.install}."
+            "pip install 'torchfuse[executorch]'."
         )
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.render.devices import described
-from torchfuse.render.units import duration, size
 from torchfuse.stats import Ratio
 from torchfuse.timing import FileFacts, Measurement, ratio
+from torchfuse.units import duration, size
 
 __all__ = ["block", "closing", "heading"]
 

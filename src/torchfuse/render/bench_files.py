@@ -3,19 +3,19 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.render.devices import described
-from torchfuse.render.json import parsed
-from torchfuse.render.json import to_json as plain_json
 from torchfuse.render.profile import markdown
 from torchfuse.render.tables import markdown_row
-from torchfuse.render.units import duration, size
+from torchfuse.serialization import parsed, plain
+from torchfuse.serialization import to_json as plain_json
 from torchfuse.stats import Ratio
 from torchfuse.timing import Measurement, ratio
+from torchfuse.units import duration, size
 
 __all__ = ["earlier_runs", "to_csv", "to_json", "to_markdown"]
 
@@ -41,12 +41,12 @@ def _run(run: DeviceRun) -> dict[str, Any]:
         "device": run.device,
         "runner": run.runner,
         "error": run.error,
-        "results": [{**asdict(m), **_summary(m)} for m in done],
+        "results": [{**plain(m), **_summary(m)} for m in done],
         "times_as_fast": [
             {
                 "fastest": fastest.name,
                 "other": m.name,
-                **asdict(found),
+                **plain(found),
                 "measurable": found.measurable,
             }
             for m in done
@@ -107,10 +107,10 @@ def to_csv(runs: Sequence[DeviceRun]) -> str:
                 {
                     "device": run.device.name,
                     "architecture": run.device.architecture,
-                    **asdict(m),
+                    **plain(m),
                     **_summary(m),
                     "runs": m.runs,
-                    **({} if m.file is None else asdict(m.file)),
+                    **({} if m.file is None else plain(m.file)),
                 }
             )
     return text.getvalue()

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from torchfuse.render.tables import as_text, markdown_row, without_lines
-from torchfuse.render.units import duration, size
+from torchfuse.units import duration, percent, size
 
 if TYPE_CHECKING:
     from torchfuse.suites.changes import Change, Changes
@@ -55,7 +55,7 @@ def _cells(change: Change) -> list[str]:
         values = size(int(change.before)), size(int(change.after))
         ratio = f"{change.after / change.before:.3f}"
     else:
-        values = f"{100 * change.before:.2f} %", f"{100 * change.after:.2f} %"
+        values = percent(change.before), percent(change.after)
         ratio = f"{100 * (change.after - change.before):+.2f} points"
     return [change.kind, change.name, change.form, *values, ratio]
 

@@ -18,8 +18,8 @@ from torchfuse.comparison import (
     gain,
 )
 from torchfuse.render.tables import as_text, markdown_row, without_lines
-from torchfuse.render.units import duration, size
 from torchfuse.stats import Ratio, Share
+from torchfuse.units import decibels, duration, percent, size
 
 if TYPE_CHECKING:
     from torchfuse.noise import Caution
@@ -158,8 +158,8 @@ def _times(ratio: Ratio) -> str:
 
 def _share(share: Share) -> str:
     if share.low is None or share.high is None:
-        return f"{100 * share.value:.2f} %"
-    return f"{100 * share.value:.1f} % ({100 * share.low:.0f}…{100 * share.high:.0f})"
+        return percent(share.value)
+    return f"{percent(share.value, 1)} ({100 * share.low:.0f}…{100 * share.high:.0f})"
 
 
 def _difference(row: Row) -> str:
@@ -168,7 +168,7 @@ def _difference(row: Row) -> str:
         return "–"
     # What was judged by its noise is shown by it: one large difference in int8 says little.
     by_noise = found.min_sqnr_db is not None and math.isfinite(found.sqnr_db)
-    return f"{found.sqnr_db:.1f} dB" if by_noise else f"{found.max_rel:.1e}"
+    return decibels(found.sqnr_db) if by_noise else f"{found.max_rel:.1e}"
 
 
 def closing_sentence(comparison: Comparison) -> str:
@@ -209,7 +209,7 @@ def _said(pairs: Pairs) -> str:
         text = f"{speed.value:.2f}× as fast" if speed.measurable else "no faster or slower"
         size = ""
         if before.size_bytes and after.size_bytes and before.precision != after.precision:
-            size = f" at {100 * after.size_bytes / before.size_bytes:.0f} % of the size"
+            size = f" at {percent(after.size_bytes / before.size_bytes, 0)} of the size"
         said.append(f"{text} in {place}{size}")
     return f"made it {' and '.join(said)}" if said else "was not compared"
 
@@ -245,7 +245,7 @@ def _bought(pairs: Pairs) -> str:
 def _gain(place: str, before: Row, after: Row) -> str:
     more = []
     if before.size_bytes and after.size_bytes and before.precision != after.precision:
-        more.append(f"{100 * after.size_bytes / before.size_bytes:.0f} % of the size")
+        more.append(f"{percent(after.size_bytes / before.size_bytes, 0)} of the size")
     if before.accuracy is not None and after.accuracy is not None:
         points = 100 * (after.accuracy.value - before.accuracy.value)
         more.append(f"{points:+.2f} points of accuracy")
@@ -276,7 +276,7 @@ def answer_lines(comparison: Comparison) -> list[str]:
         name = f"{row.variant}, {row.precision} {row.target}"
         if answers.agreement is None:
             if answers.sqnr_db is not None and math.isfinite(answers.sqnr_db):
-                lines.append(f"{name}: outputs at {answers.sqnr_db:.1f} dB.")
+                lines.append(f"{name}: outputs at {decibels(answers.sqnr_db)}.")
         elif not answers.changed:
             same.append(name)
         else:
@@ -310,7 +310,7 @@ def delegation_lines(comparison: Comparison) -> list[str]:
     for row in comparison.rows:
         if row.delegation is not None and row.device == LOCAL:
             share = row.delegation.macs_share
-            macs = "" if share is None else f"{100 * share:.1f} % of the multiply-accumulates and "
+            macs = "" if share is None else f"{percent(share, 1)} of the multiply-accumulates and "
             calls = row.delegation.calls_delegated + row.delegation.calls_left
             lines.append(
                 f"{row.precision} {row.target}: {row.delegation.delegate} runs {macs}"

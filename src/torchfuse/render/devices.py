@@ -8,6 +8,7 @@ from rich.text import Text
 
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.render.tables import without_lines
+from torchfuse.units import size
 
 __all__ = ["blocks", "described", "show", "table"]
 
@@ -71,7 +72,7 @@ def _cells(device: DeviceFacts) -> list[str]:
         device.model or "",
         processor,
         "" if device.cores is None else str(device.cores),
-        "" if device.memory_bytes is None else f"{device.memory_bytes / 1e9:.1f} GB",
+        "" if device.memory_bytes is None else size(device.memory_bytes),
         device.system or "",
         ", ".join(device.governors),
         "" if device.battery_percent is None else f"{device.battery_percent} %",

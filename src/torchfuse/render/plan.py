@@ -12,6 +12,7 @@ from rich.text import Text
 
 from torchfuse.render.skips import grouped
 from torchfuse.render.tables import as_text
+from torchfuse.units import percent, scaled
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -74,7 +75,7 @@ def shares(plan: FusionPlan) -> str:
         norms = "batch norm" if whole.norms == 1 else "batch norms"
         said.append(f"{whole.norms_merged} of {whole.norms} {norms} merged")
     saved = [
-        f"{100 * part / total:.1f} % of the {what}"
+        f"{percent(part / total, 1)} of the {what}"
         for what, part, total in (
             ("memory traffic", plan.traffic_saved_bytes, whole.traffic_bytes),
             ("MACs", plan.macs_saved, whole.macs),
@@ -144,24 +145,8 @@ def _count(number: int) -> str:
 
 
 def _bytes(number: int | None) -> str:
-    return _scaled(number, ("B", "kB", "MB", "GB"))
+    return "?" if number is None else scaled(number, ("B", "kB", "MB", "GB"))
 
 
 def _macs(number: int | None) -> str:
-    return _scaled(number, ("", "k", "M", "G"))
-
-
-def _scaled(number: int | None, units: tuple[str, ...]) -> str:
-    """Return three significant digits and a unit, `?` if unknown.
-
-    >>> _scaled(1_234_567, ("B", "kB", "MB"))
-    '1.23 MB'
-    """
-    if number is None:
-        return "?"
-    value = float(number)
-    for unit in units[:-1]:
-        if abs(value) < 999.5:
-            return f"{value:.3g} {unit}".rstrip()
-        value /= 1000
-    return f"{value:.3g} {units[-1]}"
+    return "?" if number is None else scaled(number, ("", "k", "M", "G"))

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from torchfuse.profiling import OperatorTime, Profile
+from torchfuse.operator_times import OperatorTime, Profile
 from torchfuse.render.tables import markdown_row, without_lines
-from torchfuse.render.units import duration
+from torchfuse.units import duration, percent
 
 __all__ = ["lines", "markdown", "table"]
 
@@ -77,7 +77,7 @@ def _label(row: OperatorTime) -> str:
 def _of_operator(row: OperatorTime | None) -> tuple[str, str, str]:
     if row is None:
         return "–", "–", "–"
-    return f"{row.calls:g}", duration(row.self_s), f"{100 * row.share:.1f} %"
+    return f"{row.calls:g}", duration(row.self_s), percent(row.share, 1)
 
 
 def _together(rows: Sequence[OperatorTime]) -> OperatorTime | None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from torchfuse.quantizing.report import WITHOUT_RANGES, samples_in_words
 from torchfuse.render.tables import as_text
+from torchfuse.units import decibels
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -124,4 +125,4 @@ def _table(title: str) -> Table:
 
 
 def _decibels(value: float) -> str:
-    return "exact" if math.isinf(value) and value > 0 else f"{value:.1f} dB"
+    return "exact" if math.isinf(value) and value > 0 else decibels(value)

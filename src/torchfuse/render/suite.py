@@ -9,8 +9,8 @@ from rich.text import Text
 
 from torchfuse.comparison import LOCAL
 from torchfuse.render.tables import as_text, markdown_row, without_lines
-from torchfuse.render.units import duration, size
 from torchfuse.suites.best import best
+from torchfuse.units import duration, percent, size
 
 if TYPE_CHECKING:
     from torchfuse.comparison import Row
@@ -83,7 +83,7 @@ def best_cells(each: Best, headings: list[str]) -> list[str]:
 def _cell(row: Row, baseline: Row, heading: str) -> str:
     if heading == "most accurate":
         assert row.accuracy is not None
-        return f"{row.precision} {row.target} {100 * row.accuracy.value:.2f} %"
+        return f"{row.precision} {row.target} {percent(row.accuracy.value)}"
     speed = "" if row is baseline else f" {row.speedup.value:.2f}×"
     if row is not baseline and not row.speedup.measurable:
         speed = ""

@@ -160,15 +160,8 @@ class Rule:
     summary: str  # one line, for the documentation
     # None: fuse. A refusal: why not.
     check: Callable[[Subject, Match], Refusal | None]
-    # The first layer's new weight and bias; touches nothing. None: the modules are merged instead.
+    # The first layer's new weight and bias; touches nothing.
     # Takes a layer and a batch norm, or anything that has their tensors and settings.
-    rewrite: Callable[[Any, Any], tuple[Tensor, Tensor]] | None
+    rewrite: Callable[[Any, Any], tuple[Tensor, Tensor]]
     # The same question where calls are rewritten and no module is edited; None: not done there.
     check_in_graph: Callable[[Subject, Match], Refusal | None] | None = None
-    # Merges two modules into one of a fused class; changes state_dict keys, so only on request.
-    merge: Callable[[nn.Module, nn.Module], nn.Module] | None = None
-
-    @property
-    def on_request(self) -> bool:
-        """Whether the rule runs only when it is asked for by name."""
-        return self.merge is not None

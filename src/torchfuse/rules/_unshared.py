@@ -24,7 +24,6 @@ __all__ = [
     "always_together",
     "nobody_else_reads",
     "nobody_else_reads_the_weight",
-    "read_by",
     "statistics_are_its_own",
     "weight_is_its_own",
 ]
@@ -73,7 +72,7 @@ def nobody_else_reads(subject: Subject, match: Match) -> Refusal | None:
     for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
         for reader in other_readers(subject.graph, (first, *between), second):
             return Refusal(
-                read_by(match.first, reader),
+                _read_by(match.first, reader),
                 ""
                 if reader.kind == "output"
                 else "Let the other use read the batch norm's output.",
@@ -93,7 +92,7 @@ def _is_active(dropout: Call) -> bool:
     return bool(dropout.attributes.get("training", functional))
 
 
-def read_by(layer: str, reader: Call) -> str:
+def _read_by(layer: str, reader: Call) -> str:
     """Who else reads the output of `layer`, as a sentence."""
     output = f"The output of `{layer}` is also"
     if reader.kind == "output":

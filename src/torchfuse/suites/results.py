@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torchfuse import serialization
 from torchfuse.comparison import Comparison  # noqa: TC001  # msgspec reads annotations
 
 __all__ = ["Failure", "Result", "SuiteResult"]
@@ -79,9 +80,7 @@ class SuiteResult:
 
     def to_json(self) -> str:
         """The result as JSON text, with every sample; `from_json` gives back an equal one."""
-        from torchfuse.render.json import to_json
-
-        return to_json(self, _FORMAT)
+        return serialization.to_json(self, _FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> SuiteResult:
@@ -90,6 +89,4 @@ class SuiteResult:
         Raises:
             InputError: it did not write this text.
         """
-        from torchfuse.render.json import from_json
-
-        return from_json(cls, text, _FORMAT)
+        return serialization.from_json(cls, text, _FORMAT)

@@ -24,15 +24,15 @@ from distributed import TimeoutError as DaskTimeoutError
 from torchfuse.comparison import LOCAL
 from torchfuse.errors import InputError, first_line
 from torchfuse.suites.admission import Admitted, Asked, admit, versions_here
-from torchfuse.suites.jobs import Job, Made, Outcome, perform
 from torchfuse.suites.results import Failure, Result, SuiteResult
 from torchfuse.suites.store import leave_mark, remove_mark
+from torchfuse.suites.worker_jobs import Job, MadeFiles, Outcome, perform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torchfuse.comparison import Comparison
-    from torchfuse.suites.reading import Entry
+    from torchfuse.suites.suite_file import Entry
 
 __all__ = ["MACHINE", "Suite"]
 
@@ -69,7 +69,7 @@ class _State:
     entry: Entry
     settings: str
     earlier: Result | None
-    parts: dict[int, Made] = field(default_factory=dict)
+    parts: dict[int, MadeFiles] = field(default_factory=dict)
     wanted_parts: int = 1
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by device
     machines: dict[str, str] = field(default_factory=dict)
@@ -334,19 +334,19 @@ class Suite:
             else:
                 self._failed(job, f"{outcome.error.rstrip('.')}, on {outcome.machine}")
             return
-        if job.device is not None and outcome.value and not isinstance(outcome.value, Made):
+        if job.device is not None and outcome.value and not isinstance(outcome.value, MadeFiles):
             # Before anything is said of it: whoever reads that may interrupt.
             state.comparisons[job.device] = outcome.value
             state.machines[job.device] = outcome.machine
         self.done += 1
         took_s = outcome.ended_s - outcome.began_s - outcome.waited_s
-        is_same = isinstance(outcome.value, Made) and outcome.value.is_same
+        is_same = isinstance(outcome.value, MadeFiles) and outcome.value.is_same
         what = "the same as before, looked at in" if is_same else f"{job.what}:"
         self.on_line(
             f"{job.entry.name}: {what} {took_s:.1f} s on {outcome.machine} "
             f"({self.done} of {self.done + len(self.running)} jobs)"
         )
-        if isinstance(outcome.value, Made):
+        if isinstance(outcome.value, MadeFiles):
             state.parts[job.part] = outcome.value
             if len(state.parts) == state.wanted_parts:
                 self._made(state)

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torchfuse.copying import copied
 from torchfuse.errors import InputError, UnsupportedError, first_line
 from torchfuse.exported import rewriting
-from torchfuse.exported.fusing import fuse_all
 from torchfuse.exported.norms import write_batch_norms_plainly
+from torchfuse.exported.program_fusing import fuse_all
 from torchfuse.inputs import Case
 from torchfuse.quieting import quiet
 from torchfuse.targets.executorch.rewrites import rewrite

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torchfuse.artifacts import Precision
     from torchfuse.delegation import Delegation
     from torchfuse.inputs import Case
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
 
 __all__ = ["CheckedFile", "Files", "Made", "Request", "Target"]
 

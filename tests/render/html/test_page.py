@@ -25,12 +25,13 @@ from torchfuse.devices.facts import DeviceFacts
 from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.noise import Caution
+from torchfuse.operator_times import OperatorTime, Profile
 from torchfuse.planning import Fusion, FusionPlan, Skip
-from torchfuse.profiling import OperatorTime, Profile
 from torchfuse.render import libraries
 from torchfuse.render.html.charts import pareto, row_name
 from torchfuse.stats import share_of
 from torchfuse.timing import Measurement, ratio
+from torchfuse.units import size
 
 MOST_BYTES = 2_500_000
 
@@ -433,7 +434,7 @@ def test_the_command_makes_the_same_page_of_the_json(tmp_path: Path) -> None:
     saved.write_text(COMPARISON.to_json())
     result = CliRunner().invoke(cli, ["report", str(saved), "-o", str(page)])
     assert result.exit_code == 0, result.output
-    assert result.output == f"Wrote {page} ({page.stat().st_size / 1e6:.2f} MB).\n"
+    assert result.output == f"Wrote {page} ({size(page.stat().st_size)}).\n"
     assert page.read_text() == COMPARISON.to_html()
     printed = CliRunner().invoke(cli, ["report", "-", "-o", "-"], input=COMPARISON.to_json())
     assert printed.stdout == page.read_text()

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.profiling import OperatorTime
+from torchfuse.operator_times import OperatorTime
 from torchfuse.render.comparison import (
     answer_lines,
     caution_lines,
@@ -30,13 +30,13 @@ from torchfuse.render.libraries import require_libraries
 from torchfuse.render.plan import shares
 from torchfuse.render.profile import lines
 from torchfuse.render.skips import grouped
-from torchfuse.render.units import duration, size
+from torchfuse.units import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torchfuse.comparison import Comparison
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
 
 __all__ = ["fragment", "page"]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.comparison import FOLDED, LOCAL
+from torchfuse.units import size_unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -378,7 +379,7 @@ def _size(rows: Sequence[Row]) -> Chart | None:
     if not sized:
         return None
     most = max(row.size_bytes or 0 for row in sized)
-    scale, unit = next((s, u) for s, u in ((1e6, "MB"), (1e3, "kB"), (1, "bytes")) if most >= s)
+    scale, unit = size_unit(most)
     values = [
         {
             "name": row_name(row),

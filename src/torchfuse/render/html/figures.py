@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torchfuse.comparison import LOCAL
-from torchfuse.render.units import duration, size
+from torchfuse.units import decibels, duration, percent, size
 
 if TYPE_CHECKING:
     from torchfuse.comparison import Comparison, Row
@@ -50,7 +50,7 @@ def figures(comparison: Comparison) -> list[Figure]:
             Figure(
                 "Smallest file",
                 size(smallest.size_bytes or 0),
-                f"{_named(smallest)}: {share:.0f} % of {_named(largest)}, "
+                f"{_named(smallest)}: {percent(share / 100, 0)} of {_named(largest)}, "
                 f"{size(largest.size_bytes or 0)}",
             )
         )
@@ -74,14 +74,14 @@ def _answer(row: Row, comparison: Comparison) -> Figure | None:
             interval = f", 95 % interval {100 * row.accuracy.low:.1f}…{100 * row.accuracy.high:.1f}"
         return Figure(
             "Accuracy of the fastest",
-            f"{100 * row.accuracy.value:.2f} %",
+            percent(row.accuracy.value),
             f"{name}: {points:+.2f} points{interval}",
         )
     if row.answers is not None and row.answers.agreement is not None:
         agreement = row.answers.agreement
         return Figure(
             "Same answers",
-            f"{100 * agreement.value:.1f} %",
+            percent(agreement.value, 1),
             f"{name}: of {agreement.samples} samples",
         )
     sqnr_db = row.difference.sqnr_db
@@ -89,7 +89,7 @@ def _answer(row: Row, comparison: Comparison) -> Figure | None:
         return None
     if math.isinf(sqnr_db):
         return Figure("Outputs", "equal", f"{name}, on the example inputs")
-    return Figure("Outputs", f"{sqnr_db:.1f} dB", f"{name}: signal to noise, on the example inputs")
+    return Figure("Outputs", decibels(sqnr_db), f"{name}: signal to noise, on the example inputs")
 
 
 def _named(row: Row) -> str:

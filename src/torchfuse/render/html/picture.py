@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.render.units import duration
+from torchfuse.units import decibels, duration, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,12 +96,12 @@ def _nodes(operations: Sequence[Operation], comparison: Comparison) -> list[dict
             states["delegate"] = "outside" if name in left else "inside"
         shares = {}
         if module in noise and operation.kind in _WITH_WEIGHTS:
-            facts.append(("noise in int8", f"{noise[module]:.1f} dB"))
+            facts.append(("noise in int8", decibels(noise[module])))
             quiet = max(0.0, min(noise[module], _QUIET_DB)) / _QUIET_DB
             shares["noise"] = round((1 - quiet) * _DARKEST, 4)
         if operation.time_s is not None and total_s:
             share = operation.time_s / total_s
-            facts.append(("time", f"{duration(operation.time_s)}, {100 * share:.1f} %"))
+            facts.append(("time", f"{duration(operation.time_s)}, {percent(share, 1)}"))
             shares["time"] = round(share, 4)
         nodes.append(
             {

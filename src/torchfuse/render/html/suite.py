@@ -16,8 +16,8 @@ from torchfuse.render.comparison import (
 from torchfuse.render.html.templates import environment_of_pages, text
 from torchfuse.render.libraries import require_libraries
 from torchfuse.render.suite import best_cells, best_headings, failure_lines
-from torchfuse.render.units import duration, size
 from torchfuse.suites.best import best
+from torchfuse.units import decibels, duration, percent, size
 
 if TYPE_CHECKING:
     from torchfuse.comparison import Comparison, Row
@@ -82,9 +82,9 @@ def _cells(result: Result, row: Row, is_baseline: bool) -> list[dict[str, Any]]:
         (duration(row.latency.median_s), row.latency.median_s),
         (speed, row.speedup.value),
         ("" if row.size_bytes is None else size(row.size_bytes), row.size_bytes),
-        ("" if accuracy is None else f"{100 * accuracy.value:.2f} %",
+        ("" if accuracy is None else percent(accuracy.value),
          None if accuracy is None else accuracy.value),
-        ("" if sqnr_db is None else "equal" if sqnr_db > _EQUAL_DB else f"{sqnr_db:.1f} dB",
+        ("" if sqnr_db is None else "equal" if sqnr_db > _EQUAL_DB else decibels(sqnr_db),
          None if sqnr_db is None else min(sqnr_db, _EQUAL_DB)),
     ]  # fmt: skip
     return [

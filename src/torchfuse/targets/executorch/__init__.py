@@ -10,7 +10,7 @@ from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 if TYPE_CHECKING:
     from torchfuse.inputs import Case
-    from torchfuse.profiling import Profile
+    from torchfuse.operator_times import Profile
     from torchfuse.targets.executorch.program import ExecutorchModel
 
 __all__ = ["ExecuTorch"]
@@ -87,7 +87,7 @@ class ExecuTorch(Target):
         self, file: CheckedFile, case: "Case", *, name: str, warmup: int, runs: int, threads: int
     ) -> "Profile":
         """Return where the time of a run goes, by the runtime's event tracer."""
-        from torchfuse.targets.executorch.profiling import profiled
+        from torchfuse.targets.executorch.event_tracer import profiled
 
         return profiled(file, case, name=name, warmup=warmup, runs=runs, threads_wanted=threads)
 

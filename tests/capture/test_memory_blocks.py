@@ -3,11 +3,11 @@
 import numpy
 import torch
 
-from torchfuse.capture.memory import Memory, storage_key
+from torchfuse.capture.memory_blocks import MemoryBlocks, storage_key
 
 
 def memory():
-    return Memory([])
+    return MemoryBlocks([])
 
 
 def test_views_and_aliases_are_the_value_of_what_they_view():

@@ -8,8 +8,8 @@ import pytest
 
 from torchfuse.comparing.cache import Folder
 from torchfuse.comparison import Comparison
-from torchfuse.suites.jobs import Job, Made, Outcome, perform
-from torchfuse.suites.reading import Entry, read_suite
+from torchfuse.suites.suite_file import Entry, read_suite
+from torchfuse.suites.worker_jobs import Job, MadeFiles, Outcome, perform
 
 NET = """
 import torch
@@ -46,9 +46,9 @@ def done(job: Job) -> Outcome:
     return perform(job, lambda _: None, lambda: None)
 
 
-def made_of(entry: Entry, **more: object) -> Made:
+def made_of(entry: Entry, **more: object) -> MadeFiles:
     outcome = done(job(entry, **more))
-    assert isinstance(outcome.value, Made), outcome.error
+    assert isinstance(outcome.value, MadeFiles), outcome.error
     return outcome.value
 
 

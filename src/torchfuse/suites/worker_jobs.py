@@ -33,15 +33,15 @@ from torchfuse.inputs import cases
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.runner.allocator import keep_freed_memory
 from torchfuse.suites.machine import Turn, machine_name
-from torchfuse.suites.reading import Entry  # noqa: TC001  # likewise
 from torchfuse.suites.store import store_at
+from torchfuse.suites.suite_file import Entry  # noqa: TC001  # likewise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torchfuse.comparing.jobs import Build, Built, Evaluated, Place
 
-__all__ = ["Job", "Made", "Outcome", "perform"]
+__all__ = ["Job", "MadeFiles", "Outcome", "perform"]
 
 Tell = Callable[[str], None]
 
@@ -52,7 +52,7 @@ _LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeFiles:
     """What is known of a model, and of its files, before anything was timed. Plain."""
 
     base: Comparison
@@ -68,7 +68,7 @@ class Made:
     known: dict[str, Any] = field(default_factory=dict)  # more fields of the comparison
     is_same: bool = False  # as what was known before; then nothing else was looked at
 
-    def joined(self, other: Made) -> Made:
+    def joined(self, other: MadeFiles) -> MadeFiles:
         """Return this with what another share of the same model's files is."""
         return replace(
             self,
@@ -94,7 +94,7 @@ class Job:
     part: int = 0  # of the files
     parts: int = 1
     known: str | None = None  # the digest of a comparison that needs nothing more
-    made: Made | None = None  # where they are to be timed
+    made: MadeFiles | None = None  # where they are to be timed
 
     @property
     def what(self) -> str:
@@ -109,7 +109,7 @@ class Job:
 class Outcome:
     """What came of a job; one of the first two is there."""
 
-    value: Made | Comparison | None
+    value: MadeFiles | Comparison | None
     error: str | None  # a sentence
     may_help: str | None  # what may help: "again", or "remake": its files are gone
     machine: str
@@ -130,7 +130,7 @@ def perform(job: Job, tell: Tell, outran: Callable[[], object]) -> Outcome:
     """
     began_s = time.time()
     turn = Turn()
-    value: Made | Comparison | None = None
+    value: MadeFiles | Comparison | None = None
     error: str | None = None
     may_help: str | None = None
     try:
@@ -172,7 +172,7 @@ def _watched(limit_s: float, turn: Turn, outran: Callable[[], object]) -> Iterat
 # ── making ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _make(job: Job, turn: Turn, tell: Tell) -> Made:
+def _make(job: Job, turn: Turn, tell: Tell) -> MadeFiles:
     def step(text: str) -> None:
         turn.let_others()
         tell(text)
@@ -189,10 +189,10 @@ def _make(job: Job, turn: Turn, tell: Tell) -> Made:
         return _made(work)
 
 
-def _made(work: Work) -> Made:
+def _made(work: Work) -> MadeFiles:
     assert work.cache is not None
     builds = [job for job in work.jobs() if job.place in work.artifacts]
-    return Made(
+    return MadeFiles(
         base=work.base,
         digest=work.digest,
         kept_as=work.cache.digest,
@@ -370,7 +370,7 @@ def _measure(job: Job, turn: Turn, tell: Tell) -> Comparison:
     return found
 
 
-def _require_same(work: Work, made: Made) -> None:
+def _require_same(work: Work, made: MadeFiles) -> None:
     """Find out whether the model that was loaded here is the one that the files were made of.
 
     Other processors round otherwise, so that fused weights may differ there.
@@ -388,7 +388,7 @@ def _require_same(work: Work, made: Made) -> None:
         )
 
 
-def _fetch(work: Work, made: Made) -> None:
+def _fetch(work: Work, made: MadeFiles) -> None:
     """Put the files where they are measured, and take over all else that is known.
 
     Raises:

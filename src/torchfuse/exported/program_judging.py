@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from torchfuse.capture.exported import module_path, read
+from torchfuse.capture.exported_program import module_path, read
 from torchfuse.judging.dataflow import origin
 from torchfuse.judging.finding import not_after_a_layer
 from torchfuse.planning import Skip

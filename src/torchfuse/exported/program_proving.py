@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     # The old and the new program in float64
     _InFloat64 = Callable[[], tuple[ExportedProgram, ExportedProgram]]
 
-__all__ = ["Pair", "example_arguments", "pair_differences", "whole_difference"]
+__all__ = ["ProgramPair", "example_arguments", "pair_differences", "whole_difference"]
 
 # What rounding may do to max|a − b| / max|a| at one batch norm; beyond it, float64 decides.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -43,7 +43,7 @@ _TOLERANCE = _ROUNDING | {torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
-class Pair:
+class ProgramPair:
     """Names in the new graph, for a batch norm of the old one."""
 
     layer: str  # the call that took it in
@@ -100,7 +100,7 @@ def _no_example_inputs() -> InputError:
 def pair_differences(
     old: ExportedProgram,
     new: ExportedProgram,
-    pairs: Mapping[str, Pair],
+    pairs: Mapping[str, ProgramPair],
     in_float64: _InFloat64,
 ) -> dict[str, PairDifference]:
     """Return per batch norm how far its output moved."""

@@ -14,7 +14,7 @@ from torchfuse.graph import Operand, Value
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Memory", "storage_key"]
+__all__ = ["MemoryBlocks", "storage_key"]
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -25,7 +25,7 @@ def storage_key(tensor: Tensor) -> int:
         return -id(tensor)
 
 
-class Memory:
+class MemoryBlocks:
     """The blocks of memory that were seen, each with the index of its value in `values`."""
 
     def __init__(self, values: list[Value]) -> None:

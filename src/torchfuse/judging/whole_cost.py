@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchfuse.planning import Whole
+from torchfuse.planning import WholeCost
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -19,7 +19,7 @@ __all__ = ["whole"]
 _NO_CALLS = frozenset({"output", "hook", "held"})
 
 
-def whole(graph: Graph, merged: Collection[str]) -> Whole:
+def whole(graph: Graph, merged: Collection[str]) -> WholeCost:
     """Return what the first case costs in all; `merged` are the paths of batch norms that go.
 
     Multiply-adds are those of convolutions, linear layers, products of matrices and batch norms.
@@ -27,7 +27,7 @@ def whole(graph: Graph, merged: Collection[str]) -> Whole:
     """
     calls = [call for call in graph.calls if call.case == 0 and call.kind not in _NO_CALLS]
     norms = {call.module_path for call in calls if call.kind == "batch_norm"}
-    return Whole(
+    return WholeCost(
         macs=sum(map(_macs, calls)),
         traffic_bytes=sum(_traffic_bytes(call, graph) for call in calls),
         norms=len(norms),

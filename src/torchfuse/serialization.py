@@ -1,4 +1,4 @@
-"""Results as JSON and back: every field, raw samples included.
+"""Dataclasses as plain data and as JSON, and back: every field, raw samples included.
 
 JSON has no infinity, and what has one (equal outputs have an infinite signal-to-noise ratio) must
 still be a number that is above every bound. So ±∞ is the largest number that a double holds,
@@ -20,7 +20,7 @@ from torchfuse.errors import InputError, first_line
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["from_json", "parsed", "to_json"]
+__all__ = ["from_json", "from_plain", "parsed", "plain", "to_json"]
 
 _T = TypeVar("_T")
 _LARGEST = sys.float_info.max
@@ -28,10 +28,24 @@ _LARGEST = sys.float_info.max
 
 def to_json(result: Any, form: str | None = None) -> str:
     """Return a result, or a list or dict of results, as JSON; `form` becomes its "format"."""
-    plain = _each_float(msgspec.to_builtins(result, str_keys=True, enc_hook=_plain), _finite)
+    data = plain(result)
     if form is not None:
-        plain = {"format": form, **plain}
-    return json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False)
+        data = {"format": form, **data}
+    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def plain(result: Any) -> Any:
+    """Return a result as what JSON takes: dicts, tuples, strings and finite numbers."""
+    return _each_float(msgspec.to_builtins(result, str_keys=True, enc_hook=_plain), _finite)
+
+
+def from_plain(kind: type[_T], data: Any) -> _T:
+    """Return plain data as a dataclass; fields that it does not have are left out.
+
+    Raises:
+        ValueError: it is not of that kind; the text says where.
+    """
+    return msgspec.convert(_each_float(data, _infinite), kind)
 
 
 def from_json(kind: type[_T], text: str | bytes, form: str | None = None) -> _T:
@@ -58,7 +72,7 @@ def parsed(kind: type[_T], text: str | bytes) -> _T:
     Raises:
         ValueError: it is no JSON, or not of that kind; the text says where.
     """
-    return msgspec.convert(_each_float(json.loads(text), _infinite), kind)
+    return from_plain(kind, json.loads(text))
 
 
 def _require_form(data: Any, form: str) -> None:
@@ -79,7 +93,7 @@ def _each_float(value: Any, changed: Callable[[float], float | None]) -> Any:
     if isinstance(value, dict):
         return {key: _each_float(item, changed) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_each_float(item, changed) for item in value]
+        return type(value)(_each_float(item, changed) for item in value)
     return value
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchfuse.devices.device_runner import Outputs, model_name
 from torchfuse.devices.native import (
     LONGEST_CHECK_S,
     RUNNER,
-    Model,
+    NativeModel,
     NativeRunner,
     raise_if_it_failed,
 )
-from torchfuse.devices.runner import Outputs, model_name
 from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
 from torchfuse.tasks import Task
@@ -38,7 +38,9 @@ class SpeedBenchmark(NativeRunner):
     def _check_inputs(self, name: str, task: Task) -> None:
         _inputs(name, task)
 
-    def _first_run(self, transport: Transport, model: Model) -> tuple[Mapping[str, Any], Outputs]:
+    def _first_run(
+        self, transport: Transport, model: NativeModel
+    ) -> tuple[Mapping[str, Any], Outputs]:
         words = [*self._words(model, 0, 1), "--print_output=true"]
         printed = self._run(transport, words, model.name, LONGEST_CHECK_S)
         shown, found, rest = printed.partition("Starting benchmark.")
@@ -54,12 +56,12 @@ class SpeedBenchmark(NativeRunner):
         return loaded, _as_printed(transport, model.name, model.task, shown)
 
     def _turn(
-        self, transport: Transport, model: Model, untimed: int, timed: int, left_s: float
+        self, transport: Transport, model: NativeModel, untimed: int, timed: int, left_s: float
     ) -> Sequence[float]:
         printed = self._run(transport, self._words(model, untimed, timed), model.name, left_s)
         return _times_s(transport, model.name, printed, timed)
 
-    def _words(self, model: Model, warmup: int, runs: int) -> list[str]:
+    def _words(self, model: NativeModel, warmup: int, runs: int) -> list[str]:
         return [
             f"./{RUNNER}",
             f"--model={model_name(model.index, model.task)}",

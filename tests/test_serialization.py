@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.errors import InputError
-from torchfuse.render.json import from_json, parsed, to_json
+from torchfuse.serialization import from_json, parsed, to_json
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from torchfuse.devices.record import ArtifactName, Record
 from torchfuse.devices.run import DeviceRun
 from torchfuse.errors import InputError
 from torchfuse.runner.job import read_event
+from torchfuse.serialization import from_plain
 
 __all__ = ["run_from_record"]
 
@@ -27,7 +28,7 @@ def run_from_record(path: Path) -> DeviceRun:
         ) from error
     try:
         job = next(event for event in map(read_event, lines) if event is not None)
-        names = [ArtifactName(a["name"], a["size_bytes"], a["sha256"]) for a in job["artifacts"]]
+        names = from_plain(list[ArtifactName], job["artifacts"])
         record = Record(names, job["threads"], round_id=job["round_id"])
         for line in lines:
             if read_event(line) != job:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import torchfuse
-from torchfuse.planning import Whole
+from torchfuse.planning import WholeCost
 
 
 def test_a_convolution_a_norm_and_an_activation_in_place_are_counted() -> None:
@@ -14,7 +14,7 @@ def test_a_convolution_a_norm_and_an_activation_in_place_are_counted() -> None:
     ).eval()  # fmt: skip
     plan = torchfuse.plan(model, torch.rand(1, 3, 4, 4))
     image, hidden = 3 * 16, 8 * 16
-    assert plan.whole == Whole(
+    assert plan.whole == WholeCost(
         macs=hidden * 3 * 9 + hidden + hidden * 5,
         # conv, norm, activation and linear; the view moves nothing
         traffic_bytes=4 * ((image + hidden) + 2 * hidden + 2 * hidden + (hidden + 5)),

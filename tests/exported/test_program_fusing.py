@@ -16,11 +16,10 @@ import torchfuse
 from as_if_trained import as_if_trained
 from foldable import count
 from fusing_checks import IMAGE, ROW, assert_same, like
-from torchfuse.capture.exported import read
+from torchfuse.capture.exported_program import read
 from torchfuse.errors import InputError
-from torchfuse.exported import fusing as exported_fusing
-from torchfuse.exported import judging as exported_judging
-from torchfuse.exported.fusing import Folded, fold
+from torchfuse.exported import program_fusing, program_judging
+from torchfuse.exported.program_fusing import FoldedProgram, fold
 from torchfuse.rules import RULES
 from zoo import HAND_WRITTEN, Entry
 
@@ -55,7 +54,7 @@ def exported(body: Callable[[Model, Tensor], object], inputs: Tensor = IMAGE) ->
     return export(model, (inputs,))
 
 
-def proved(program: ExportedProgram, inputs: Tensor = IMAGE) -> Folded:
+def proved(program: ExportedProgram, inputs: Tensor = IMAGE) -> FoldedProgram:
     """Return the folded program, having compared it with the given one, which must not change."""
     before = {name: value.clone() for name, value in program.state_dict.items()}
     text = str(program.graph)
@@ -340,7 +339,7 @@ def test_a_fold_that_is_one_percent_off_is_rolled_back(monkeypatch: pytest.Monke
 
     program = exported(lambda m, x: m.bn2(m.up(F.relu(m.bn(m.conv(x))))))
     wrong = [replace(r, rewrite=one_percent_off) if r is rule else r for r in RULES]
-    monkeypatch.setattr(exported_judging, "RULES", tuple(wrong))
+    monkeypatch.setattr(program_judging, "RULES", tuple(wrong))
     folded = proved(program)
     assert [fusion.modules for fusion in folded.plan.fusions] == [("up", "bn2")]
     (skip,) = folded.plan.skips
@@ -413,7 +412,7 @@ def test_a_small_error_that_only_the_whole_program_shows_is_refused(
 ) -> None:
     """Of two batch norms in a row, the first is not there to compare after the second."""
     program = exported(lambda m, x: doubled(m.bn(m.conv(x)), 16))
-    monkeypatch.setattr(exported_fusing, "pair_differences", lambda *_: {})
+    monkeypatch.setattr(program_fusing, "pair_differences", lambda *_: {})
     (rule,) = [rule for rule in RULES if rule.name == "conv_bn"]
 
     def slightly_off(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -421,7 +420,7 @@ def test_a_small_error_that_only_the_whole_program_shows_is_refused(
         return weight * (1 + 1e-5), bias
 
     wrong = [replace(r, rewrite=slightly_off) if r is rule else r for r in RULES]
-    monkeypatch.setattr(exported_judging, "RULES", tuple(wrong))
+    monkeypatch.setattr(program_judging, "RULES", tuple(wrong))
     result = torchfuse.fuse_exported(program)
     assert result.plan.fusions == ()
     assert "with it the program's outputs differ" in result.plan.skips[0].reason
@@ -443,7 +442,7 @@ def test_one_percent_is_seen_in_half_precision_too(
         return weight * 1.01, bias
 
     wrong = [replace(r, rewrite=one_percent_off) if r is rule else r for r in RULES]
-    monkeypatch.setattr(exported_judging, "RULES", tuple(wrong))
+    monkeypatch.setattr(program_judging, "RULES", tuple(wrong))
     assert torchfuse.fuse_exported(program).plan.fusions == ()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.errors import InputError
-from torchfuse.suites.reading import Entry, read_suite
+from torchfuse.suites.suite_file import Entry, read_suite
 
 WHOLE = """\
 targets = ["eager", "pte"]

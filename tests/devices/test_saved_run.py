@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from devices.test_record import FAILED, LOADED, MEASURED, RUNTIME, WARM, round_
-from torchfuse.devices.reading import run_from_record
+from torchfuse.devices.saved_run import run_from_record
 from torchfuse.errors import InputError
 from torchfuse.runner.job import event
 

@@ -8,8 +8,9 @@ import torch
 
 from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.inputs import Case
-from torchfuse.profiling import Profile, profile_of_etdump
+from torchfuse.operator_times import Profile
 from torchfuse.quieting import quiet_runtime
+from torchfuse.targets.executorch.etdump import profile_of_etdump
 from torchfuse.targets.executorch.program import ExecutorchModel, runtime, set_threads, threads
 from torchfuse.targets.target import CheckedFile
 

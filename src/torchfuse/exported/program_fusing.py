@@ -23,33 +23,32 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
-from torchfuse.capture.exported import module_path
+from torchfuse.capture.exported_program import module_path
 from torchfuse.capture.kinds import kind_of
 from torchfuse.errors import FusionError, InputError
 from torchfuse.exported.costs import program_cost
 from torchfuse.exported.edited_program import EditedProgram, copied_graph
-from torchfuse.exported.judging import judge
-from torchfuse.exported.proving import Pair, pair_differences, whole_difference
+from torchfuse.exported.program_judging import judge
+from torchfuse.exported.program_proving import ProgramPair, pair_differences, whole_difference
 from torchfuse.exported.rewrites import REWRITES
 from torchfuse.exported.rewriting import rewrite
-from torchfuse.fusing import FusionResult
 from torchfuse.inputs import check_finite
-from torchfuse.planning import Fusion, FusionPlan, Whole
+from torchfuse.planning import Fusion, FusionPlan, FusionResult, WholeCost
 from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from torchfuse.exported.judging import FoldInProgram
+    from torchfuse.exported.program_judging import FoldInProgram
     from torchfuse.planning import Skip
 
-__all__ = ["Folded", "fold", "fuse_all", "fuse_exported"]
+__all__ = ["FoldedProgram", "fold", "fuse_all", "fuse_exported"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Folded:
+class FoldedProgram:
     """A new program, what was done to make it, and where each key of the old one went."""
 
     program: ExportedProgram
@@ -102,7 +101,7 @@ def fuse_exported(
             return folded.program
         return without(set(parts) - set(kept), of).program
 
-    def without(left: set[str], of: ExportedProgram = exported_program) -> Folded:
+    def without(left: set[str], of: ExportedProgram = exported_program) -> FoldedProgram:
         refuted = {**folded.refuted, **dict.fromkeys(left - {_REWRITTEN}, _WHOLE_DIFFERS)}
         fewer = _Edit(of, refuted, known).folded()
         if _REWRITTEN in left or _REWRITTEN not in parts:
@@ -174,7 +173,9 @@ def _known(rules: Collection[str] | None) -> Collection[str] | None:
     return rules
 
 
-def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None = None) -> Folded:
+def fold(
+    program: ExportedProgram, *, prove: bool, rules: Collection[str] | None = None
+) -> FoldedProgram:
     """Return `program` without the batch norms that `rules` (None: all) can fold.
 
     It is itself left as it was, and shares no tensor with the new one.
@@ -199,7 +200,7 @@ def fold(program: ExportedProgram, *, prove: bool, rules: Collection[str] | None
 
 def fuse_all(
     program: ExportedProgram, *, prove: bool, rules: Collection[str] | None = None
-) -> Folded:
+) -> FoldedProgram:
     """Return `program` after folding, and after all that the rules of `rewrites/` do beyond it.
 
     With `prove`, each is proved as `fold` does; `rules` are the names of both kinds.
@@ -214,12 +215,12 @@ def fuse_all(
 
 
 def _rewritten(
-    folded: Folded,
+    folded: FoldedProgram,
     rules: Collection[str] | None,
     refuted: dict[tuple[str | None, str], str],
     *,
     prove: bool,
-) -> Folded:
+) -> FoldedProgram:
     """Return what becomes of a folded program by the rules of `rewrites/`.
 
     Without `prove`, all is done but what is `refuted`, to which proving adds.
@@ -251,7 +252,7 @@ def _rewritten(
         for key, went in folded.key_map.items()
     }
     parts = (*folded.parts, _REWRITTEN) if more.fusions else folded.parts
-    return Folded(more.program, plan, key_map, in_float64, parts, folded.refuted, refuted)
+    return FoldedProgram(more.program, plan, key_map, in_float64, parts, folded.refuted, refuted)
 
 
 def _norms(program: ExportedProgram) -> list[Node]:
@@ -269,7 +270,7 @@ class _Edit(EditedProgram):
     ) -> None:
         super().__init__(program)
         self.refuted, self.rules = refuted, rules
-        self.pairs: dict[str, Pair] = {}  # by the batch norm's name
+        self.pairs: dict[str, ProgramPair] = {}  # by the batch norm's name
         self.norms: list[str] = []  # all that were folded
         self.taken_in: dict[str, str] = {}  # old key → new key of what took it in
         self.fusions: list[Fusion] = []
@@ -300,7 +301,6 @@ class _Edit(EditedProgram):
         }
         transposed = found.rule.pattern[0] == "conv_transpose"
         groups = _args(layer)[6] if transposed and len(_args(layer)) > 6 else 1
-        assert found.rule.rewrite is not None
         new_weight, new_bias = found.rule.rewrite(
             SimpleNamespace(
                 weight=values[weight], bias=values.get(bias), transposed=transposed, groups=groups
@@ -324,7 +324,7 @@ class _Edit(EditedProgram):
         stands = _args(norm)[0].name
         # Two batch norms in a row: what the first put out is no longer there to compare.
         self.pairs = {n: p for n, p in self.pairs.items() if p.layer != layer.name}
-        self.pairs[norm.name] = Pair(layer.name, stands)
+        self.pairs[norm.name] = ProgramPair(layer.name, stands)
         self.norms.append(norm.name)
         self.stands = {name: pair.stands for name, pair in self.pairs.items()}
         elements, size = _elements(norm), values[weight].element_size()
@@ -371,7 +371,7 @@ class _Edit(EditedProgram):
 
     # The result
 
-    def folded(self) -> Folded:
+    def folded(self) -> FoldedProgram:
         """Return the new program with its plan."""
         old, program = self.old, self.program()
         plan = FusionPlan(
@@ -385,7 +385,7 @@ class _Edit(EditedProgram):
             key: key if key in self.state else self.taken_in.get(key) for key in old.state_dict
         }
         norms = tuple(self.norms)
-        return Folded(program, plan, key_map, self._in_float64, norms, self.refuted)
+        return FoldedProgram(program, plan, key_map, self._in_float64, norms, self.refuted)
 
     def _in_float64(self) -> tuple[ExportedProgram, ExportedProgram]:
         wide = _widened(self.old)
@@ -445,9 +445,9 @@ def _elements(node: Node) -> int | None:
     return prod(shape) if all(isinstance(size, int) for size in shape) else None
 
 
-def _whole(program: ExportedProgram, merged: int) -> Whole:
+def _whole(program: ExportedProgram, merged: int) -> WholeCost:
     found = program_cost(program)
-    return Whole(found.macs, found.traffic_bytes, len(_norms(program)), merged)
+    return WholeCost(found.macs, found.traffic_bytes, len(_norms(program)), merged)
 
 
 def _scope(program: ExportedProgram) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
-"""Times and sizes with the unit that suits them."""
+"""Figures with the units that suit them."""
+
+import math
 
 import pytest
 
-from torchfuse.render.units import duration, size
+from torchfuse.units import decibels, duration, percent, size, sqnr_db
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,15 @@ def test_a_time_has_the_unit_that_suits_it(seconds: float, like: float | None, t
 )
 def test_a_size_has_the_unit_that_suits_it(size_bytes: int, text: str) -> None:
     assert size(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "found_db"),
+    [(100, 1, 20), (1, 0, math.inf), (0, 1, -math.inf), (1e-300, 1e300, -math.inf)],
+)
+def test_signal_to_noise_is_in_decibels(signal: float, noise: float, found_db: float) -> None:
+    assert sqnr_db(signal, noise) == found_db
+
+
+def test_shares_and_decibels_have_their_units() -> None:
+    assert (percent(0.985), percent(0.985, 0), decibels(37.64)) == ("98.50 %", "98 %", "37.6 dB")
