@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from torchfuse.errors import UnsupportedError, first_line
-from torchfuse.judging.attached import modules_in
+from torchfuse.held_modules import modules_in
 from torchfuse.quieting import quiet
 from torchfuse.restoring import MODULE_TABLES
 

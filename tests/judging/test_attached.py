@@ -5,7 +5,8 @@ from types import MethodType, SimpleNamespace
 
 from torch import nn
 
-from torchfuse.judging.attached import attached, modules_in
+from torchfuse.held_modules import modules_in
+from torchfuse.judging.attached import attached
 
 
 def stem(model, x):

@@ -37,7 +37,7 @@ from torchfuse.judging.straight import (
     results_of,
     stand_side_by_side,
 )
-from torchfuse.rules import Match, Refusal, Subject
+from torchfuse.rules._rule import Match, Refusal, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

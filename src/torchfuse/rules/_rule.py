@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.exploring import called, explore
-from torchfuse.judging.attached import Attached, attached, first_paths, modules_in
+from torchfuse.held_modules import modules_in
+from torchfuse.judging.attached import Attached, attached, first_paths
 from torchfuse.judging.dataflow import batch_norms
 from torchfuse.judging.sources import edits_modules, functions_of, is_setup, names_in
 from torchfuse.judging.steady import Steady
