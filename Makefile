@@ -23,7 +23,7 @@ DEVICE_TOOLS := adb openssh-client openssh-server
 BROWSER := chromium
 
 # Two processes of tests take half as long as one: these folders, and all the rest.
-FOLDERS := $(filter-out %/targets %/zoo %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+FOLDERS := $(filter-out %/targets %/support %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 .PHONY: demo test test-devices bench verdicts targets suite docs clean
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from sybil import Example
 
 from blocks import masked, sybil
-from torchfuse import cli, speed_benchmark
+from torchfuse import cli
+from torchfuse.measuring import speed_benchmark
 
 # Two threads on two busy cores take ten times as long for models this small.
 torch.set_num_threads(1)

@@ -27,9 +27,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torchfuse
+from support.zoo import FAMILIES, HAND_WRITTEN, Entry
+from support.zoo.more_families import MORE_FAMILIES
 from torchfuse.planning import FusionPlan
-from zoo import FAMILIES, HAND_WRITTEN, Entry
-from zoo.more_families import MORE_FAMILIES
 
 # The smallest model with batch norms of each of timm's families, and the side of its images
 _TIMM = Path(__file__).with_name("verdict_table") / "timm_families.tsv"

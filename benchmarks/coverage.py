@@ -19,9 +19,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from coverage_of_model import Coverage, coverage
-from zoo import FAMILIES, HAND_WRITTEN
-from zoo.more_families import MORE_FAMILIES
+from support.coverage_of_model import Coverage, coverage
+from support.zoo import FAMILIES, HAND_WRITTEN
+from support.zoo.more_families import MORE_FAMILIES
 
 MAX_REL = 1e-4
 

@@ -33,10 +33,10 @@ from torch.fx.experimental import optimization
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torchfuse
+from support.zoo import FAMILIES, Entry
+from support.zoo.resnet import Bottleneck, ResNet
 from torchfuse.models.mobilenet_v2 import MobileNetV2
 from torchfuse.stats import ratio_of_medians
-from zoo import FAMILIES, Entry
-from zoo.resnet import Bottleneck, ResNet
 
 PASSES, FIXED_S = 2.5, 0.1  # what recording may take
 FUSE_PASSES, FUSE_PASSES_FLOAT64, FUSE_FIXED_S = 14, 30, 0.2  # what a verified `fuse` may take
@@ -44,23 +44,23 @@ TIMES_TORCHS = 2
 
 # The parts of a fusion, each with the functions whose own time it is (less that of those inside).
 PARTS = {
-    "recording": ("torchfuse.judging.finding:record",),
-    "exploring": ("torchfuse.rules._rule:explore",),
-    "judging": ("torchfuse.fusing:find",),
-    "copying": ("torchfuse.fusing:_copy",),
+    "recording": ("torchfuse.fusing.finding:record",),
+    "exploring": ("torchfuse.conditions.subject:explore",),
+    "judging": ("torchfuse.fusing.model_fusing:find",),
+    "copying": ("torchfuse.fusing.model_fusing:_copy",),
     "writing": (
-        "torchfuse.fusing:apply",
-        "torchfuse.proving.modules:apply",
-        "torchfuse.proving.modules:undo",
+        "torchfuse.fusing.model_fusing:apply",
+        "torchfuse.fusing.proving.modules:apply",
+        "torchfuse.fusing.proving.modules:undo",
     ),
     "proving": (
-        "torchfuse.proving.modules:PairProof.reference",
-        "torchfuse.fusing:fuse_what_agrees",
+        "torchfuse.fusing.proving.modules:PairProof.reference",
+        "torchfuse.fusing.model_fusing:fuse_what_agrees",
     ),
-    "pairs in float64": ("torchfuse.proving.modules:_in_float64",),
+    "pairs in float64": ("torchfuse.fusing.proving.modules:_in_float64",),
     "whole in float64": (
-        "torchfuse.proving.whole:_widened",
-        "torchfuse.proving.modules:_ModuleTrial.outputs",  # of a model in float32: "proving"
+        "torchfuse.fusing.proving.whole:_widened",
+        "torchfuse.fusing.proving.modules:_ModuleTrial.outputs",  # of a model in float32: "proving"
     ),
 }
 

@@ -35,12 +35,12 @@ def sample(variant: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
+    from torchfuse.isolation.warning_filters import quiet
+    from torchfuse.lowering.capture import capture
     from torchfuse.models.batch_norms import settle_batch_norms
     from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
     from torchfuse.quantizing import quantize
-    from torchfuse.quieting import quiet
-    from torchfuse.targets.capturing import capture
 
     model = settle_batch_norms(MobileNetV2(), torch.randn(4, 3, 96, 96))
     example = torch.randn(INPUT_SHAPE)

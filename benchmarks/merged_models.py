@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from typing import TYPE_CHECKING
 
 import torchfuse
-from torchfuse.exported.program_fusing import fold
+from torchfuse.fusing.programs.program_fusing import fold
+from torchfuse.lowering import capture as capturing
+from torchfuse.measuring.timing import measure_interleaved, ratio
 from torchfuse.models.batch_norms import settle_batch_norms
-from torchfuse.targets import capturing
-from torchfuse.timing import measure_interleaved, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable

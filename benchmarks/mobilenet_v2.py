@@ -22,15 +22,15 @@ import torch
 
 import torchfuse
 from torchfuse.artifacts import write_atomically
+from torchfuse.cases import Case
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.local import Local
 from torchfuse.errors import UnsupportedError
-from torchfuse.inputs import Case
+from torchfuse.measuring.timing import Measurement, measure_interleaved, ratio
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
 from torchfuse.runner.allocator import keep_freed_memory
 from torchfuse.targets.torchscript import mobile_optimizer, scripting
-from torchfuse.timing import Measurement, measure_interleaved, ratio
 from torchfuse.units import duration
 
 BASELINE = "eager fp32"

@@ -31,9 +31,9 @@ NEVER_WRONG = tuple(
     f"tests/never_wrong/test_{name}.py"
     for name in ("order", "inputs", "dtypes", "sharing", "parametrized", "batch_norms", "layers")
 )
-PROOF = ("tests/proving", "tests/test_proof.py")
+PROOF = ("tests/fusing/proving", "tests/test_proof.py")
 PROGRAMS = tuple(
-    f"tests/exported/test_program_fusing.py::test_{name}"
+    f"tests/fusing/programs/test_program_fusing.py::test_{name}"
     for name in (
         "a_program_that_amplifies_rounding_is_fused",
         "a_pair_that_amplifies_rounding_is_judged_in_float64",
@@ -44,33 +44,33 @@ PROGRAMS = tuple(
 )
 # The files that are changed, each with the tests that are to notice.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "proving/whole.py": PROOF,
-    "proving/pairs.py": (*PROOF, "tests/never_wrong/test_functional.py"),
-    "proving/modules.py": (
+    "fusing/proving/whole.py": PROOF,
+    "fusing/proving/pairs.py": (*PROOF, "tests/never_wrong/test_functional.py"),
+    "fusing/proving/modules.py": (
         *PROOF,
         "tests/never_wrong/test_functional.py",
     ),
-    "proving/variations.py": (*PROOF, "tests/never_wrong/test_inputs.py"),
-    "exported/program_proving.py": PROGRAMS,
-    "rules/_exactness.py": ("tests/rules/test_exactness.py", *NEVER_WRONG),
-    "rules/_unshared.py": (
-        "tests/rules/test_unshared.py",
+    "fusing/proving/variations.py": (*PROOF, "tests/never_wrong/test_inputs.py"),
+    "fusing/programs/program_proving.py": PROGRAMS,
+    "conditions/exactness.py": ("tests/conditions/test_exactness.py", *NEVER_WRONG),
+    "conditions/unshared.py": (
+        "tests/conditions/test_unshared.py",
         *NEVER_WRONG,
         "tests/never_wrong/test_readers.py",
     ),
-    "restoring.py": (
-        "tests/test_restoring.py",
+    "isolation/snapshot.py": (
+        "tests/isolation/test_snapshot.py",
         "tests/never_wrong/test_no_trace.py",
-        "tests/test_checking.py",
-        "tests/capture/test_recorded_run.py",
+        "tests/verifying/test_outputs.py",
+        "tests/graph/test_recording.py",
     ),
-    "surgery.py": (
-        "tests/test_surgery.py",
-        "tests/test_retracing.py",
+    "fusing/module_edits.py": (
+        "tests/fusing/test_module_edits.py",
+        "tests/graph/test_retracing.py",
         "tests/test_same_model_out.py",
     ),
-    "applying.py": ("tests/test_proof.py", "tests/test_same_model_out.py"),
-    "checkpoints.py": ("tests/test_same_model_out.py",),
+    "fusing/module_host.py": ("tests/test_proof.py", "tests/test_same_model_out.py"),
+    "fusing/checkpoints.py": ("tests/test_same_model_out.py",),
     "stats.py": ("tests/test_stats.py",),
 }
 

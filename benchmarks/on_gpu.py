@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import foldable
 import torchfuse
-from zoo import FAMILIES, HAND_WRITTEN, Entry
+from support import foldable
+from support.zoo import FAMILIES, HAND_WRITTEN, Entry
 
 _MODELS = 10
 _MAX_REL = 1e-5  # float32 weights, rounded once

@@ -28,12 +28,12 @@ sys.path.append(str(Path(sys.prefix) / "models"))  # where `make targets` puts t
 from target_table.models import MODELS
 
 import torchfuse
-from torchfuse.inputs import Case
-from torchfuse.quantizing.measures import sqnr_of_outputs
+from torchfuse.cases import Case
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.measuring.timing import measure_interleaved, ratio
+from torchfuse.quantizing.metrics import sqnr_of_outputs
 from torchfuse.quantizing.static import float_graph
-from torchfuse.quieting import quiet
 from torchfuse.targets.openvino.compiled import OpenVinoModel
-from torchfuse.timing import measure_interleaved, ratio
 
 TRAINED = "mobilenet_v2, trained"
 NETS = (TRAINED, "resnet18", "vit_tiny_patch16_224")

@@ -37,10 +37,10 @@ import torchfuse
 from torchfuse.artifacts import write_atomically
 from torchfuse.devices.facts import facts_of
 from torchfuse.devices.local import Local
-from torchfuse.machine_state import this_state
+from torchfuse.measuring.cautions import cautions
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
-from torchfuse.noise import cautions
+from torchfuse.runner.machine_state import this_state
 from torchfuse.stats import Ratio, ratio_of_medians
 from torchfuse.units import duration
 

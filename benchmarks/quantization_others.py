@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import torchfuse
 from torchfuse.models import digits
 from torchfuse.quantizing import quantize
-from torchfuse.quantizing.measures import sqnr_of_outputs
+from torchfuse.quantizing.metrics import sqnr_of_outputs
 from torchfuse.quantizing.recovery import STEPS
 
 TOKENS, SENTENCES, CALIBRATION = 32, 200, 64

@@ -76,9 +76,9 @@ def plainly(model: Any, data: list[Any]) -> int:
 
 def ours(model: Any, data: list[Any], **options: Any) -> int:
     """Quantize with torchfuse and lower, as `torchfuse quantize` does."""
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
+    from torchfuse.lowering.capture import capture
     from torchfuse.quantizing import quantize
-    from torchfuse.targets.capturing import capture
     from torchfuse.targets.executorch.lowering import lower
 
     result = quantize(model, data[0], data, **options)

@@ -25,9 +25,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torchfuse
-from judge import problems
-from networks import network
-from unmerged_networks import Unmerged, judged, unmerged
+from support.judge import problems
+from support.networks import network
+from support.unmerged_networks import Unmerged, judged, unmerged
 
 
 def main() -> None:

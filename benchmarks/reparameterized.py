@@ -28,10 +28,10 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 import torchfuse
-from torchfuse.exported.program_fusing import fold
+from torchfuse.fusing.programs.program_fusing import fold
+from torchfuse.lowering import capture as capturing
+from torchfuse.measuring.timing import measure_interleaved, ratio
 from torchfuse.models.batch_norms import settle_batch_norms
-from torchfuse.targets import capturing
-from torchfuse.timing import measure_interleaved, ratio
 
 MODELS = ("repvgg_a0", "mobileone_s0", "repvit_m0_9", "repvit_m1", "fastvit_t8", "repghostnet_100")
 WITHIN = 1e-9  # max|a − b| / max|a| in float64

@@ -22,18 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchfuse
+from torchfuse.cases import Case
 from torchfuse.errors import UnsupportedError
-from torchfuse.inputs import Case
-from torchfuse.targets import capturing
+from torchfuse.lowering import capture as capturing
+from torchfuse.lowering.xnnpack_rewrites import REWRITES, REWRITES_ONCE_QUANTIZED, Rewrite, rewrite
+from torchfuse.measuring.timing import measure_interleaved, ratio
 from torchfuse.targets.executorch import lowering
 from torchfuse.targets.executorch.program import ExecutorchModel
-from torchfuse.targets.executorch.rewrites import (
-    REWRITES,
-    REWRITES_ONCE_QUANTIZED,
-    Rewrite,
-    rewrite,
-)
-from torchfuse.timing import measure_interleaved, ratio
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RIGHT = 1e-4  # of the largest output

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import torchfuse
-from torchfuse.timing import measure_interleaved, ratio
+from torchfuse.measuring.timing import measure_interleaved, ratio
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SUFFIXES = (".pte", ".onnx", ".xml")

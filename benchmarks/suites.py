@@ -99,7 +99,7 @@ def gaps_s(suite: Any) -> list[float]:
 
 def times_alone(entries: Sequence[Any], runs: int, folder: Path) -> list[Any]:
     """Return each model's comparison by a command of its own."""
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
 
     found = []
     for entry in entries:

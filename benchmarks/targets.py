@@ -53,11 +53,11 @@ from target_table.table import (
 
 import torchfuse
 from torchfuse.artifacts import Artifact, write_atomically
+from torchfuse.cases import Case
 from torchfuse.errors import UnsupportedError, first_line
-from torchfuse.inputs import Case
-from torchfuse.quantizing.measures import sqnr_of_outputs
+from torchfuse.measuring.timing import measure_interleaved
+from torchfuse.quantizing.metrics import sqnr_of_outputs
 from torchfuse.targets.aotinductor.cpu import this_cpu
-from torchfuse.timing import measure_interleaved
 
 PRECISIONS = ("fp32", "int8")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

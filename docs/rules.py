@@ -2,7 +2,7 @@
 
 import sys
 
-from torchfuse.exported.rewrites import REWRITES
+from torchfuse.fusing.programs.rewrites import REWRITES
 from torchfuse.rules import RULES
 
 

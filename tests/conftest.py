@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from torchfuse.artifacts import write_atomically
-from torchfuse.inputs import Case
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import capture
+from torchfuse.cases import Case
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture
 from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.sealing import seal_pte, seal_zip
 from torchfuse.targets.torchscript import scripting

@@ -16,9 +16,9 @@ from torch.jit.mobile import _load_for_lite_interpreter
 
 from torchfuse.artifacts import write_atomically
 from torchfuse.errors import ArtifactError
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture
 from torchfuse.targets import target_for
-from torchfuse.targets.capturing import capture
 from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.opening import check
 from torchfuse.targets.sealing import seal_pte, seal_zip
@@ -51,7 +51,7 @@ def expected(example: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def payloads(example: torch.Tensor) -> dict[str, bytes]:
     """Files without a seal, as PyTorch and ExecuTorch write them."""
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
     torch.manual_seed(0)
     model = ConvNet().eval()

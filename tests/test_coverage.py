@@ -2,8 +2,8 @@
 
 import pytest
 
-from coverage_of_model import coverage
-from zoo import FAMILIES, HAND_WRITTEN, Entry
+from support.coverage_of_model import coverage
+from support.zoo import FAMILIES, HAND_WRITTEN, Entry
 
 TOLERANCE = 1e-4  # max|a − b| / max|a| in float32, over every output
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import torchfuse
-from fusing_checks import trained
+from support.fusing_checks import trained
 
 pytestmark = [
     pytest.mark.cuda,
@@ -61,8 +61,8 @@ def test_half_precision_is_folded_and_proved(dtype):
 
 
 def test_a_wrong_fold_is_seen_through_the_rounding_of_tf32(tf32, monkeypatch):
-    from torchfuse.proving import modules
-    from torchfuse.surgery import folded_layer
+    from torchfuse.fusing.module_edits import folded_layer
+    from torchfuse.fusing.proving import modules
 
     monkeypatch.setattr(
         modules, "folded_layer", lambda layer, w, b, child: folded_layer(layer, w * 1.001, b, child)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchfuse.cases import Case
 from torchfuse.delegation import Conversion, Delegation, OperatorDelegation
-from torchfuse.inputs import Case
+from torchfuse.lowering.capture import capture
 from torchfuse.quantizing import quantize
-from torchfuse.targets.capturing import capture
 from torchfuse.targets.executorch.lowering import lower
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foldable import Count, count
-from zoo import HAND_WRITTEN
+from support.foldable import Count, count
+from support.zoo import HAND_WRITTEN
 
 IMAGE = torch.randn(2, 4, 8, 8)
 

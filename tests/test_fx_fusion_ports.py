@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from zoo.resnet import ResNet
+from support.zoo.resnet import ResNet
 
 
 class ConvBn(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import torchfuse
-from judge import problems
-from networks import Network, network
-from torchfuse.folding import ChannelAffine
+from support.judge import problems
+from support.networks import Network, network
+from torchfuse.algebra.folding import ChannelAffine
 
 
 def drawn() -> Network:

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from networks import network
+from support.networks import network
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -45,7 +45,8 @@ HELP = "from torchfuse.cli import cli; cli.main({!r}, standalone_mode=False)"
             HELP.format([command, "--help"])
             for command in ("recipe", "plan", "bench", "compare", "report", "info")
         ),
-        "import torchfuse.comparison, torchfuse.planning, torchfuse.equivalence, torchfuse.timing",
+        "import torchfuse.comparing.comparison, torchfuse.planning",
+        "import torchfuse.verifying.equivalence, torchfuse.measuring.timing",
     ],
 )
 def test_does_not_import_torch(code):

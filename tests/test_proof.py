@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, relative_difference, trained
-from torchfuse.folding import fold_into_weight
-from torchfuse.proving import modules
-from torchfuse.surgery import fold_in
+from support.fusing_checks import IMAGE, relative_difference, trained
+from torchfuse.algebra.folding import fold_into_weight
+from torchfuse.fusing.module_edits import fold_in
+from torchfuse.fusing.proving import modules
 
 Fold = tuple[Tensor, Tensor]
 
@@ -251,7 +251,7 @@ def test_without_originals_a_replaced_weight_is_free_before_the_next_layer_is_fo
         free_after.append(sum(original() is None for original in originals))
         return done
 
-    monkeypatch.setattr("torchfuse.applying.fold_in", folded)
+    monkeypatch.setattr("torchfuse.fusing.module_host.fold_in", folded)
     torchfuse.fuse(
         model, torch.randn(1, 2, 4, 4), inplace=True, verify=verify, keep_originals=False
     )

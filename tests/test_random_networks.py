@@ -5,8 +5,8 @@ from random import Random
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from judge import problems
-from networks import network
+from support.judge import problems
+from support.networks import network
 
 
 @settings(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from torchfuse import recipe
-from torchfuse.comparison import FOLDED, NOT_FUSED
+from torchfuse.comparing.comparison import FOLDED, NOT_FUSED
 from torchfuse.errors import ArtifactError
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.serialization import to_json
 from torchfuse.targets.torchscript.scripting import op_counts
 

@@ -11,8 +11,8 @@ import torch
 
 import torchfuse
 from test_recipe import AS_IN_RECIPE, BEFORE
-from torchfuse import speed_benchmark
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.measuring import speed_benchmark
 from torchfuse.targets.torchscript.scripting import op_counts
 
 SCRIPT = (Path(__file__).parent.parent / "examples/recipe.py").read_text()

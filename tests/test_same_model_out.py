@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import relative_difference, trained
+from support.fusing_checks import relative_difference, trained
 from torchfuse.errors import FusionError, InputError, TorchfuseError
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from unmerged_networks import judged, unmerged
+from support.unmerged_networks import judged, unmerged
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 

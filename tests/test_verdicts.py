@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchfuse
-from fusing_checks import IMAGE
+from support.fusing_checks import IMAGE
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # at the end: a benchmark has the name of a package

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
-from torchfuse.inputs import Case
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
+from torchfuse.cases import Case
 
 
 class LooksAtSizes(ConvBn):

@@ -70,7 +70,7 @@ def _mobilenet_v2() -> nn.Module:
 
 
 def _yolo() -> nn.Module:
-    from zoo.yolo import YOLO
+    from support.zoo.yolo import YOLO
 
     return YOLO()
 

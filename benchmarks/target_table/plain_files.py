@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.targets.executorch.program import ExecutorchModel
 from torchfuse.targets.onnx.session import OnnxModel
 from torchfuse.targets.openvino.compiled import OpenVinoModel

@@ -15,8 +15,8 @@ from verdict_table.of_model import Verdicts, verdicts_of
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 PLACES = (  # not test_proof.py, which breaks torchfuse on purpose
-    *("never_wrong", "rules", "judging"),
-    *("test_parametrized.py", "test_same_model_out.py", "test_ways_through_the_code.py"),
+    *("never_wrong", "rules", "conditions"),
+    *("graph/test_parametrized.py", "test_same_model_out.py", "test_ways_through_the_code.py"),
     "test_fx_fusion_ports.py",
 )
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from as_if_trained import as_if_trained, keep_scale
-from networks import network
+from support.as_if_trained import as_if_trained, keep_scale
+from support.networks import network
+from support.zoo import FAMILIES, HAND_WRITTEN, Entry
+from support.zoo.more_families import MORE_FAMILIES
 from verdict_table.of_model import Verdicts, verdicts_of
-from zoo import FAMILIES, HAND_WRITTEN, Entry
-from zoo.more_families import MORE_FAMILIES
 
 TIMM_FAMILIES = Path(__file__).with_name("timm_families.tsv")
 TORCHVISION_MODELS = Path(__file__).with_name("torchvision_models.tsv")

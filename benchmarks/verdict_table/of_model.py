@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from torchfuse.checking import run
-from torchfuse.inputs import Case, cases
+from torchfuse.cases import Case, cases
+from torchfuse.verifying.outputs import run
 
 # In float64 a right fold changes the last digits, and the deepest of these models amplify that to
 # 5e-11. A wrong one changes the first digits.

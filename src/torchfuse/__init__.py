@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchfuse.artifacts import Artifact
-    from torchfuse.checking import verify
-    from torchfuse.checkpoints import load_unfused_state_dict
-    from torchfuse.choosing import Fastest, export_fastest
-    from torchfuse.comparing import compare
-    from torchfuse.comparison import Comparison
+    from torchfuse.cases import Case
+    from torchfuse.comparing.comparison import Comparison
+    from torchfuse.comparing.fastest import Fastest, export_fastest
+    from torchfuse.comparing.variants import compare
     from torchfuse.delegation import Delegation, DelegationWarning
-    from torchfuse.eager import fuse_modules, fuse_modules_qat
-    from torchfuse.equivalence import Equivalence, OutputDifference
     from torchfuse.errors import (
         ArtifactError,
         CalibrationError,
@@ -29,21 +26,20 @@ if TYPE_CHECKING:
         TorchfuseError,
         UnsupportedError,
     )
-    from torchfuse.exported.program_fusing import fuse_exported
-    from torchfuse.exporting import export, load
-    from torchfuse.fusing import (
-        fuse,
-        plan,
-        unfuse,
-    )
-    from torchfuse.inputs import Case
+    from torchfuse.exporting.model_files import export, load
+    from torchfuse.fusing.by_name import fuse_modules, fuse_modules_qat
+    from torchfuse.fusing.checkpoints import load_unfused_state_dict
+    from torchfuse.fusing.model_fusing import fuse, plan, unfuse
+    from torchfuse.fusing.programs.program_fusing import fuse_exported
+    from torchfuse.measuring.timing import Measurement, measure
     from torchfuse.planning import Fusion, FusionPlan, FusionResult, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
     from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
     from torchfuse.quantizing.report import QuantizationReport
     from torchfuse.quantizing.training import convert_qat, prepare_qat
     from torchfuse.targets.torchscript.mobile_optimizer import optimize_for_mobile
-    from torchfuse.timing import Measurement, measure
+    from torchfuse.verifying.equivalence import Equivalence, OutputDifference
+    from torchfuse.verifying.outputs import verify
 
 __all__ = [
     "Artifact",
@@ -97,25 +93,25 @@ __all__ = [
 # imports, `torchfuse.fuse` would become the module as soon as anything imported it.
 _HOME = {
     "Artifact": "artifacts",
-    "Case": "inputs",
+    "Case": "cases",
     "ArtifactError": "errors",
     "CalibrationError": "errors",
     "CaptureError": "errors",
-    "Comparison": "comparison",
+    "Comparison": "comparing.comparison",
     "Delegation": "delegation",
     "DelegationWarning": "delegation",
     "DeviceError": "errors",
-    "Equivalence": "equivalence",
+    "Equivalence": "verifying.equivalence",
     "ExportWarning": "errors",
-    "Fastest": "choosing",
+    "Fastest": "comparing.fastest",
     "Fusion": "planning",
     "FusionError": "errors",
     "FusionPlan": "planning",
     "FusionResult": "planning",
     "FusionWarning": "errors",
     "InputError": "errors",
-    "Measurement": "timing",
-    "OutputDifference": "equivalence",
+    "Measurement": "measuring.timing",
+    "OutputDifference": "verifying.equivalence",
     "Preprocessing": "quantizing.preprocessing",
     "QuantizationReport": "quantizing.report",
     "QuantizationWarning": "errors",
@@ -124,23 +120,23 @@ _HOME = {
     "Skip": "planning",
     "TorchfuseError": "errors",
     "UnsupportedError": "errors",
-    "compare": "comparing",
-    "export": "exporting",
-    "export_fastest": "choosing",
-    "fuse": "fusing",
-    "fuse_exported": "exported.program_fusing",
-    "fuse_modules": "eager",
-    "fuse_modules_qat": "eager",
-    "load": "exporting",
-    "load_unfused_state_dict": "checkpoints",
-    "measure": "timing",
+    "compare": "comparing.variants",
+    "export": "exporting.model_files",
+    "export_fastest": "comparing.fastest",
+    "fuse": "fusing.model_fusing",
+    "fuse_exported": "fusing.programs.program_fusing",
+    "fuse_modules": "fusing.by_name",
+    "fuse_modules_qat": "fusing.by_name",
+    "load": "exporting.model_files",
+    "load_unfused_state_dict": "fusing.checkpoints",
+    "measure": "measuring.timing",
     "optimize_for_mobile": "targets.torchscript.mobile_optimizer",
-    "plan": "fusing",
+    "plan": "fusing.model_fusing",
     "convert_qat": "quantizing.training",
     "prepare_qat": "quantizing.training",
     "quantize": "quantizing",
-    "unfuse": "fusing",
-    "verify": "checking",
+    "unfuse": "fusing.model_fusing",
+    "verify": "verifying.outputs",
 }
 
 

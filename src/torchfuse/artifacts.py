@@ -15,7 +15,7 @@ from torchfuse.units import size
 
 if TYPE_CHECKING:
     from torchfuse.delegation import Delegation
-    from torchfuse.equivalence import Equivalence
+    from torchfuse.verifying.equivalence import Equivalence
 
 __all__ = [
     "Artifact",

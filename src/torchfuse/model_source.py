@@ -438,8 +438,8 @@ def _module_of(text: str, program: ExportedProgram, example_inputs: Any) -> nn.M
     It is run once with its guards, which say what sizes it was exported for: without them it might
     run on others, and be wrong.
     """
-    from torchfuse.inputs import cases
-    from torchfuse.quieting import quiet
+    from torchfuse.cases import cases
+    from torchfuse.isolation.warning_filters import quiet
 
     for case in cases(example_inputs):
         try:
@@ -468,7 +468,7 @@ def _check_unique(specs: list[InputSpec]) -> None:
 
 
 def _saved_inputs(program: ExportedProgram) -> Any:
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
     if program.example_inputs is None:
         return None
@@ -477,7 +477,7 @@ def _saved_inputs(program: ExportedProgram) -> Any:
 
 
 def _example_inputs(text: str, specs: list[InputSpec], given: Any) -> Any:
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
     if specs:
         args = tuple(_tensor(spec, i) for i, spec in enumerate(specs) if spec.name is None)

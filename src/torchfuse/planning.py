@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torchfuse import serialization
 
 if TYPE_CHECKING:
-    from torchfuse.equivalence import Equivalence
+    from torchfuse.verifying.equivalence import Equivalence
 
 __all__ = ["Fusion", "FusionPlan", "FusionResult", "Refusal", "Skip", "WholeCost"]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from torchfuse import speed_benchmark
-from torchfuse.comparing import compare
-from torchfuse.comparison import Comparison
-from torchfuse.eager import fuse_modules
+from torchfuse.comparing.comparison import Comparison
+from torchfuse.comparing.variants import compare
+from torchfuse.fusing.by_name import fuse_modules
+from torchfuse.measuring import speed_benchmark
+from torchfuse.measuring.timing import pinned_threads
 from torchfuse.models import annotated, digits, mobilenet_v2
 from torchfuse.models.batch_norms import settle_batch_norms
-from torchfuse.timing import pinned_threads
 
 __all__ = ["example_model", "run"]
 

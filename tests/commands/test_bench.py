@@ -18,11 +18,11 @@ from click.testing import CliRunner
 from torch import nn
 
 import torchfuse
+from torchfuse.cases import Case
 from torchfuse.cli import cli, main
 from torchfuse.commands.bench_meanwhile import Progress
 from torchfuse.devices import several
-from torchfuse.inputs import Case
-from torchfuse.targets.capturing import capture
+from torchfuse.lowering.capture import capture
 from torchfuse.targets.executorch.lowering import lower
 
 Files = Callable[[str], str]

@@ -13,12 +13,12 @@ from click.testing import CliRunner, Result
 
 import torchfuse
 from torchfuse.cli import cli
-from torchfuse.comparison import NOT_FUSED, Comparison, Row
-from torchfuse.equivalence import Equivalence, OutputDifference
+from torchfuse.comparing.comparison import NOT_FUSED, Comparison, Row
 from torchfuse.errors import TorchfuseError
-from torchfuse.noise import Caution
+from torchfuse.measuring.cautions import Caution
+from torchfuse.measuring.timing import Measurement
 from torchfuse.stats import Ratio
-from torchfuse.timing import Measurement
+from torchfuse.verifying.equivalence import Equivalence, OutputDifference
 
 NET = """
 import torch

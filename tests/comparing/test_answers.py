@@ -10,7 +10,9 @@ from PIL import Image
 from torch import nn
 
 import torchfuse
+from torchfuse.cases import Case
 from torchfuse.comparing import jobs
+from torchfuse.comparing.comparison import FOLDED, NOT_FUSED, ChangedAnswer
 from torchfuse.comparing.jobs import (
     Build,
     ComparedModel,
@@ -21,13 +23,11 @@ from torchfuse.comparing.jobs import (
     evaluate,
 )
 from torchfuse.comparing.samples import read_samples
-from torchfuse.comparison import FOLDED, NOT_FUSED, ChangedAnswer
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.errors import InputError, TorchfuseError
-from torchfuse.inputs import Case
+from torchfuse.measuring.timing import Measurement
 from torchfuse.quantizing.preprocessing import Preprocessing
-from torchfuse.timing import Measurement
 
 X = torch.eye(4)
 

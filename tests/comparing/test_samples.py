@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from torchfuse.cases import Case
 from torchfuse.comparing.samples import Samples, calibration_cases, held_out, read_samples
 from torchfuse.errors import CalibrationError
-from torchfuse.inputs import Case
 from torchfuse.quantizing.preprocessing import Preprocessing
 
 EXAMPLE = Case((torch.zeros(1, 3, 4, 4),))

@@ -14,6 +14,7 @@ import torch
 from devices.fake_adbd import Device
 from devices.pausing import pausing_python
 from devices.sshd import Sshd
+from torchfuse.cases import Case
 from torchfuse.devices import several
 from torchfuse.devices.adb import Adb
 from torchfuse.devices.benching import Settings, bench_on
@@ -22,8 +23,7 @@ from torchfuse.devices.several import bench_devices
 from torchfuse.devices.ssh import Ssh
 from torchfuse.devices.transport import Transport
 from torchfuse.errors import DeviceError
-from torchfuse.inputs import Case
-from torchfuse.tasks import Task, task_of
+from torchfuse.measuring.tasks import Task, task_of
 
 Files = Callable[[str], str]
 WITH_TORCH = Settings(runs=10, warmup=2, python=sys.executable, timeout_s=120)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from torchfuse.devices.by_name import checked_device, device_named
 from torchfuse.devices.local import Local
+from torchfuse.devices.named import checked_device, device_named
 from torchfuse.devices.ssh import Ssh
 from torchfuse.errors import InputError
 

@@ -16,6 +16,7 @@ from devices.fake_adbd import Device
 from devices.light_python import light_python as make_light_python
 from devices.pausing import pausing_python, python_that
 from devices.sshd import Sshd
+from torchfuse.cases import Case
 from torchfuse.devices import transport as transport_module
 from torchfuse.devices.adb import Adb
 from torchfuse.devices.benching import Settings, bench_on
@@ -24,8 +25,7 @@ from torchfuse.devices.run import DeviceRun
 from torchfuse.devices.ssh import Ssh
 from torchfuse.devices.transport import last_line
 from torchfuse.errors import ArtifactError, DeviceError
-from torchfuse.inputs import Case
-from torchfuse.tasks import Task, task_of
+from torchfuse.measuring.tasks import Task, task_of
 
 Files = Callable[[str], str]
 SETTINGS = Settings(runs=4, warmup=1, timeout_s=60)

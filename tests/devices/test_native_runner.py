@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchfuse.cases import Case
 from torchfuse.devices.executor_runner import ExecutorRunner
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.native_runner import native_runner
 from torchfuse.devices.speed_benchmark_runner import SpeedBenchmark
 from torchfuse.errors import InputError, UnsupportedError
-from torchfuse.inputs import Case
-from torchfuse.tasks import Task, task_of
+from torchfuse.measuring.tasks import Task, task_of
 
 ARM = DeviceFacts("adb:1", "ready", architecture="aarch64")
 NAMES = [f"aten::op{n}.out".encode() for n in range(9)]

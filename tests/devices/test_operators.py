@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchfuse.cases import Case
 from torchfuse.devices.operators import operators_of
-from torchfuse.inputs import Case
-from torchfuse.tasks import task_of
+from torchfuse.measuring.tasks import task_of
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import torchfuse
 from devices.adb_server import AdbServer
 from devices.parts.phone import Phone
 from devices.sshd import Sshd
+from torchfuse.cases import Case
 from torchfuse.devices.adb import Adb
 from torchfuse.devices.benching import Settings, bench_on
 from torchfuse.devices.run import DeviceRun
 from torchfuse.devices.ssh import Ssh
-from torchfuse.inputs import Case
+from torchfuse.measuring.tasks import Task, task_of
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.models.mobilenet_v2 import MobileNetV2
-from torchfuse.tasks import Task, task_of
 
 pytestmark = pytest.mark.devices
 

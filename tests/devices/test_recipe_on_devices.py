@@ -11,13 +11,13 @@ from devices.fake_adbd import Device
 from devices.sshd import Sshd
 from devices.test_bench_devices import SPEED_BENCHMARK, WITH_TORCH
 from test_recipe_example import SCRIPT, VERBATIM, run
+from torchfuse.cases import Case
 from torchfuse.devices.adb import Adb
 from torchfuse.devices.benching import Settings, bench_on
 from torchfuse.devices.local import Local
 from torchfuse.devices.run import DeviceRun
 from torchfuse.devices.ssh import Ssh
-from torchfuse.inputs import Case
-from torchfuse.tasks import Task, task_of
+from torchfuse.measuring.tasks import Task, task_of
 
 CASE = Case((torch.ones(1, 3, 32, 32),))  # smaller, for the test to be fast
 FULL = ["model.pt", "model_fused.pt"]

@@ -8,8 +8,8 @@ import pytest
 
 from torchfuse.devices.events import checked
 from torchfuse.devices.record import ArtifactName, Record
-from torchfuse.machine_state import MachineState
 from torchfuse.runner.job import event
+from torchfuse.runner.machine_state import MachineState
 
 NAMES = [ArtifactName("a", 10, "aa"), ArtifactName("b", 20, "bb")]
 OUTPUT = {"file": "output-0-0.bin", "dtype": "float32", "shape": [1], "sha256": "0"}

@@ -7,7 +7,7 @@ import pytest
 from torchfuse.devices.local import Local
 from torchfuse.devices.state import state_of
 from torchfuse.devices.transport import Finished
-from torchfuse.machine_state import MachineState, this_state
+from torchfuse.runner.machine_state import MachineState, this_state
 
 
 def test_it_is_what_a_process_there_reads_but_for_its_own_share() -> None:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, trained
+from support.fusing_checks import IMAGE, ConvBn, trained
 
 
 def test_every_batch_norm_is_either_fused_or_skipped_with_a_reason_and_what_to_change() -> None:

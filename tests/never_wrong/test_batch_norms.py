@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import (
+from support.fusing_checks import (
     IMAGE,
     ROW,
     ConvBn,

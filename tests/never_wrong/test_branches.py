@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_left_alone, check, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_left_alone, check, trained
 
 
 def test_a_data_dependent_branch_after_the_conv_is_left_alone() -> None:

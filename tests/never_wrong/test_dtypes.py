@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_fuses, check, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, check, trained
 from torchfuse.errors import InputError
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_same, check, check_not_folded, trained
-from torchfuse.proving import modules
-from torchfuse.surgery import folded_layer
+from support.fusing_checks import IMAGE, ConvBn, assert_same, check, check_not_folded, trained
+from torchfuse.fusing.module_edits import folded_layer
+from torchfuse.fusing.proving import modules
 
 
 def test_a_functional_batch_norm_is_not_ignored_pt122070() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, trained
+from support.fusing_checks import IMAGE, ConvBn, trained
 from torchfuse.errors import CaptureError
 
 

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusing_checks import IMAGE, ROW, ConvBn, assert_fuses, assert_left_alone, check, trained
+from support.fusing_checks import (
+    IMAGE,
+    ROW,
+    ConvBn,
+    assert_fuses,
+    assert_left_alone,
+    check,
+    trained,
+)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

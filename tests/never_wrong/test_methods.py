@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, check, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, check, trained
 
 
 def test_a_public_method_that_returns_the_conv_output_is_left_alone() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, like, trained
+from support.fusing_checks import IMAGE, ConvBn, like, trained
 from torchfuse.errors import CaptureError
 
 

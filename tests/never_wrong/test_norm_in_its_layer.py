@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchfuse
-from fusing_checks import IMAGE, assert_fuses, check, trained
+from support.fusing_checks import IMAGE, assert_fuses, check, trained
 
 
 class Conv2d(nn.Conv2d):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchfuse
-from fusing_checks import IMAGE, assert_fuses, check
+from support.fusing_checks import IMAGE, assert_fuses, check
 
 
 class Frozen(nn.Module):

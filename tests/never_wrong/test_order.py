@@ -6,7 +6,14 @@ The numbers are upstream issues: pt is pytorch/pytorch, ao pytorch/ao.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, check_not_folded, trained
+from support.fusing_checks import (
+    IMAGE,
+    ConvBn,
+    assert_fuses,
+    assert_left_alone,
+    check_not_folded,
+    trained,
+)
 
 
 def test_registration_order_means_nothing_conv_relu_bn() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
 
 
 class ReadsShapes(ConvBn):
@@ -472,7 +472,7 @@ class Logs(ConvBn):
 
 def test_what_is_only_explored_writes_no_files(tmp_path):
     # (Called by its own name: the benchmark of verdicts runs again what torchfuse.plan is given.)
-    plan = torchfuse.fusing.plan(Logs(tmp_path).eval(), IMAGE)
+    plan = torchfuse.fusing.model_fusing.plan(Logs(tmp_path).eval(), IMAGE)
     assert [path.name for path in tmp_path.iterdir()] == ["calls.txt"]
     assert (tmp_path / "calls.txt").read_text() == "called\n"  # by the recorded run alone
     assert len(plan.fusions) == 1

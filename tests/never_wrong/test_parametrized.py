@@ -5,7 +5,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import torchfuse
-from fusing_checks import IMAGE, ROW, ConvBn, assert_fuses, assert_left_alone, check, trained
+from support.fusing_checks import (
+    IMAGE,
+    ROW,
+    ConvBn,
+    assert_fuses,
+    assert_left_alone,
+    check,
+    trained,
+)
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])

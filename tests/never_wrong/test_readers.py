@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import (
+from support.fusing_checks import (
     IMAGE,
     ConvBn,
     assert_fuses,

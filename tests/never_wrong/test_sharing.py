@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from fusing_checks import IMAGE, ROW, ConvBn, assert_fuses, assert_left_alone, check, trained
+from support.fusing_checks import (
+    IMAGE,
+    ROW,
+    ConvBn,
+    assert_fuses,
+    assert_left_alone,
+    check,
+    trained,
+)
 
 
 def test_a_conv_called_twice_is_left_alone_pt104593() -> None:

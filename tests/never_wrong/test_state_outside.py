@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn
+from support.fusing_checks import IMAGE, ConvBn
 
 NOTHING_YET = None
 OBJECT = types.SimpleNamespace(calls=0)

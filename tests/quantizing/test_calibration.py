@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from torchfuse.cases import Case
 from torchfuse.errors import CalibrationError, InputError, QuantizationWarning
-from torchfuse.inputs import Case
 from torchfuse.quantizing import quantize
 from torchfuse.quantizing.calibration import read_calibration
 from torchfuse.quantizing.preprocessing import Preprocessing

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfuse.inputs import Case
+from torchfuse.cases import Case
 from torchfuse.quantizing import static
 from torchfuse.quantizing.importance import importance
 

@@ -15,8 +15,8 @@ import torchfuse
 from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
-from torchfuse.quantizing.fitness import require_eval_mode
 from torchfuse.quantizing.modes import has_modes
+from torchfuse.quantizing.preconditions import require_eval_mode
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),

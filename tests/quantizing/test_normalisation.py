@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse import Preprocessing, WithPreprocessing
-from torchfuse.inputs import Case
+from torchfuse.cases import Case
 from torchfuse.quantizing import quantize, static
 from torchfuse.quantizing.normalisation import FLOAT
 

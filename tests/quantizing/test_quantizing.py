@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfuse.checking import verify
+from torchfuse.cases import Case
 from torchfuse.errors import CalibrationError, InputError
-from torchfuse.inputs import Case
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture
 from torchfuse.quantizing import QuantizedLayer, quantize
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import capture
 from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.executorch.program import ExecutorchModel
+from torchfuse.verifying.outputs import verify
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchfuse.cases import Case, cases
 from torchfuse.errors import InputError, QuantizationWarning
-from torchfuse.inputs import Case, cases
 from torchfuse.quantizing import quantize, static
 from torchfuse.quantizing.equalization import equalize
-from torchfuse.quantizing.lockstep import attribute, set_attribute
+from torchfuse.quantizing.layerwise import attribute, set_attribute
 from torchfuse.quantizing.recovery import STEPS, _held_out
 from torchfuse.quantizing.report import MaxDrop
 from torchfuse.quantizing.rounding import _rounded, correct

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
-from torchfuse.equivalence import Equivalence, OutputDifference
-from torchfuse.noise import Caution
+from torchfuse.measuring.cautions import Caution
+from torchfuse.measuring.timing import FileFacts, Measurement
 from torchfuse.render.bench_files import earlier_runs, to_csv, to_json, to_markdown
-from torchfuse.timing import FileFacts, Measurement
+from torchfuse.verifying.equivalence import Equivalence, OutputDifference
 
 FILE = FileFacts(2_000_000, "ab12", 0.01, 0.02, 100, 200)
 FAST = Measurement("fast.pte", (1.0,) * 6, 12, True, 1, round_id="r", file=FILE)

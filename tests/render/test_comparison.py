@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from torchfuse.comparison import FOLDED, NOT_FUSED, Comparison, Row
+from torchfuse.comparing.comparison import FOLDED, NOT_FUSED, Comparison, Row
 from torchfuse.delegation import Delegation, OperatorDelegation
-from torchfuse.equivalence import Equivalence, OutputDifference
-from torchfuse.noise import Caution
+from torchfuse.measuring.cautions import Caution
+from torchfuse.measuring.timing import Measurement, ratio
 from torchfuse.render.comparison import (
     caution_lines,
     closing_sentence,
@@ -23,7 +23,7 @@ from torchfuse.render.comparison import (
 )
 from torchfuse.render.comparison import text as whole_text
 from torchfuse.stats import Share
-from torchfuse.timing import Measurement, ratio
+from torchfuse.verifying.equivalence import Equivalence, OutputDifference
 
 GOLDEN = (Path(__file__).parent / "comparison.golden.txt").read_text()
 

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from torchfuse.cli import cli
-from torchfuse.comparison import NOT_FUSED, Comparison, LayerNoise, Operation, Row
-from torchfuse.equivalence import Equivalence
+from torchfuse.comparing.comparison import NOT_FUSED, Comparison, LayerNoise, Operation, Row
 from torchfuse.errors import InputError
+from torchfuse.measuring.timing import Measurement
 from torchfuse.render.model_explorer import model_explorer_files
 from torchfuse.stats import Ratio
-from torchfuse.timing import Measurement
+from torchfuse.verifying.equivalence import Equivalence
 
 COMPARISON = Comparison(
     "Net",

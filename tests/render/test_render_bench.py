@@ -2,8 +2,8 @@
 
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
+from torchfuse.measuring.timing import FileFacts, Measurement
 from torchfuse.render.bench import block, closing, heading
-from torchfuse.timing import FileFacts, Measurement
 
 
 def measured(name: str, *samples_s: float, threads: int = 1) -> Measurement:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchfuse
-from fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

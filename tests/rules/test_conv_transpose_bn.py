@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
 
 CONVS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

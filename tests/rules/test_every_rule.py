@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 import torchfuse
-from fusing_checks import IMAGE, ConvBn, trained
+from support.fusing_checks import IMAGE, ConvBn, trained
 from torchfuse import rules
 from torchfuse.errors import InputError
 

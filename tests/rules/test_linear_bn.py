@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
 
 ROWS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 SEQUENCES = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1))

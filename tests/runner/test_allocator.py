@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from torchfuse.timing import measure
+from torchfuse.measuring.timing import measure
 
 CALLS = 5
 LARGE = 40 << 20  # glibc maps what is larger than 32 MiB anew each time, whatever came before

@@ -7,15 +7,15 @@ import pytest
 from click.testing import CliRunner
 
 from torchfuse.cli import cli
-from torchfuse.comparison import Comparison, Row
+from torchfuse.comparing.comparison import Comparison, Row
 from torchfuse.devices.facts import DeviceFacts
-from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError
+from torchfuse.measuring.timing import Measurement
 from torchfuse.render.changes import markdown, text
 from torchfuse.stats import Ratio, Share, share_of
 from torchfuse.suites.changes import changes
 from torchfuse.suites.results import Failure, Result, SuiteResult
-from torchfuse.timing import Measurement
+from torchfuse.verifying.equivalence import Equivalence, OutputDifference
 
 
 def row(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.comparing.cache import Folder
-from torchfuse.comparison import Comparison
+from torchfuse.comparing.comparison import Comparison
 from torchfuse.suites.suite_file import Entry, read_suite
 from torchfuse.suites.worker_jobs import Job, MadeFiles, Outcome, perform
 

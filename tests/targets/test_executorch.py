@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchfuse
+from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
-from torchfuse.inputs import Case
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import capture
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture
 from torchfuse.targets.executorch import program
 from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.executorch.program import ExecutorchModel

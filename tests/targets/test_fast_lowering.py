@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.traceback import NodeSource
 
-from torchfuse.inputs import Case
+from torchfuse.cases import Case
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture
 from torchfuse.quantizing import quantize
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import capture
 from torchfuse.targets.executorch import fast_lowering
 
 

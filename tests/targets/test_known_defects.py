@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import torchfuse
-from as_if_trained import as_if_trained
-from zoo.yolo import SPPF, C2f, Conv
+from support.as_if_trained import as_if_trained
+from support.zoo.yolo import SPPF, C2f, Conv
 
 
 class Transposed(nn.Module):

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from torch.utils.mobile_optimizer import MobileOptimizerType
 
 import torchfuse
+from torchfuse.cases import Case
 from torchfuse.errors import ExportWarning, InputError, QuantizationWarning, UnsupportedError
-from torchfuse.inputs import Case
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
-from torchfuse.quieting import quiet
 from torchfuse.targets.torchscript import mobile_optimizer, scripting
 from torchfuse.targets.torchscript.mobile_optimizer import folded, frozen
 from torchfuse.targets.torchscript.scripting import op_counts

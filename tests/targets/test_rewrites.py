@@ -10,29 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchfuse
-from torchfuse.inputs import Case
-from torchfuse.targets.capturing import capture
-from torchfuse.targets.executorch.lowering import lower
-from torchfuse.targets.executorch.program import ExecutorchModel
-from torchfuse.targets.executorch.rewrites import REWRITES, REWRITES_ONCE_QUANTIZED
-from torchfuse.targets.executorch.rewrites.attention import write_attention_without_masking
-from torchfuse.targets.executorch.rewrites.depthwise import (
-    parts_of,
-    split_large_depthwise_kernels,
-)
-from torchfuse.targets.executorch.rewrites.group_norm import write_out_group_norms
-from torchfuse.targets.executorch.rewrites.hardsigmoid import write_out_hardsigmoids
-from torchfuse.targets.executorch.rewrites.layer_norm import write_out_layer_norms
-from torchfuse.targets.executorch.rewrites.matmul import write_matmul_as_bmm
-from torchfuse.targets.executorch.rewrites.maximum import write_maxima_as_poolings
-from torchfuse.targets.executorch.rewrites.mean import (
+from torchfuse.cases import Case
+from torchfuse.lowering.capture import capture
+from torchfuse.lowering.xnnpack_rewrites import REWRITES, REWRITES_ONCE_QUANTIZED
+from torchfuse.lowering.xnnpack_rewrites.attention import write_attention_without_masking
+from torchfuse.lowering.xnnpack_rewrites.depthwise import parts_of, split_large_depthwise_kernels
+from torchfuse.lowering.xnnpack_rewrites.group_norm import write_out_group_norms
+from torchfuse.lowering.xnnpack_rewrites.hardsigmoid import write_out_hardsigmoids
+from torchfuse.lowering.xnnpack_rewrites.layer_norm import write_out_layer_norms
+from torchfuse.lowering.xnnpack_rewrites.matmul import write_matmul_as_bmm
+from torchfuse.lowering.xnnpack_rewrites.maximum import write_maxima_as_poolings
+from torchfuse.lowering.xnnpack_rewrites.mean import (
     keep_dimensions_of_means,
     write_means_over_channels_as_convolutions,
 )
-from torchfuse.targets.executorch.rewrites.padding import leave_padding_in_int8
-from torchfuse.targets.executorch.rewrites.selecting import write_selections_as_slices
-from torchfuse.targets.executorch.rewrites.softmax import write_softmax_of_rows
-from torchfuse.targets.executorch.rewrites.upsampling import write_upsampling_as_concatenations
+from torchfuse.lowering.xnnpack_rewrites.padding import leave_padding_in_int8
+from torchfuse.lowering.xnnpack_rewrites.selecting import write_selections_as_slices
+from torchfuse.lowering.xnnpack_rewrites.softmax import write_softmax_of_rows
+from torchfuse.lowering.xnnpack_rewrites.upsampling import write_upsampling_as_concatenations
+from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.executorch.program import ExecutorchModel
 
 
 class Does(nn.Module):

@@ -10,12 +10,12 @@ from torch import nn
 from torch.ao import quantization as ao
 
 import torchfuse
+from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, UnsupportedError
-from torchfuse.inputs import Case
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
-from torchfuse.quieting import quiet
 from torchfuse.targets.torchscript import scripting
 from torchfuse.targets.torchscript.mobile_optimizer import folded, frozen
 

@@ -15,14 +15,14 @@ from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import input_option
 from torchfuse.commands.status import NOISE
 from torchfuse.errors import DeviceError, InputError, UnsupportedError
+from torchfuse.measuring.speed_benchmark import FLAGS, Options
 from torchfuse.render.progress import quiet_option
-from torchfuse.speed_benchmark import FLAGS, Options
 from torchfuse.units import decibels
 
 if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
+    from torchfuse.measuring.tasks import Task
     from torchfuse.operator_times import Profile
-    from torchfuse.tasks import Task
 
 _RUNS = 50
 _TIMEOUT_S = 600.0
@@ -181,10 +181,10 @@ def command(
 def _as_the_tool(options: Options, threads: int | None, report: Report) -> None:
     import torch
 
-    from torchfuse import speed_benchmark
     from torchfuse.devices.facts import DeviceFacts
     from torchfuse.devices.run import DeviceRun
-    from torchfuse.timing import Measurement, pinned_threads
+    from torchfuse.measuring import speed_benchmark
+    from torchfuse.measuring.timing import Measurement, pinned_threads
 
     report.open({"inputs": options.input_dims})
     with contextlib.nullcontext() if threads is None else pinned_threads(threads):
@@ -281,10 +281,10 @@ def _measure(
     *,
     print_output: bool,
 ) -> "list[DeviceRun]":
-    from torchfuse.devices.by_name import checked_device
+    from torchfuse.devices.named import checked_device
     from torchfuse.devices.several import bench_devices
+    from torchfuse.measuring.timing import check_counts
     from torchfuse.temporary import temporary_folder
-    from torchfuse.timing import check_counts
 
     devices = list(dict.fromkeys(map(checked_device, devices)))
     paths = _distinct(artifacts)
@@ -326,8 +326,8 @@ def _digest(path: Path) -> str:
 
 
 def _task(path: str, wanted: Inputs, folder: Path) -> "Task":
-    from torchfuse.speed_benchmark import model_errors_in_one_line
-    from torchfuse.tasks import task_of
+    from torchfuse.measuring.speed_benchmark import model_errors_in_one_line
+    from torchfuse.measuring.tasks import task_of
 
     with model_errors_in_one_line(path):
         task = task_of(path, wanted.case_for(path), folder)
@@ -336,7 +336,7 @@ def _task(path: str, wanted: Inputs, folder: Path) -> "Task":
 
 
 def _print_outputs(tasks: "Mapping[str, Task]") -> None:
-    from torchfuse.speed_benchmark import print_value
+    from torchfuse.measuring.speed_benchmark import print_value
 
     for name, task in tasks.items():
         click.echo(f"{name} returned")
@@ -355,8 +355,8 @@ def _compare_record(path: Path, report: Report, fail_on_noise: bool) -> None:
 
 
 def _show(runs: "Sequence[DeviceRun]", report: Report, *, observer: bool) -> None:
+    from torchfuse.measuring.speed_benchmark import observer_line
     from torchfuse.render.bench import block, closing, heading
-    from torchfuse.speed_benchmark import observer_line
 
     report.print()
     for run in runs:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.errors import InputError
+from torchfuse.measuring.speed_benchmark import FLAGS, Options
 from torchfuse.model_source import InputSpec, parse_inputs
-from torchfuse.speed_benchmark import FLAGS, Options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torchfuse.inputs import Case
-    from torchfuse.tasks import Task
+    from torchfuse.cases import Case
+    from torchfuse.measuring.tasks import Task
 
 __all__ = ["Inputs", "described_inputs", "inputs_asked_for", "shown"]
 
@@ -35,9 +35,9 @@ class Inputs:
 
     def case_for(self, path: str) -> Case | None:
         """Return the inputs for a file, tensors of ones; None: what it says itself."""
-        from torchfuse.exporting import load
-        from torchfuse.inputs import Case
-        from torchfuse.speed_benchmark import bundled_input, create_inputs
+        from torchfuse.cases import Case
+        from torchfuse.exporting.model_files import load
+        from torchfuse.measuring.speed_benchmark import bundled_input, create_inputs
 
         if self.flags is not None:
             if self.flags.use_bundled_input >= 0:
@@ -95,7 +95,7 @@ def described_inputs(inputs: Inputs, tasks: Mapping[str, Task]) -> dict[str, Any
             "input_type": inputs.flags.input_type,
             "input_memory_format": inputs.flags.input_memory_format,
         }
-    from torchfuse.file_inputs import described
+    from torchfuse.exporting.file_inputs import described
 
     (first, task), *others = tasks.items()
     found = described(task.case)

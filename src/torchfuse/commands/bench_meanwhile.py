@@ -14,7 +14,7 @@ from torchfuse.errors import InputError
 
 if TYPE_CHECKING:
     from torchfuse.devices.run import DeviceRun
-    from torchfuse.timing import Measurement
+    from torchfuse.measuring.timing import Measurement
 
 __all__ = ["Progress", "Report"]
 

@@ -25,7 +25,7 @@ from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import optional_model_options
 from torchfuse.commands.saved_results import interrupted_json, write_results
 from torchfuse.commands.status import STDOUT
-from torchfuse.comparison import LOCAL
+from torchfuse.comparing.comparison import LOCAL
 from torchfuse.errors import InputError
 from torchfuse.render.libraries import require_libraries
 from torchfuse.render.progress import progress, quiet_option
@@ -34,7 +34,7 @@ from torchfuse.targets import TARGETS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
 
 __all__ = ["command"]
 
@@ -183,8 +183,8 @@ def command(
         chosen = [name.replace("-", " ") for name in chosen]
     wanted = _listed("--targets", targets)
     devices = devices or (LOCAL,)
-    from torchfuse.comparing import check_choices
     from torchfuse.comparing.cache import default_folder
+    from torchfuse.comparing.variants import check_choices
 
     check_choices(chosen, wanted, devices)
     loaded = model_source.load(model, inputs, weights, given.inputs())
@@ -245,7 +245,7 @@ def command(
 
 def _earlier(json_file: str | None) -> Comparison:
     """Return what --json holds of an interrupted run."""
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
 
     return Comparison.from_json(interrupted_json(json_file))
 

@@ -176,7 +176,7 @@ class DataOptions:
         """
         if self.data is None:
             return None
-        from torchfuse.inputs import cases
+        from torchfuse.cases import cases
         from torchfuse.quantizing import read_calibration
         from torchfuse.quantizing.static import argument_names
 
@@ -219,7 +219,7 @@ def _size_of(example: Any, layout: str) -> tuple[int, int]:
 
 def _picture(example: Any) -> tuple[int, ...]:
     """The shape of the example's first argument."""
-    from torchfuse.inputs import cases
+    from torchfuse.cases import cases
 
     case = cases(example)[0]
     (picture, *_) = (*case.args, *case.kwargs.values(), None)

@@ -68,7 +68,7 @@ def dynamic_shapes(sizes: Sequence[DynamicSize], model: Any, example: Any) -> An
         return None
     import torch
 
-    from torchfuse.inputs import cases
+    from torchfuse.cases import cases
     from torchfuse.quantizing.static import by_argument_name
 
     case = cases(example)[0]

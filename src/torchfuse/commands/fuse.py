@@ -114,7 +114,7 @@ def _state(fused: Any) -> Mapping[str, Tensor]:
 def _exported(model: nn.Module, example_inputs: object) -> ExportedProgram:
     import torch
 
-    from torchfuse.inputs import cases
+    from torchfuse.cases import cases
 
     case = cases(example_inputs)[0]
     try:

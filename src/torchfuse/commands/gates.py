@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from torchfuse.commands.status import GATE, NOISE
+from torchfuse.comparing.gates import Condition, failures, parse_condition, parse_share, slower
 from torchfuse.errors import InputError
-from torchfuse.gates import Condition, failures, parse_condition, parse_share, slower
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
 
 __all__ = ["Gates"]
 
@@ -48,7 +48,7 @@ class Gates:
             raise InputError("Expected --baseline and --fail-if-slower together, got one of them.")
         earlier = None
         if baseline is not None:
-            from torchfuse.comparison import Comparison
+            from torchfuse.comparing.comparison import Comparison
 
             try:
                 text = Path(baseline).read_text(encoding="utf-8")

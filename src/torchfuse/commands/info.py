@@ -19,7 +19,7 @@ from torchfuse.units import decibels
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
 __all__ = ["command"]
 
@@ -87,9 +87,9 @@ def _of_model(text: str, inputs: tuple[str, ...], weights: Path | None) -> dict[
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from torchfuse.checking import run
-    from torchfuse.file_inputs import described
-    from torchfuse.inputs import cases
+    from torchfuse.cases import cases
+    from torchfuse.exporting.file_inputs import described
+    from torchfuse.verifying.outputs import run
 
     network = loaded.module
     case = cases(loaded.example_inputs)[0]
@@ -158,7 +158,7 @@ def _verified(kept: Mapping[str, Any]) -> str:
 
 def _inputs(kept: Mapping[str, Any]) -> str:
     from torchfuse.commands.bench_inputs import shown
-    from torchfuse.file_inputs import ones_like
+    from torchfuse.exporting.file_inputs import ones_like
 
     case: Case = ones_like(kept)
     return shown(case)

@@ -13,8 +13,8 @@ from torchfuse.artifacts import check_destination, write_atomically
 from torchfuse.commands.model_options import model_options, rule_option, strict_option
 from torchfuse.commands.status import GATE, STDOUT
 from torchfuse.errors import InputError
+from torchfuse.fusing.worth import TARGETS, worth
 from torchfuse.render import plan as render
-from torchfuse.worth import TARGETS, worth
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +100,7 @@ def print_plan(plan: FusionPlan) -> None:
 
 
 def _check_rules(names: tuple[str, ...]) -> None:
-    from torchfuse.exported.rewrites import REWRITES
+    from torchfuse.fusing.programs.rewrites import REWRITES
     from torchfuse.rules import RULES
 
     known = [*(rule.name for rule in RULES), *(rule.name for rule in REWRITES)]

@@ -214,9 +214,9 @@ def _with_labels(
     """
     if given in (None, "random"):
         return given
+    from torchfuse.cases import cases
     from torchfuse.comparing.jobs import check_labels
     from torchfuse.comparing.samples import all_of, read_samples
-    from torchfuse.inputs import cases
     from torchfuse.quantizing.preprocessing import WithPreprocessing
     from torchfuse.quantizing.static import argument_names
 

@@ -14,7 +14,7 @@ from torchfuse.render.libraries import require_libraries
 from torchfuse.units import size
 
 if TYPE_CHECKING:
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
     from torchfuse.suites.results import SuiteResult
 
 __all__ = ["command"]
@@ -82,7 +82,7 @@ def command(
 
 
 def _write_for_model_explorer(found: "Comparison | SuiteResult", folder: Path) -> None:
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
     from torchfuse.render.model_explorer import model_explorer_files
 
     if not isinstance(found, Comparison):
@@ -102,7 +102,7 @@ def _chosen(
     found: "Comparison | SuiteResult", model: str | None, path: str
 ) -> "Comparison | SuiteResult":
     """Return what the page is to be of."""
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
 
     if isinstance(found, Comparison):
         if model is not None:
@@ -146,7 +146,7 @@ def _changed(
 
 
 def _read(path: str) -> "Comparison | SuiteResult":
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
     from torchfuse.suites.results import SuiteResult
 
     try:

@@ -21,19 +21,19 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import Artifact, write_all_atomically, write_atomically
-from torchfuse.capture.recorded_run import record
 from torchfuse.comparing.jobs import Build, Built
 from torchfuse.delegation import Delegation  # noqa: TC001  # msgspec reads annotations
-from torchfuse.equivalence import Equivalence  # noqa: TC001  # likewise
 from torchfuse.errors import ArtifactError, InputError, TorchfuseError
+from torchfuse.graph.recording import record
 from torchfuse.serialization import from_json, to_json
 from torchfuse.targets import TARGETS
+from torchfuse.verifying.equivalence import Equivalence  # noqa: TC001  # likewise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from torchfuse.cases import Case
     from torchfuse.comparing.jobs import ComparedModel
-    from torchfuse.inputs import Case
 
 __all__ = ["Cache", "Folder", "Store", "default_folder", "digest_of", "makers"]
 

@@ -19,31 +19,31 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import Artifact, Precision
-from torchfuse.checking import run, verify
+from torchfuse.cases import Case
+from torchfuse.comparing.comparison import LOCAL, Answers, ChangedAnswer
 from torchfuse.comparing.samples import Samples, batch_size
-from torchfuse.comparison import LOCAL, Answers, ChangedAnswer
-from torchfuse.copying import copied
 from torchfuse.devices.benching import Settings
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.local import Local
 from torchfuse.devices.several import bench_devices
-from torchfuse.equivalence import Equivalence
 from torchfuse.errors import (
     ExportWarning,
     InputError,
     QuantizationWarning,
     UnsupportedError,
 )
-from torchfuse.exporting import CALIBRATED_ON_NOISE, exported, in_the_shape_of, load
-from torchfuse.inputs import Case
+from torchfuse.exporting.model_files import CALIBRATED_ON_NOISE, exported, in_the_shape_of, load
+from torchfuse.isolation.model_copy import copied
+from torchfuse.measuring.tasks import task_of
+from torchfuse.measuring.timing import Measurement, measure_interleaved
 from torchfuse.quantizing.calibration import SETTLED, CalibrationData
-from torchfuse.quantizing.measures import name_of, number_from
+from torchfuse.quantizing.metrics import name_of, number_from
 from torchfuse.quantizing.preprocessing import Preprocessing
 from torchfuse.quantizing.sensitivity import SignalToNoise
 from torchfuse.stats import Share, share_of
-from torchfuse.tasks import task_of
 from torchfuse.temporary import temporary_folder
-from torchfuse.timing import Measurement, measure_interleaved
+from torchfuse.verifying.equivalence import Equivalence
+from torchfuse.verifying.outputs import run, verify
 
 __all__ = [
     "Build",

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from torchfuse.capture.recorded_run import record
-from torchfuse.comparison import Operation
-from torchfuse.copying import copied
+from torchfuse.cases import Case
+from torchfuse.comparing.comparison import Operation
 from torchfuse.errors import TorchfuseError
-from torchfuse.inputs import Case
+from torchfuse.graph.recording import record
+from torchfuse.isolation.model_copy import copied
 
 __all__ = ["operations"]
 

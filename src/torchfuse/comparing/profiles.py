@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+from torchfuse.comparing.comparison import FOLDED
 from torchfuse.comparing.jobs import ComparedModel, Place
-from torchfuse.comparison import FOLDED
 from torchfuse.errors import TorchfuseError
+from torchfuse.measuring.profiling import profile
 from torchfuse.operator_times import Profile
-from torchfuse.profiling import profile
 from torchfuse.targets import target_for
 
 __all__ = ["profiles"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from torchfuse.cases import Case
 from torchfuse.errors import CalibrationError
-from torchfuse.inputs import Case
 from torchfuse.quantizing.calibration import (
     CalibrationData,
     checked_calibration,

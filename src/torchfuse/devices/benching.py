@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchfuse.checking import compare_outputs
 from torchfuse.devices.device_runner import Runner, Schedule
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.native_runner import native_runner
@@ -16,10 +15,11 @@ from torchfuse.devices.python_runner import PythonRunner
 from torchfuse.devices.record import ArtifactName, Record
 from torchfuse.devices.run import DeviceRun
 from torchfuse.devices.transport import Transport
-from torchfuse.equivalence import Equivalence
 from torchfuse.errors import DeviceError, TorchfuseError
-from torchfuse.tasks import Task
-from torchfuse.timing import Measurement, round_id_of
+from torchfuse.measuring.tasks import Task
+from torchfuse.measuring.timing import Measurement, round_id_of
+from torchfuse.verifying.equivalence import Equivalence
+from torchfuse.verifying.outputs import compare_outputs
 
 if TYPE_CHECKING:
     from torchfuse.operator_times import Profile

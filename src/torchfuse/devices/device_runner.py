@@ -9,8 +9,8 @@ import torch
 from torchfuse.devices.record import Record
 from torchfuse.devices.transport import Transport
 from torchfuse.errors import UnsupportedError
+from torchfuse.measuring.tasks import Task
 from torchfuse.operator_times import Profile
-from torchfuse.tasks import Task
 
 __all__ = ["OnRound", "Outputs", "Runner", "Schedule", "model_name", "push_models", "tensor_of"]
 

@@ -22,9 +22,9 @@ from torchfuse.devices.native import (
 from torchfuse.devices.record import Record
 from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
+from torchfuse.measuring.tasks import Task
 from torchfuse.operator_times import Profile
 from torchfuse.targets.executorch.etdump import profile_of_etdump
-from torchfuse.tasks import Task
 
 __all__ = ["ExecutorRunner"]
 

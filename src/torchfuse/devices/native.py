@@ -16,8 +16,8 @@ from torchfuse.devices.record import Record
 from torchfuse.devices.state import state_of
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError
+from torchfuse.measuring.tasks import Task
 from torchfuse.runner.loop import interleave
-from torchfuse.tasks import Task
 
 __all__ = [
     "LONGEST_CHECK_S",

@@ -16,8 +16,8 @@ from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.operators import operators_of
 from torchfuse.devices.speed_benchmark_runner import SpeedBenchmark
 from torchfuse.errors import InputError, UnsupportedError
+from torchfuse.measuring.tasks import Task
 from torchfuse.targets import TARGETS, target_of
-from torchfuse.tasks import Task
 
 __all__ = ["native_runner"]
 

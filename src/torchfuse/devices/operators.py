@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.measuring.tasks import Task
 from torchfuse.targets import target_of
-from torchfuse.tasks import Task
 
 __all__ = ["operators_of"]
 

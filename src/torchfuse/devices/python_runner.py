@@ -27,9 +27,9 @@ from torchfuse.devices.printable import printable
 from torchfuse.devices.record import Record
 from torchfuse.devices.transport import Finished, Transport, last_line
 from torchfuse.errors import DeviceError, UnsupportedError
+from torchfuse.measuring.tasks import Task
 from torchfuse.runner.interpreter import ONE_THREAD
 from torchfuse.runner.loop import turn_length
-from torchfuse.tasks import Task
 
 __all__ = ["PythonRunner", "runner_archive"]
 
@@ -49,7 +49,7 @@ def runner_archive() -> bytes:
     package = files("torchfuse")
     modules = [e.name for e in (package / "runner").iterdir() if e.name.endswith(".py")]
     sources = {"__main__.py": _MAIN, "torchfuse/__init__.py": ""}
-    for name in ("machine_state.py", *(f"runner/{module}" for module in sorted(modules))):
+    for name in (f"runner/{module}" for module in sorted(modules)):
         sources[f"torchfuse/{name}"] = package.joinpath(*name.split("/")).read_text("utf-8")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as written:

@@ -6,11 +6,11 @@ from typing import Any
 
 from torchfuse.devices.events import checked
 from torchfuse.devices.printable import printable
-from torchfuse.machine_state import MachineState
-from torchfuse.noise import Caution, cautions, resumed
+from torchfuse.measuring.cautions import Caution, cautions, resumed
+from torchfuse.measuring.timing import Measurement, file_facts
 from torchfuse.runner.job import read_event
+from torchfuse.runner.machine_state import MachineState
 from torchfuse.serialization import from_plain
-from torchfuse.timing import Measurement, file_facts
 
 __all__ = ["ArtifactName", "Record"]
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from torchfuse.devices.facts import DeviceFacts
-from torchfuse.equivalence import Equivalence
-from torchfuse.noise import Caution
+from torchfuse.measuring.cautions import Caution
+from torchfuse.measuring.timing import Measurement
 from torchfuse.operator_times import Profile
-from torchfuse.timing import Measurement
+from torchfuse.verifying.equivalence import Equivalence
 
 __all__ = ["DeviceRun"]
 

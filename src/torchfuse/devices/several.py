@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchfuse.devices.benching import Settings, bench_on
-from torchfuse.devices.by_name import device_named
 from torchfuse.devices.facts import DeviceFacts, facts_of
 from torchfuse.devices.local import Local
+from torchfuse.devices.named import device_named
 from torchfuse.devices.run import DeviceRun
 from torchfuse.errors import DeviceError, UnsupportedError
-from torchfuse.profiling import profile
-from torchfuse.tasks import Task
-from torchfuse.timing import Measurement, measure_prepared
+from torchfuse.measuring.profiling import profile
+from torchfuse.measuring.tasks import Task
+from torchfuse.measuring.timing import Measurement, measure_prepared
 
 if TYPE_CHECKING:
     from torchfuse.devices.transport import Transport

@@ -22,7 +22,7 @@ from torchfuse.devices.native import (
 )
 from torchfuse.devices.transport import Transport, last_line
 from torchfuse.errors import DeviceError, InputError
-from torchfuse.tasks import Task
+from torchfuse.measuring.tasks import Task
 
 __all__ = ["SpeedBenchmark"]
 

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import replace
 
 from torchfuse.devices.transport import Transport
-from torchfuse.machine_state import FILES, MachineState, state_from
+from torchfuse.runner.machine_state import FILES, MachineState, state_from
 
 __all__ = ["state_of"]
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import fx, nn
 
+from torchfuse.cases import cases, require_finite_tensors, require_float32
 from torchfuse.errors import InputError, QuantizationWarning
-from torchfuse.inputs import cases, require_finite_tensors, require_float32
+from torchfuse.isolation.snapshot import random_state_kept
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
     CALIBRATED,
@@ -19,11 +21,7 @@ from torchfuse.quantizing.calibration import (
     read_calibration,
     sample_count,
 )
-from torchfuse.quantizing.fitness import (
-    require_converted,
-    require_eval_mode,
-    require_forward,
-)
+from torchfuse.quantizing.preconditions import require_converted, require_eval_mode, require_forward
 from torchfuse.quantizing.preprocessing import WithPreprocessing
 from torchfuse.quantizing.recovery import STEPS, Recovered, measured, recovered
 from torchfuse.quantizing.report import (
@@ -40,13 +38,11 @@ from torchfuse.quantizing.unquantized import (
     quantized_share,
     require_quantized,
 )
-from torchfuse.quieting import quiet
-from torchfuse.restoring import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
     from torchfuse.quantizing.preprocessing import Preprocessing
     from torchfuse.quantizing.report import LayerError
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchfuse.checking import copy_tensors
+from torchfuse.cases import Case, cases
 from torchfuse.errors import CalibrationError, first_line
-from torchfuse.inputs import Case, cases
+from torchfuse.isolation.snapshot import put_back
 from torchfuse.quantizing.preprocessing import PICTURES, Preprocessing, pictures_in
-from torchfuse.restoring import put_back
+from torchfuse.verifying.outputs import copy_tensors
 
 __all__ = [
     "CALIBRATED",
@@ -96,7 +96,7 @@ def read_calibration(
 
 
 def _random_like(example: Case) -> list[Case]:
-    from torchfuse.proving import other_inputs
+    from torchfuse.fusing.proving import other_inputs
 
     return [other_inputs(example, seed) for seed in range(_RANDOM_SAMPLES)]
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from torchfuse.checking import copy_tensors
 from torchfuse.errors import UnsupportedError
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture
 from torchfuse.quantizing.static import keep_integers
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import capture
+from torchfuse.verifying.outputs import copy_tensors
 
 if TYPE_CHECKING:
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
 __all__ = ["GROUP_SIZE", "DynamicallyQuantized", "quantized"]
 

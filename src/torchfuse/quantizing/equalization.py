@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, fx
 
 from torchfuse.quantizing.importance import Importance, importance
-from torchfuse.quantizing.lockstep import attribute, set_attribute
+from torchfuse.quantizing.layerwise import attribute, set_attribute
 from torchfuse.quantizing.static import group_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
 __all__ = ["equalize"]
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from torchfuse.checking import copy_tensors
+from torchfuse.verifying.outputs import copy_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
 __all__ = ["Importance", "by_channel", "importance"]
 

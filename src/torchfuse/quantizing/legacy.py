@@ -14,13 +14,13 @@ import torch
 from torch import fx, nn
 
 from torchfuse.errors import InputError, UnsupportedError, first_line
-from torchfuse.fusing import fuse
+from torchfuse.fusing.model_fusing import fuse
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.quantizing.calibration import calibrate
 from torchfuse.quantizing.static import QuantizedLayer
-from torchfuse.quieting import quiet
 
 if TYPE_CHECKING:
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
 __all__ = ["ENGINES", "LegacyInt8", "quantized"]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from torchfuse.quantizing.lockstep import attribute, set_attribute
+from torchfuse.quantizing.layerwise import attribute, set_attribute
 
 __all__ = ["FLOAT", "RANGE", "fold_normalisation"]
 

@@ -24,7 +24,7 @@ from torchfuse.errors import InputError
 from torchfuse.quantizing import static
 from torchfuse.quantizing.calibration import calibrate, sample_count
 from torchfuse.quantizing.equalization import equalize
-from torchfuse.quantizing.measures import (
+from torchfuse.quantizing.metrics import (
     POINTS,
     Measure,
     Outputs,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from torch import fx, nn
 
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
 _T = TypeVar("_T")
 

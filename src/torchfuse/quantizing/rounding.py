@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torchfuse.quantizing.lockstep import Step, attribute, paired_steps, set_attribute
+from torchfuse.quantizing.layerwise import Step, attribute, paired_steps, set_attribute
 from torchfuse.quantizing.static import group_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
 
 __all__ = ["correct"]
 

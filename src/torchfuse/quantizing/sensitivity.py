@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from torchfuse.quantizing.importance import by_channel
-from torchfuse.quantizing.lockstep import paired_steps
+from torchfuse.quantizing.layerwise import paired_steps
 from torchfuse.quantizing.report import LayerError
 from torchfuse.quantizing.static import LAYERS, group_count, module_path
 from torchfuse.units import sqnr_db
@@ -22,8 +22,8 @@ from torchfuse.units import sqnr_db
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchfuse.inputs import Case
-    from torchfuse.quantizing.lockstep import Step
+    from torchfuse.cases import Case
+    from torchfuse.quantizing.layerwise import Step
 
 __all__ = ["SignalToNoise", "errors_by_node", "layer_errors", "sqnr_db"]
 

@@ -15,15 +15,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from torchfuse.checking import run
+from torchfuse.cases import Case
 from torchfuse.errors import CalibrationError, UnsupportedError, first_line
-from torchfuse.inputs import Case
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture
 from torchfuse.quantizing.calibration import elements
-from torchfuse.quantizing.lockstep import attribute
+from torchfuse.quantizing.layerwise import attribute
 from torchfuse.quantizing.normalisation import FLOAT, RANGE, fold_normalisation
 from torchfuse.quantizing.preprocessing import WithPreprocessing
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import capture
+from torchfuse.verifying.outputs import run
 
 __all__ = [
     "LAYERS",

@@ -13,13 +13,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from torchfuse.cases import cases, require_finite_tensors, require_float32
 from torchfuse.errors import InputError, UnsupportedError, first_line
-from torchfuse.inputs import cases, require_finite_tensors, require_float32
+from torchfuse.isolation.snapshot import random_state_kept
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.quantizing import QuantizationResult, static
-from torchfuse.quantizing.fitness import require_forward
+from torchfuse.quantizing.preconditions import require_forward
 from torchfuse.quantizing.report import QuantizationReport
-from torchfuse.quieting import quiet
-from torchfuse.restoring import random_state_kept
 
 __all__ = ["TrainableInt8", "convert_qat", "prepare_qat"]
 

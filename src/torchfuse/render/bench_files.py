@@ -8,13 +8,13 @@ from typing import Any
 
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
+from torchfuse.measuring.timing import Measurement, ratio
 from torchfuse.render.devices import described
 from torchfuse.render.profile import markdown
 from torchfuse.render.tables import markdown_row
 from torchfuse.serialization import parsed, plain
 from torchfuse.serialization import to_json as plain_json
 from torchfuse.stats import Ratio
-from torchfuse.timing import Measurement, ratio
 from torchfuse.units import duration, size
 
 __all__ = ["earlier_runs", "to_csv", "to_json", "to_markdown"]

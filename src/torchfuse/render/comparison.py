@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from torchfuse.comparison import (
+from torchfuse.comparing.comparison import (
     FOLDED,
     LOCAL,
     NOT_FUSED,
@@ -22,7 +22,7 @@ from torchfuse.stats import Ratio, Share
 from torchfuse.units import decibels, duration, percent, size
 
 if TYPE_CHECKING:
-    from torchfuse.noise import Caution
+    from torchfuse.measuring.cautions import Caution
 
 __all__ = [
     "answer_lines",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torchfuse.comparison import Comparison, Operation
+    from torchfuse.comparing.comparison import Comparison, Operation
 
 __all__ = ["model_explorer_files"]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from torchfuse.comparison import LOCAL
+from torchfuse.comparing.comparison import LOCAL
 from torchfuse.render.tables import as_text, markdown_row, without_lines
 from torchfuse.suites.best import best
 from torchfuse.units import duration, percent, size
 
 if TYPE_CHECKING:
-    from torchfuse.comparison import Row
+    from torchfuse.comparing.comparison import Row
     from torchfuse.suites.best import Best
     from torchfuse.suites.results import SuiteResult
 

@@ -1,7 +1,7 @@
 """The rules, in the order they are tried."""
 
+from torchfuse.conditions.subject import Match, Refusal, Rule, Subject
 from torchfuse.rules import conv_bn, conv_transpose_bn, linear_bn
-from torchfuse.rules._rule import Match, Refusal, Rule, Subject
 
 __all__ = ["RULES", "Match", "Refusal", "Rule", "Subject"]
 

@@ -7,9 +7,9 @@
 Any number of groups and of spatial dimensions; γ, β and b may be missing.
 """
 
-from torchfuse.folding import fold_batch_norm
-from torchfuse.rules._exactness import exact_in_graph, foldable
-from torchfuse.rules._rule import Rule
+from torchfuse.algebra.folding import fold_batch_norm
+from torchfuse.conditions.exactness import exact_in_graph, foldable
+from torchfuse.conditions.subject import Rule
 
 RULE = Rule(
     name="conv_bn",

@@ -4,9 +4,9 @@ As in `conv_bn`, but the weight is [in, out/groups, *kernel]: the out channels o
 the g-th block of rows, which is what other fusers get wrong (pytorch#180995).
 """
 
-from torchfuse.folding import fold_batch_norm
-from torchfuse.rules._exactness import exact_in_graph, foldable
-from torchfuse.rules._rule import Rule
+from torchfuse.algebra.folding import fold_batch_norm
+from torchfuse.conditions.exactness import exact_in_graph, foldable
+from torchfuse.conditions.subject import Rule
 
 RULE = Rule(
     name="conv_transpose_bn",

@@ -8,9 +8,9 @@ linear layer's features are on axis 2 and a batch norm's channels on axis 1 (ao#
 something between them moves the axis, as in LeViT's `bn(linear(x).flatten(0, 1))`.
 """
 
-from torchfuse.folding import fold_batch_norm
-from torchfuse.rules._exactness import exact_in_graph, foldable
-from torchfuse.rules._rule import Rule
+from torchfuse.algebra.folding import fold_batch_norm
+from torchfuse.conditions.exactness import exact_in_graph, foldable
+from torchfuse.conditions.subject import Rule
 
 RULE = Rule(
     name="linear_bn",

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torchfuse.machine_state import this_state
 from torchfuse.runner.loop import interleave, turn_length
+from torchfuse.runner.machine_state import this_state
 from torchfuse.runner.runtimes import runtime_for
 from torchfuse.runner.workers import Worker, WorkerError, forked_workers
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchfuse.comparison import Row
+    from torchfuse.comparing.comparison import Row
     from torchfuse.suites.results import SuiteResult
 
 __all__ = ["Best", "best"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from torchfuse.comparison import LOCAL, Comparison
+from torchfuse.comparing.comparison import LOCAL, Comparison
 from torchfuse.errors import InputError
 from torchfuse.stats import ratio_of_medians
 from torchfuse.suites.results import Result, SuiteResult
@@ -13,7 +13,7 @@ from torchfuse.suites.results import Result, SuiteResult
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torchfuse.comparison import Row
+    from torchfuse.comparing.comparison import Row
     from torchfuse.stats import Share
 
 __all__ = ["Change", "Changes", "changes"]

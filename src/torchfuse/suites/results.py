@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchfuse import serialization
-from torchfuse.comparison import Comparison  # noqa: TC001  # msgspec reads annotations
+from torchfuse.comparing.comparison import Comparison  # noqa: TC001  # msgspec reads annotations
 
 __all__ = ["Failure", "Result", "SuiteResult"]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import Client, Future, KilledWorker, get_worker
 from distributed import TimeoutError as DaskTimeoutError
 
-from torchfuse.comparison import LOCAL
+from torchfuse.comparing.comparison import LOCAL
 from torchfuse.errors import InputError, first_line
 from torchfuse.suites.admission import Admitted, Asked, admit, versions_here
 from torchfuse.suites.results import Failure, Result, SuiteResult
@@ -31,7 +31,7 @@ from torchfuse.suites.worker_jobs import Job, MadeFiles, Outcome, perform
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
     from torchfuse.suites.suite_file import Entry
 
 __all__ = ["MACHINE", "Suite"]

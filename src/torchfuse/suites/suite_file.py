@@ -205,7 +205,7 @@ def _converted(kind: type[_T], plain: object, key: tuple[str, ...], errors: _Err
 
 
 def _check_choices(table: _Choices, key: tuple[str, ...], errors: _Errors) -> None:
-    from torchfuse.comparing import check_choices
+    from torchfuse.comparing.variants import check_choices
 
     def check(name: str, variants: Any, targets: Any, devices: Any) -> None:
         errors.taken((*key, name), lambda: check_choices(variants, targets, devices), None)

@@ -25,11 +25,11 @@ import torch
 
 from torchfuse import model_source
 from torchfuse.artifacts import Artifact  # noqa: TC001  # a job holds it
-from torchfuse.comparing import Work, begin
+from torchfuse.cases import cases
 from torchfuse.comparing.cache import Cache
-from torchfuse.comparison import LOCAL, Comparison
+from torchfuse.comparing.comparison import LOCAL, Comparison
+from torchfuse.comparing.variants import Work, begin
 from torchfuse.errors import ArtifactError, DeviceError, InputError, TorchfuseError, first_line
-from torchfuse.inputs import cases
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
 from torchfuse.runner.allocator import keep_freed_memory
 from torchfuse.suites.machine import Turn, machine_name

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, InputError, first_line
-from torchfuse.inputs import Case
-from torchfuse.targets.capturing import ANY_SIZE, plainly_nested, with_default_strides
+from torchfuse.lowering.capture import ANY_SIZE, plainly_nested, with_default_strides
 
 __all__ = ["ANY_SIZE", "Input", "Model", "cores", "described", "inputs_of_signature"]
 

@@ -9,13 +9,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchfuse.artifacts import Precision
-from torchfuse.copying import copied
+from torchfuse.cases import Case
 from torchfuse.errors import InputError, UnsupportedError
-from torchfuse.inputs import Case
+from torchfuse.isolation.model_copy import copied
+from torchfuse.lowering.capture import ANY_SIZE, capture, input_shapes
 from torchfuse.quantizing import is_quantized_graph, quantize
 from torchfuse.quantizing.static import layers_of
 from torchfuse.quantizing.unquantized import mostly_float
-from torchfuse.targets.capturing import ANY_SIZE, capture, input_shapes
 from torchfuse.targets.target import Request
 from torchfuse.targets.torchscript.scripting import is_quantized
 

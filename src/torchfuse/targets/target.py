@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from torchfuse.artifacts import Precision
+    from torchfuse.cases import Case
     from torchfuse.delegation import Delegation
-    from torchfuse.inputs import Case
     from torchfuse.operator_times import Profile
 
 __all__ = ["CheckedFile", "Files", "Made", "Request", "Target"]

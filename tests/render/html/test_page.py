@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from render.html.browser import Browser, complaints
 from torchfuse.cli import cli
-from torchfuse.comparison import (
+from torchfuse.comparing.comparison import (
     FOLDED,
     NOT_FUSED,
     Answers,
@@ -22,16 +22,16 @@ from torchfuse.comparison import (
     Row,
 )
 from torchfuse.devices.facts import DeviceFacts
-from torchfuse.equivalence import Equivalence, OutputDifference
 from torchfuse.errors import InputError, UnsupportedError
-from torchfuse.noise import Caution
+from torchfuse.measuring.cautions import Caution
+from torchfuse.measuring.timing import Measurement, ratio
 from torchfuse.operator_times import OperatorTime, Profile
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.render import libraries
 from torchfuse.render.html.charts import pareto, row_name
 from torchfuse.stats import share_of
-from torchfuse.timing import Measurement, ratio
 from torchfuse.units import size
+from torchfuse.verifying.equivalence import Equivalence, OutputDifference
 
 MOST_BYTES = 2_500_000
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from render.html.browser import Browser, complaints
-from torchfuse.comparison import Comparison, Row
+from torchfuse.comparing.comparison import Comparison, Row
 from torchfuse.devices.facts import DeviceFacts
-from torchfuse.equivalence import Equivalence, OutputDifference
+from torchfuse.measuring.timing import Measurement
 from torchfuse.render.html.suite import page
 from torchfuse.stats import Ratio
 from torchfuse.suites.results import Failure, Result, SuiteResult
-from torchfuse.timing import Measurement
+from torchfuse.verifying.equivalence import Equivalence, OutputDifference
 
 
 def row(precision: str, time_s: float, size_bytes: int | None) -> Row:

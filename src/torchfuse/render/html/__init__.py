@@ -35,7 +35,7 @@ from torchfuse.units import duration, size
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torchfuse.comparison import Comparison
+    from torchfuse.comparing.comparison import Comparison
     from torchfuse.operator_times import Profile
 
 __all__ = ["fragment", "page"]

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.comparison import FOLDED, LOCAL
+from torchfuse.comparing.comparison import FOLDED, LOCAL
 from torchfuse.units import size_unit
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import altair as alt
 
-    from torchfuse.comparison import Comparison, Row
+    from torchfuse.comparing.comparison import Comparison, Row
 
 __all__ = ["Chart", "charts", "pareto", "row_name"]
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torchfuse.comparison import LOCAL
+from torchfuse.comparing.comparison import LOCAL
 from torchfuse.units import decibels, duration, percent, size
 
 if TYPE_CHECKING:
-    from torchfuse.comparison import Comparison, Row
+    from torchfuse.comparing.comparison import Comparison, Row
 
 __all__ = ["Figure", "figures"]
 

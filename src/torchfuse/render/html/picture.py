@@ -9,7 +9,7 @@ from torchfuse.units import decibels, duration, percent
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchfuse.comparison import Comparison, Operation
+    from torchfuse.comparing.comparison import Comparison, Operation
     from torchfuse.delegation import Delegation
 
 __all__ = ["legend", "picture"]

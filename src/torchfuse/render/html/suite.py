@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchfuse.comparison import LOCAL
+from torchfuse.comparing.comparison import LOCAL
 from torchfuse.render.comparison import (
     answer_lines,
     caution_lines,
@@ -20,7 +20,7 @@ from torchfuse.suites.best import best
 from torchfuse.units import decibels, duration, percent, size
 
 if TYPE_CHECKING:
-    from torchfuse.comparison import Comparison, Row
+    from torchfuse.comparing.comparison import Comparison, Row
     from torchfuse.suites.results import Result, SuiteResult
 
 __all__ = ["page"]

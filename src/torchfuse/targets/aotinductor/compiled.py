@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.targets.calling import Model, described, inputs_of_signature
 
 __all__ = ["AotiModel", "package"]

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from torchfuse.errors import UnsupportedError, first_line
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import capture, require_tensor_outputs, signature_of
 from torchfuse.quantizing import calibrate
 from torchfuse.quantizing.static import converted, float_graph
-from torchfuse.quieting import quiet
 from torchfuse.targets.aotinductor.compiled import AotiModel
 from torchfuse.targets.aotinductor.cpu import this_cpu
-from torchfuse.targets.capturing import capture, require_tensor_outputs, signature_of
 from torchfuse.targets.programs import captured, in_float, nested_as
 from torchfuse.targets.target import Made, Request
 

@@ -9,7 +9,7 @@ from torchfuse.targets.sealing import damaged, seal_pte, unseal_binary
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 if TYPE_CHECKING:
-    from torchfuse.inputs import Case
+    from torchfuse.cases import Case
     from torchfuse.operator_times import Profile
     from torchfuse.targets.executorch.program import ExecutorchModel
 

@@ -79,7 +79,7 @@ def _event_blocks(
             raise ArtifactError(f"Expected a file at '{path}', found none.")
     import warnings
 
-    from torchfuse.quieting import quiet
+    from torchfuse.isolation.warning_filters import quiet
 
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Output Buffer not found")  # intermediate results

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchfuse.cases import Case
 from torchfuse.errors import UnsupportedError, first_line
-from torchfuse.inputs import Case
+from torchfuse.isolation.warning_filters import quiet_runtime
 from torchfuse.operator_times import Profile
-from torchfuse.quieting import quiet_runtime
 from torchfuse.targets.executorch.etdump import profile_of_etdump
 from torchfuse.targets.executorch.program import ExecutorchModel, runtime, set_threads, threads
 from torchfuse.targets.target import CheckedFile

@@ -26,8 +26,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.traceback import NodeSource
 from torch.utils import _pytree as pytree
 
-from torchfuse.exported.edited_program import copied_graph
-from torchfuse.quieting import quiet
+from torchfuse.fusing.programs.edited_program import copied_graph
+from torchfuse.isolation.warning_filters import quiet
 
 __all__ = ["PIECES", "without_waste"]
 

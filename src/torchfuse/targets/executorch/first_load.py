@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from torchfuse.errors import ArtifactError, first_line
-from torchfuse.quieting import quiet_runtime
+from torchfuse.isolation.warning_filters import quiet_runtime
 
 __all__ = ["SCALAR_TYPES", "load", "reason"]
 

@@ -11,11 +11,11 @@ import torch
 
 from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import InputError, UnsupportedError, first_line
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import signature_of
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import signature_of
+from torchfuse.lowering.xnnpack_rewrites import REWRITES_ONCE_QUANTIZED, rewrite
 from torchfuse.targets.executorch.fast_lowering import without_waste
 from torchfuse.targets.executorch.program import runtime
-from torchfuse.targets.executorch.rewrites import REWRITES_ONCE_QUANTIZED, rewrite
 
 __all__ = ["Lowered", "lower", "operators"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchfuse.errors import ArtifactError, UnsupportedError
-from torchfuse.quieting import quiet, quiet_runtime
+from torchfuse.isolation.warning_filters import quiet, quiet_runtime
 from torchfuse.targets.calling import Input, Model, described
 from torchfuse.targets.executorch.first_load import SCALAR_TYPES, reason
 

@@ -20,8 +20,8 @@ from torch import fx
 
 from torchfuse.artifacts import Precision
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
-from torchfuse.quieting import quiet
-from torchfuse.targets.capturing import input_shapes, require_tensor_outputs, signature_of
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import input_shapes, require_tensor_outputs, signature_of
 from torchfuse.targets.onnx.session import OnnxModel
 from torchfuse.targets.programs import captured, nested_as
 from torchfuse.targets.target import Made, Request

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
-from torchfuse.inputs import Case
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
+from torchfuse.lowering.capture import require_tensor_outputs, signature_of
 from torchfuse.targets.calling import ANY_SIZE
-from torchfuse.targets.capturing import require_tensor_outputs, signature_of
 from torchfuse.targets.onnx.making import model_of
 from torchfuse.targets.openvino.compiled import OpenVinoModel
 from torchfuse.targets.programs import captured, nested_as

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx, nn
 
+from torchfuse.cases import Case
 from torchfuse.errors import InputError, TorchfuseError, UnsupportedError
-from torchfuse.fusing import fuse
-from torchfuse.inputs import Case
+from torchfuse.fusing.model_fusing import fuse
 from torchfuse.quantizing import is_quantized_graph
 from torchfuse.targets.programs import weights_precision
 from torchfuse.targets.target import Made, Request

@@ -10,7 +10,7 @@ from torch._C import _MobileOptimizerType as MobileOptimizerType
 from torch.utils import mobile_optimizer
 
 from torchfuse.errors import InputError, QuantizationWarning, UnsupportedError
-from torchfuse.quieting import quiet
+from torchfuse.isolation.warning_filters import quiet
 
 __all__ = ["folded", "frozen", "nodes", "optimize_for_mobile", "without_data"]
 

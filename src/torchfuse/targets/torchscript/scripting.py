@@ -21,14 +21,14 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 from torch.jit.mobile import _load_for_lite_interpreter
 
-from torchfuse.checking import copy_tensors, run
-from torchfuse.copying import copied
+from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
-from torchfuse.inputs import Case
+from torchfuse.isolation.model_copy import copied
+from torchfuse.isolation.snapshot import put_back
+from torchfuse.isolation.warning_filters import quiet
 from torchfuse.quantizing import calibrate
-from torchfuse.quieting import quiet
-from torchfuse.restoring import put_back
 from torchfuse.targets.torchscript.mobile_optimizer import nodes
+from torchfuse.verifying.outputs import copy_tensors, run
 
 __all__ = [
     "Scripted",

@@ -1,1 +1,0 @@
-"""Where graphs come from: a recorded run of any model that runs."""

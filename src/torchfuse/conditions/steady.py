@@ -1,0 +1,193 @@
+"""Branches that go by what a model is made of, such as `if self.norm is not None`.
+
+They come out the same at every call, whatever exploring lost, unless a call may write what they ask
+for. That is read in the source: no value tells who may write it.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dis
+import inspect
+import sys
+from enum import Enum
+from functools import lru_cache
+from types import CodeType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from torchfuse.conditions.attached import functions_in
+from torchfuse.conditions.sources import functions_of, is_setup, names_in, syntax_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torchfuse.graph import Graph
+
+__all__ = ["Steady"]
+
+# An attribute of these is what it is until it is written. (A list or an object may change inside.)
+_WHOLE = (bool, int, float, str, bytes, type(None), type, Enum, nn.Module, FunctionType)
+# Builtins that answer from what they are given.
+_ANSWERING = frozenset({"isinstance", "hasattr", "callable", "enumerate", "zip", "range"})
+# What writes an attribute of a module whose name no instruction tells: past the recording, or as
+# the recording sees where it runs.
+_UNSEEN = frozenset({"__dict__", "vars", "exec"})
+_BY_NAME = frozenset({"setattr", "__setattr__", "delattr", "__delattr__"})
+
+
+_NOT_THE_USERS = sys.stdlib_module_names | {"torch"}
+
+
+class Steady:
+    """The attributes of a model that no call changes."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        graphs: Sequence[Graph],
+        attached: Iterable[FunctionType],
+    ) -> None:
+        self.functions: dict[CodeType, FunctionType] = {f.__code__: f for f in attached}
+        self.owners: dict[CodeType, list[nn.Module]] = {}
+        self.of_objects: set[CodeType] = set()  # the methods of what is no module
+        by_name: dict[str, list[CodeType]] = {}
+        for module in modules.values():
+            for name, value in vars(module).items():
+                held = [function.__code__ for function in self._add(value)]
+                by_name.setdefault(name, []).extend(c for c in held if c not in self.of_objects)
+            class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
+            for _, function in functions_of(class_):
+                self.functions[function.__code__] = function
+                self.owners.setdefault(function.__code__, []).append(module)
+        self.written = {name for graph in graphs for name in graph.changed | graph.written}
+        self.any_written = False
+        recorded = {code for graph in graphs for code, _ in graph.codes}
+        for code in self._may_run(recorded, by_name):
+            self.written |= _stored(code)
+            if not {"train", "eval"}.isdisjoint(code.co_names):
+                self.written.add("training")
+            if code in self.functions and code not in self.of_objects:
+                unnamed = _UNSEEN if code in recorded else _UNSEEN | _BY_NAME
+                self.any_written |= not unnamed.isdisjoint(names_in(code))
+
+    def _add(self, value: Any) -> list[FunctionType]:
+        """Notes the functions that a value is, holds or has as methods, and gives them."""
+        kind: Any = type(value)
+        found = [function for function, _ in functions_in(value)]
+        if not isinstance(value, (FunctionType, nn.Module)) and hasattr(kind, "__dict__"):
+            methods = [function for _, function in functions_of(kind)]
+            self.of_objects |= {method.__code__ for method in methods}
+            found += methods
+        found = [f for f in found if (f.__module__ or "").partition(".")[0] not in _NOT_THE_USERS]
+        self.functions |= {function.__code__: function for function in found}
+        return found
+
+    def decides(self, code: CodeType) -> bool:
+        """Whether each branch of a method goes by such attributes; False if there is no source."""
+        tree = syntax_of(code)
+        if self.any_written or code not in self.owners or tree is None or not tree.args.args:
+            return False
+        owner = tree.args.args[0].arg
+        return all(
+            isinstance(asked, ast.expr) and self._is_same(asked, code, owner)
+            for node in ast.walk(tree)
+            for asked in _asked(node, owner)
+        )
+
+    def _is_same(self, value: ast.expr, code: CodeType, owner: str) -> bool:
+        """Whether an expression in that method has the same value at every call."""
+        if isinstance(value, (ast.Constant, ast.BoolOp, ast.Tuple, ast.Compare, ast.UnaryOp)):
+            parts = [part for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
+            return all(self._is_same(part, code, owner) for part in parts)
+        if isinstance(value, ast.Call):
+            named = value.func.id if isinstance(value.func, ast.Name) else None
+            given = (*value.args, *(keyword.value for keyword in value.keywords))
+            return named in _ANSWERING and all(self._is_same(v, code, owner) for v in given)
+        names: list[str] = []
+        while isinstance(value, ast.Attribute):
+            names.insert(0, value.attr)
+            value = value.value
+        if not isinstance(value, ast.Name):
+            return False
+        if value.id == owner:
+            return self.written.isdisjoint(names) and all(
+                _is_whole(module, names) for module in self.owners[code]
+            )
+        space = self.functions[code].__globals__
+        known: Any = space.get(value.id, getattr(builtins, value.id, None))
+        for name in names:
+            known = inspect.getattr_static(known, name, None)
+        return isinstance(known, type) and value.id not in code.co_varnames
+
+    def _may_run(
+        self, recorded: Iterable[CodeType], by_name: dict[str, list[CodeType]]
+    ) -> Iterator[CodeType]:
+        """The functions that a call may come to, by the names in those that it did come to."""
+        for code, function in self.functions.items():
+            if not is_setup(function.__name__):
+                by_name.setdefault(function.__name__, []).append(code)
+        waiting = [*recorded, *by_name.get("forward", ())]
+        seen: set[CodeType] = set()
+        while waiting:
+            code = waiting.pop()
+            if code in seen:
+                continue
+            seen.add(code)
+            yield code
+            if code in self.of_objects:
+                continue  # names in those of a library's objects lead anywhere
+            space = self.functions[code].__globals__ if code in self.functions else {}
+            names = names_in(code)
+            for name in names:
+                waiting += by_name.get(name, ())
+                value = space.get(name)
+                if isinstance(value, (type, ModuleType)):
+                    continue
+                for function in self._add(inspect.unwrap(value) if callable(value) else value):
+                    if function.__code__ not in self.of_objects or function.__name__ in names:
+                        waiting.append(function.__code__)
+
+
+def _asked(node: ast.AST, owner: str) -> Iterator[ast.AST]:
+    """What a branch goes by; a node that is no expression where that cannot be told."""
+    if isinstance(node, (ast.If, ast.IfExp)):
+        yield node.test
+    elif isinstance(node, ast.BoolOp):
+        yield from node.values[:-1]
+    elif isinstance(node, ast.Compare) and len(node.ops) > 1:
+        yield node
+    elif isinstance(node, ast.For):
+        yield node.iter
+    elif isinstance(node, ast.comprehension):
+        yield from (node.iter, *node.ifs)
+    elif isinstance(node, (ast.Try, ast.Match, ast.While, ast.AsyncFor)) or (
+        isinstance(node, ast.Name) and node.id == owner and not isinstance(node.ctx, ast.Load)
+    ):
+        yield node.ctx if isinstance(node, ast.Name) else node
+
+
+def _is_whole(value: Any, names: Sequence[str]) -> bool:
+    """Whether an attribute is an object's own or its class's, and can only change by a write."""
+    for name in names:
+        found = inspect.getattr_static(value, name, None)
+        if isinstance(value, nn.Module):
+            found = value._modules.get(name, value._parameters.get(name, found))
+        if found is not getattr(value, name, None):  # a property, a method
+            return False
+        value = found
+    return isinstance(value, _WHOLE)
+
+
+@lru_cache(maxsize=8192)
+def _stored(code: CodeType) -> frozenset[str]:
+    """The attributes that a function, and those inside it, write."""
+    names = {
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR")
+    }
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(names).union(*map(_stored, inner))

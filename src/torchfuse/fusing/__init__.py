@@ -1,0 +1,1 @@
+"""Fusing: finding, proving, editing modules and programs, undoing, checkpoints."""
