@@ -50,17 +50,17 @@ PARTS = {
     "copying": ("torchfuse.fusing.model_fusing:_copy",),
     "writing": (
         "torchfuse.fusing.model_fusing:apply",
-        "torchfuse.fusing.proving.modules:apply",
-        "torchfuse.fusing.proving.modules:undo",
+        "torchfuse.fusing.module_proving:apply",
+        "torchfuse.fusing.module_proving:undo",
     ),
     "proving": (
-        "torchfuse.fusing.proving.modules:PairProof.reference",
+        "torchfuse.fusing.module_proving:PairProof.reference",
         "torchfuse.fusing.model_fusing:fuse_what_agrees",
     ),
-    "pairs in float64": ("torchfuse.fusing.proving.modules:_in_float64",),
+    "pairs in float64": ("torchfuse.fusing.module_proving:_in_float64",),
     "whole in float64": (
         "torchfuse.fusing.proving.whole:_widened",
-        "torchfuse.fusing.proving.modules:_ModuleTrial.outputs",  # of a model in float32: "proving"
+        "torchfuse.fusing.module_proving:_ModuleTrial.outputs",  # of a model in float32: "proving"
     ),
 }
 

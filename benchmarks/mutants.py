@@ -46,7 +46,7 @@ PROGRAMS = tuple(
 TARGETS: dict[str, tuple[str, ...]] = {
     "fusing/proving/whole.py": PROOF,
     "fusing/proving/pairs.py": (*PROOF, "tests/never_wrong/test_functional.py"),
-    "fusing/proving/modules.py": (
+    "fusing/module_proving.py": (
         *PROOF,
         "tests/never_wrong/test_functional.py",
     ),

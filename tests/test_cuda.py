@@ -61,11 +61,13 @@ def test_half_precision_is_folded_and_proved(dtype):
 
 
 def test_a_wrong_fold_is_seen_through_the_rounding_of_tf32(tf32, monkeypatch):
+    from torchfuse.fusing import module_proving
     from torchfuse.fusing.module_edits import folded_layer
-    from torchfuse.fusing.proving import modules
 
     monkeypatch.setattr(
-        modules, "folded_layer", lambda layer, w, b, child: folded_layer(layer, w * 1.001, b, child)
+        module_proving,
+        "folded_layer",
+        lambda layer, w, b, child: folded_layer(layer, w * 1.001, b, child),
     )
     model, image = deep(1)
     assert torchfuse.fuse(model, image).plan.fusions == ()

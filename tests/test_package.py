@@ -107,6 +107,22 @@ def test_no_module_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter({n: imported_by(p) for n, p in SOURCES.items()}).prepare()
 
 
+@pytest.mark.parametrize("folder", sorted({name.rpartition(".")[0] for name in SOURCES} - {""}))
+def test_no_folder_imports_itself_by_way_of_others(folder):
+    """What lies in a folder, files and folders, imports in one direction."""
+
+    def beside(name):
+        inside = name.removeprefix(f"{folder}.")
+        return None if inside == name else inside.partition(".")[0]
+
+    graph = defaultdict(set)
+    for name, path in SOURCES.items():
+        if beside(name) is not None:
+            others = {beside(other) for other in imported_by(path)}
+            graph[beside(name)] |= others - {None, beside(name)}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
 def shared(names):
     """Return the names that more than one module has or holds, each with these modules."""
     held = defaultdict(list)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import torchfuse
 from support.fusing_checks import IMAGE, relative_difference, trained
 from torchfuse.algebra.folding import fold_into_weight
+from torchfuse.fusing import module_proving
 from torchfuse.fusing.module_edits import fold_in
-from torchfuse.fusing.proving import modules
 
 Fold = tuple[Tensor, Tensor]
 
@@ -174,14 +174,14 @@ def test_without_originals_one_layer_at_a_time_is_in_memory_twice(
         return weight, bias
 
     checks: list[int] = []
-    original = modules.apply
+    original = module_proving.apply
 
     def applying(*args: object, **kwargs: object) -> object:
         checks.append(max(alive))  # before anything is folded for good
         return original(*args, **kwargs)
 
     plant(monkeypatch, counted)
-    monkeypatch.setattr(modules, "apply", applying)
+    monkeypatch.setattr(module_proving, "apply", applying)
     result = torchfuse.fuse(model, IMAGE, inplace=True, keep_originals=False)
     assert len(result.plan.fusions) == 6
     assert checks[0] <= 1

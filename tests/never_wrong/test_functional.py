@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import torchfuse
 from support.fusing_checks import IMAGE, ConvBn, assert_same, check, check_not_folded, trained
+from torchfuse.fusing import module_proving
 from torchfuse.fusing.module_edits import folded_layer
-from torchfuse.fusing.proving import modules
 
 
 def test_a_functional_batch_norm_is_not_ignored_pt122070() -> None:
@@ -106,6 +106,8 @@ def test_what_torch_func_transforms_is_fused_or_left_alone(name: str, keep: bool
 def test_a_wrong_fold_inside_vmap_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(Transformed(TRANSFORMS["vmap over samples"][1]), IMAGE)
     monkeypatch.setattr(
-        modules, "folded_layer", lambda layer, w, b, child: folded_layer(layer, w * 1.01, b, child)
+        module_proving,
+        "folded_layer",
+        lambda layer, w, b, child: folded_layer(layer, w * 1.01, b, child),
     )
     assert torchfuse.fuse(model, IMAGE).plan.fusions == ()

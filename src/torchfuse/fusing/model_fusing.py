@@ -23,7 +23,7 @@ from torchfuse.fusing.module_edits import (
     was_fused,
 )
 from torchfuse.fusing.module_host import apply, undo
-from torchfuse.fusing.proving.modules import PairProof, fuse_what_agrees
+from torchfuse.fusing.module_proving import PairProof, fuse_what_agrees
 from torchfuse.graph.retracing import traced_once
 from torchfuse.isolation.model_copy import calls_of, copied
 from torchfuse.isolation.warning_filters import quiet

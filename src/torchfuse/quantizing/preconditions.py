@@ -6,7 +6,7 @@ from torchfuse.cases import Case
 from torchfuse.errors import InputError
 from torchfuse.quantizing.modes import has_modes
 
-__all__ = ["require_converted", "require_eval_mode", "require_forward"]
+__all__ = ["has_quantized_modules", "require_converted", "require_eval_mode", "require_forward"]
 
 
 def require_eval_mode(model: nn.Module) -> None:
@@ -62,3 +62,8 @@ def require_forward(given: list[Case]) -> None:
                 f"Expected inputs of `forward`, the method that a file holds, got {case}; export a "
                 f"module whose forward calls `{case.method}`."
             )
+
+
+def has_quantized_modules(model: nn.Module) -> bool:
+    """Return whether torch.ao has converted a part of `model` to int8."""
+    return any(".quantized." in f"{type(m).__module__}." for m in model.modules())

@@ -14,10 +14,10 @@ from torchfuse.errors import InputError, UnsupportedError
 from torchfuse.isolation.model_copy import copied
 from torchfuse.lowering.capture import ANY_SIZE, capture, input_shapes
 from torchfuse.quantizing import is_quantized_graph, quantize
+from torchfuse.quantizing.preconditions import has_quantized_modules
 from torchfuse.quantizing.static import layers_of
 from torchfuse.quantizing.unquantized import mostly_float
 from torchfuse.targets.target import Request
-from torchfuse.targets.torchscript.scripting import is_quantized
 
 __all__ = ["Captured", "captured", "in_float", "nested_as", "other_sizes", "weights_precision"]
 
@@ -53,7 +53,7 @@ def captured(
         UnsupportedError: it cannot be captured, or was quantized by torch.ao.
     """
     model, case = request.model, request.examples[0]
-    if is_quantized(model):
+    if has_quantized_modules(model):
         raise UnsupportedError(
             f"A model that torch.ao converted is for '.pt' and '.ptl'; for '{suffix}' give the "
             "model before prepare, with precision='int8' and calibration data."

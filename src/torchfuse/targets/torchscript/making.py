@@ -10,6 +10,7 @@ from torchfuse.cases import Case
 from torchfuse.errors import InputError, TorchfuseError, UnsupportedError
 from torchfuse.fusing.model_fusing import fuse
 from torchfuse.quantizing import is_quantized_graph
+from torchfuse.quantizing.preconditions import has_quantized_modules
 from torchfuse.targets.programs import weights_precision
 from torchfuse.targets.target import Made, Request
 from torchfuse.targets.torchscript import mobile_optimizer, scripting
@@ -50,7 +51,7 @@ def made(request: Request) -> Made:
     )
     precision: Precision = (
         "int8"
-        if scripting.is_quantized(reference)
+        if has_quantized_modules(reference)
         else weights_precision(reference.parameters(), "the mobile interpreters have few kernels")
     )
     if request.precision not in (None, precision):

@@ -34,7 +34,6 @@ __all__ = [
     "Scripted",
     "batch_norms",
     "deserialize",
-    "is_quantized",
     "op_counts",
     "quantize",
     "script",
@@ -115,11 +114,6 @@ def script(model: nn.Module, case: Case) -> Scripted:
                 f"({first_line(error)}); use a '.pte' instead"
             ) from error
     return Scripted(traced, reason)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Return whether torch.ao has converted a part of `model` to int8."""
-    return any(".quantized." in f"{type(m).__module__}." for m in model.modules())
 
 
 def op_counts(module: torch.jit.ScriptModule) -> Counter[str]:
