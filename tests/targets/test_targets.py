@@ -16,7 +16,7 @@ from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.lowering.capture import signature_of
 from torchfuse.quantizing import static
 from torchfuse.targets.calling import Model, inputs_of_signature
-from torchfuse.targets.programs import captured, nested_as
+from torchfuse.targets.captured import captured, nested_as
 from torchfuse.targets.sealing import damaged, digests, seal_pte, unseal_binary
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 

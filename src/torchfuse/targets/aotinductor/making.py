@@ -15,7 +15,7 @@ from torchfuse.quantizing import calibrate
 from torchfuse.quantizing.static import converted, float_graph
 from torchfuse.targets.aotinductor.compiled import AotiModel
 from torchfuse.targets.aotinductor.cpu import this_cpu
-from torchfuse.targets.programs import captured, in_float, nested_as
+from torchfuse.targets.captured import captured, in_float, nested_as
 from torchfuse.targets.target import Made, Request
 
 __all__ = ["made"]

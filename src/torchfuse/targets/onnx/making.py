@@ -22,8 +22,8 @@ from torchfuse.artifacts import Precision
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
 from torchfuse.isolation.warning_filters import quiet
 from torchfuse.lowering.capture import input_shapes, require_tensor_outputs, signature_of
+from torchfuse.targets.captured import captured, nested_as
 from torchfuse.targets.onnx.session import OnnxModel
-from torchfuse.targets.programs import captured, nested_as
 from torchfuse.targets.target import Made, Request
 
 __all__ = ["made", "model_of"]

@@ -23,9 +23,9 @@ from torchfuse.errors import ArtifactError, UnsupportedError, first_line
 from torchfuse.isolation.warning_filters import quiet
 from torchfuse.lowering.capture import require_tensor_outputs, signature_of
 from torchfuse.targets.calling import ANY_SIZE
+from torchfuse.targets.captured import captured, nested_as
 from torchfuse.targets.onnx.making import model_of
 from torchfuse.targets.openvino.compiled import OpenVinoModel
-from torchfuse.targets.programs import captured, nested_as
 from torchfuse.targets.target import Made, Request
 
 if TYPE_CHECKING:

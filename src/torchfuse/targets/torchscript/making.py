@@ -11,7 +11,7 @@ from torchfuse.errors import InputError, TorchfuseError, UnsupportedError
 from torchfuse.fusing.model_fusing import fuse
 from torchfuse.quantizing import is_quantized_graph
 from torchfuse.quantizing.preconditions import has_quantized_modules
-from torchfuse.targets.programs import weights_precision
+from torchfuse.targets.captured import weights_precision
 from torchfuse.targets.target import Made, Request
 from torchfuse.targets.torchscript import mobile_optimizer, scripting
 
