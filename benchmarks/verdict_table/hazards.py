@@ -16,7 +16,7 @@ from verdict_table.of_model import Verdicts, verdicts_of
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 PLACES = (  # not test_proof.py, which breaks torchfuse on purpose
     *("never_wrong", "rules", "conditions"),
-    *("graph/test_parametrized.py", "test_same_model_out.py", "test_ways_through_the_code.py"),
+    *("graph/test_parametrized.py", "test_same_model_out.py", "test_execution_paths.py"),
     "test_fx_fusion_ports.py",
 )
 

@@ -17,7 +17,7 @@ _FORMAT = "torchfuse-plan-1"
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a match is left alone, and what the user could change (empty if nothing)."""
+    """Why a match is skipped, and what the user could change (empty if nothing)."""
 
     reason: str
     hint: str = ""
@@ -37,7 +37,7 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Skip:
-    """One candidate that is left alone."""
+    """One candidate that is skipped."""
 
     modules: tuple[str, ...]
     reason: str  # a sentence

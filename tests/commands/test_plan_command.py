@@ -84,7 +84,7 @@ def test_input_sets_the_sizes_that_savings_are_counted_for(net: str) -> None:
 def test_fail_on_skip_ends_with_status_1_and_says_which(net: str, rule: str) -> None:
     result = run(net, "--fail-on-skip", rule)
     assert result.exit_code == 1
-    assert result.stderr.startswith("torchfuse: 1 left alone, first conv + norm: ")
+    assert result.stderr.startswith("torchfuse: 1 skipped, first conv + norm: ")
     assert "1 fused" in result.stdout
 
 

@@ -71,6 +71,6 @@ def test_what_the_file_cannot_mean_is_one_sentence(folder: Path, text: str, mess
         raise AssertionError(result.output) if result.exception is None else result.exception
 
 
-def test_another_tools_project_file_is_left_alone(folder: Path) -> None:
+def test_another_tools_project_file_is_skipped(folder: Path) -> None:
     (folder / "pyproject.toml").write_text("[tool.other]\nx = 1\n")
     assert run("plan", "net.py:net").exit_code == 0

@@ -26,7 +26,7 @@ def test_a_convolution_a_norm_and_an_activation_in_place_are_counted() -> None:
     assert fusion.traffic_saved_bytes == 4 * 2 * hidden
 
 
-def test_a_norm_that_is_left_alone_is_counted_and_not_merged() -> None:
+def test_a_norm_that_is_skipped_is_counted_and_not_merged() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     whole = torchfuse.plan(model, torch.rand(1, 3, 4, 4)).whole
     assert whole is not None

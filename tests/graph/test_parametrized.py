@@ -64,7 +64,7 @@ def test_an_unfused_checkpoint_of_a_parametrized_model_loads(name):
     torch.testing.assert_close(fused(IMAGE), other(IMAGE), rtol=1e-4, atol=1e-5)
 
 
-def test_a_weight_that_still_changes_is_left_alone():
+def test_a_weight_that_still_changes_is_skipped():
     model = wrapped("spectral_norm")
     model.conv.train()
     (skip,) = torchfuse.plan(model, IMAGE).skips

@@ -17,7 +17,7 @@ from support.fusing_checks import (
     IMAGE,
     ConvBn,
     NormAct,
-    assert_left_alone,
+    assert_skipped,
     relative_difference,
     trained,
 )
@@ -209,7 +209,7 @@ def test_a_class_from_which_the_batch_norm_cannot_be_taken_is_skipped(norm, reas
     with pytest.raises(UnsupportedError, match=reason):
         without_batch_norm(module)
     assert vars(module) == before
-    assert_left_alone(trained(ConvBn(bn=norm(4)), IMAGE), IMAGE, because="own forward|also|more")
+    assert_skipped(trained(ConvBn(bn=norm(4)), IMAGE), IMAGE, because="own forward|also|more")
 
 
 class AsksForTheDtype(nn.BatchNorm2d):

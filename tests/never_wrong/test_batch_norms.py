@@ -14,7 +14,7 @@ from support.fusing_checks import (
     ConvBn,
     NormAct,
     assert_fuses,
-    assert_left_alone,
+    assert_skipped,
     check,
     check_not_folded,
     trained,
@@ -27,20 +27,20 @@ def test_a_batch_norm_without_gamma_and_beta_is_folded_exactly_pt72049() -> None
     assert_fuses(trained(linear, ROW), ROW)
 
 
-def test_a_batch_norm_without_statistics_is_left_alone() -> None:
+def test_a_batch_norm_without_statistics_is_skipped() -> None:
     model = trained(ConvBn(bn=nn.BatchNorm2d(4, track_running_stats=False)), IMAGE)
-    assert_left_alone(model, IMAGE, because="statistics")
+    assert_skipped(model, IMAGE, because="statistics")
 
 
-def test_a_batch_norm_in_training_mode_is_left_alone() -> None:
+def test_a_batch_norm_in_training_mode_is_skipped() -> None:
     model = trained(ConvBn(), IMAGE)
     model.bn.train()
     before = model.bn.running_mean.clone()
-    assert_left_alone(model, IMAGE, because="training")
+    assert_skipped(model, IMAGE, because="training")
     assert torch.equal(model.bn.running_mean, before)
 
 
-def test_a_whole_model_in_training_mode_is_left_alone() -> None:
+def test_a_whole_model_in_training_mode_is_skipped() -> None:
     model = trained(ConvBn(), IMAGE).train()
     plan = torchfuse.plan(model, IMAGE)
     assert plan.fusions == ()
@@ -48,7 +48,7 @@ def test_a_whole_model_in_training_mode_is_left_alone() -> None:
     assert any("eval()" in skip.hint for skip in plan.skips)
 
 
-def test_a_batch_norm_used_in_training_mode_by_its_owner_is_left_alone() -> None:
+def test_a_batch_norm_used_in_training_mode_by_its_owner_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
@@ -89,7 +89,7 @@ def test_a_batch_norm_subclass_that_takes_more_arguments_stays_right() -> None:
     check(trained(Model(bn=Scaled(4)), IMAGE), IMAGE)
 
 
-def test_a_conv_subclass_that_changes_its_output_is_left_alone() -> None:
+def test_a_conv_subclass_that_changes_its_output_is_skipped() -> None:
     class Scaled(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
@@ -114,7 +114,7 @@ def test_a_conv_subclass_that_pads_first_stays_right() -> None:
     check(trained(ConvBn(SamePadded(4, 4, 2)), IMAGE), IMAGE)
 
 
-def test_a_batch_norm_with_a_forward_or_call_of_its_own_is_left_alone() -> None:
+def test_a_batch_norm_with_a_forward_or_call_of_its_own_is_skipped() -> None:
     class Called(nn.BatchNorm2d):
         def __call__(self, x: Tensor) -> Tensor:
             return super().__call__(x) * 2
@@ -123,7 +123,7 @@ def test_a_batch_norm_with_a_forward_or_call_of_its_own_is_left_alone() -> None:
     original = patched.forward
     patched.forward = lambda x: original(x) * 2  # type: ignore[method-assign]
     for norm in (Called(4), patched):
-        assert_left_alone(trained(ConvBn(None, norm), IMAGE), IMAGE, because="(of its own|forward)")
+        assert_skipped(trained(ConvBn(None, norm), IMAGE), IMAGE, because="(of its own|forward)")
 
 
 def test_a_subclass_that_normalises_by_itself_keeps_its_activation_timm() -> None:
@@ -147,5 +147,5 @@ def test_extra_state_of_a_batch_norm_is_not_lost() -> None:
             assert state == {"version": 3}
 
     model = trained(ConvBn(bn=WithState(4)), IMAGE)
-    result = assert_left_alone(model, IMAGE, because="extra state")
+    result = assert_skipped(model, IMAGE, because="extra state")
     assert result.model.state_dict()["bn._extra_state"] == {"version": 3}

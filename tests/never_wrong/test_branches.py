@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from support.fusing_checks import IMAGE, ConvBn, assert_left_alone, check, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_skipped, check, trained
 
 
-def test_a_data_dependent_branch_after_the_conv_is_left_alone() -> None:
+def test_a_data_dependent_branch_after_the_conv_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
@@ -21,7 +21,7 @@ def test_a_data_dependent_branch_after_the_conv_is_left_alone() -> None:
     model = trained(Model(), IMAGE)
     others = (IMAGE.abs() + 1, -IMAGE.abs() - 1)
     for inputs in others:  # planned on either side
-        assert_left_alone(model, inputs, because="(branch|bool|depend)", others=others)
+        assert_skipped(model, inputs, because="(branch|bool|depend)", others=others)
 
 
 def test_item_is_a_branch_too() -> None:
@@ -35,14 +35,14 @@ def test_item_is_a_branch_too() -> None:
         check(trained(Model(), IMAGE), inputs, others=others)
 
 
-def test_a_shape_dependent_branch_is_left_alone() -> None:
+def test_a_shape_dependent_branch_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
             return self.bn(y) if x.shape[-1] <= 8 else y
 
     others = (torch.randn(2, 4, 12, 12), torch.randn(2, 4, 5, 5))
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(shape|size|branch)", others=others)
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(shape|size|branch)", others=others)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ class PicksByItemUnderAnotherName(nn.Module):
 )
 def test_a_use_on_the_other_side_of_a_branch_elsewhere_is_seen(class_: type[nn.Module]) -> None:
     others = (IMAGE + 2, torch.randn(5, 4, 8, 8))
-    assert_left_alone(trained(class_(), IMAGE), IMAGE, because="branch", others=others)
+    assert_skipped(trained(class_(), IMAGE), IMAGE, because="branch", others=others)
 
 
 def test_a_method_that_norms_on_one_side_of_a_branch_only_stays_right() -> None:

@@ -50,7 +50,7 @@ def test_autocast_inside_the_model_stays_right() -> None:
     assert (result.model(IMAGE) - reference).abs().max() / reference.abs().max() < 3e-2
 
 
-def test_a_complex_conv_is_left_alone_or_right() -> None:
+def test_a_complex_conv_is_skipped_or_right() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

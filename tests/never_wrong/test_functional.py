@@ -94,7 +94,7 @@ TRANSFORMS = {  # how often it fuses
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch.func.jvp's own
 @pytest.mark.parametrize("keep", [True, False], ids=["originals kept", "not kept"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_what_torch_func_transforms_is_fused_or_left_alone(name: str, keep: bool) -> None:
+def test_what_torch_func_transforms_is_fused_or_skipped(name: str, keep: bool) -> None:
     times, transformed = TRANSFORMS[name]
     model = trained(Transformed(transformed), IMAGE)
     result = torchfuse.fuse(model, IMAGE, keep_originals=keep)

@@ -9,7 +9,7 @@ from support.fusing_checks import (
     IMAGE,
     ConvBn,
     assert_fuses,
-    assert_left_alone,
+    assert_skipped,
     check,
     like,
     trained,
@@ -19,14 +19,14 @@ from support.fusing_checks import (
 def test_a_hook_that_changes_the_conv_output_is_respected() -> None:
     model = trained(ConvBn(), IMAGE)
     model.conv.register_forward_hook(lambda module, args, output: output * 2)
-    assert_left_alone(model, IMAGE, because="hook|comes from mul")
+    assert_skipped(model, IMAGE, because="hook|comes from mul")
 
 
 def test_a_hook_that_sees_the_conv_output_still_sees_it() -> None:
     model = trained(ConvBn(), IMAGE)
     seen: list[float] = []
     model.conv.register_forward_hook(lambda module, args, output: seen.append(output.sum().item()))
-    assert_left_alone(model, IMAGE, because="hook")
+    assert_skipped(model, IMAGE, because="hook")
     seen.clear()
     fused = torchfuse.fuse(model, IMAGE).model
     seen.clear()
@@ -82,7 +82,7 @@ def test_a_hook_before_the_conv_that_may_read_its_weight_is_respected() -> None:
         return args[0] * module.weight.mean() if args[0].shape[0] == 5 else None
 
     model.conv.register_forward_pre_hook(scaled)
-    assert_left_alone(model, IMAGE, because="hook")
+    assert_skipped(model, IMAGE, because="hook")
 
 
 def test_a_hook_elsewhere_that_holds_the_conv_is_respected() -> None:
@@ -105,7 +105,7 @@ def test_a_state_dict_hook_of_the_model_that_handles_keys_of_the_norm_is_respect
         state[f"{prefix}norm.weight"] = state.pop(f"{prefix}bn.weight")
 
     model._register_state_dict_hook(renamed)
-    result = assert_left_alone(model, IMAGE, because="state_dict hook of `the model`.*`bn`")
+    result = assert_skipped(model, IMAGE, because="state_dict hook of `the model`.*`bn`")
     assert "norm.weight" in result.model.state_dict()
 
 

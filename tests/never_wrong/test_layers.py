@@ -1,4 +1,4 @@
-"""Every kind of convolution and linear is folded on the right axis, or left alone.
+"""Every kind of convolution and linear is folded on the right axis, or skipped.
 
 The numbers are upstream issues: pt is pytorch/pytorch, ao pytorch/ao.
 """
@@ -13,7 +13,7 @@ from support.fusing_checks import (
     ROW,
     ConvBn,
     assert_fuses,
-    assert_left_alone,
+    assert_skipped,
     check,
     trained,
 )
@@ -56,10 +56,10 @@ def test_a_linear_on_rows_is_folded_exactly_pt72049() -> None:
     assert_fuses(trained(ConvBn(nn.Linear(5, 3), nn.BatchNorm1d(3)), ROW), ROW)
 
 
-def test_a_linear_whose_features_are_not_the_channels_is_left_alone_ao4116() -> None:
+def test_a_linear_whose_features_are_not_the_channels_is_skipped_ao4116() -> None:
     inputs = torch.randn(3, 4, 4)  # N, C, L with C equal to L: no shape gives it away
     model = trained(ConvBn(nn.Linear(4, 4), nn.BatchNorm1d(4)), inputs)
-    assert_left_alone(model, inputs, because="(channel|axis|dimension|3-D)")
+    assert_skipped(model, inputs, because="(channel|axis|dimension|3-D)")
 
 
 def test_a_linear_flattened_to_rows_is_folded_exactly() -> None:
@@ -81,14 +81,14 @@ def test_a_linear_transposed_to_channels_is_folded_exactly() -> None:
     check(trained(Model(nn.Linear(5, 6), nn.BatchNorm1d(6)), inputs), inputs)
 
 
-def test_a_reshape_that_mixes_channels_is_left_alone() -> None:
+def test_a_reshape_that_mixes_channels_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)  # [N, 4, 8, 8]: rows and channels change places
             return self.bn(y.transpose(1, 2).reshape(y.shape[0], 4, -1))
 
     model = trained(Model(None, nn.BatchNorm1d(4)), IMAGE)
-    assert_left_alone(model, IMAGE, because="(channel|axis|reshape|transpose)")
+    assert_skipped(model, IMAGE, because="(channel|axis|reshape|transpose)")
 
 
 def test_unbatched_images_are_folded_exactly() -> None:
@@ -99,14 +99,14 @@ def test_unbatched_images_are_folded_exactly() -> None:
     check(trained(Model(), IMAGE), IMAGE)
 
 
-def test_a_conv_that_treats_its_bias_otherwise_than_torch_is_left_alone() -> None:
+def test_a_conv_that_treats_its_bias_otherwise_than_torch_is_skipped() -> None:
     class Doubling(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
             return y if self.bias is None else y * 2
 
     model = trained(ConvBn(Doubling(4, 4, 3, bias=False)), IMAGE)
-    assert_left_alone(model, IMAGE, because="bias")
+    assert_skipped(model, IMAGE, because="bias")
 
 
 def test_a_conv_that_asks_whether_it_has_a_bias_and_hands_it_on_is_folded_exactly() -> None:

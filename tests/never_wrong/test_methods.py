@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchfuse
-from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, check, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_skipped, check, trained
 
 
-def test_a_public_method_that_returns_the_conv_output_is_left_alone() -> None:
+def test_a_public_method_that_returns_the_conv_output_is_skipped() -> None:
     class Model(ConvBn):
         def forward_features(self, x: Tensor) -> Tensor:
             return self.conv(x)
 
-    assert_left_alone(
+    assert_skipped(
         trained(Model(), IMAGE), IMAGE, because="forward_features", methods=("forward_features",)
     )
 
 
-def test_a_public_method_that_skips_the_batch_norm_is_left_alone_yolo() -> None:
+def test_a_public_method_that_skips_the_batch_norm_is_skipped_yolo() -> None:
     class Model(ConvBn):
         def forward_fuse(self, x: Tensor) -> Tensor:
             return F.silu(self.conv(x))
@@ -74,7 +74,7 @@ def test_a_method_that_calls_the_method_of_the_same_name_of_a_block_is_seen() ->
         def forward_features(self, x: Tensor) -> Tensor:
             return self.block.forward_features(x)
 
-    assert_left_alone(
+    assert_skipped(
         trained(Outer(), IMAGE), IMAGE, because="forward_features", methods=("forward_features",)
     )
 
@@ -126,7 +126,7 @@ def test_a_private_helper_that_another_public_method_calls_by_itself_is_seen() -
         def features(self, x: Tensor) -> Tensor:
             return self._stem(x)
 
-    assert_left_alone(
+    assert_skipped(
         trained(Model(), IMAGE), IMAGE, because="Model.features calls", methods=("features",)
     )
 
@@ -150,7 +150,7 @@ def test_a_method_of_a_block_that_the_model_calls_by_itself_is_seen_densenet() -
         def bottleneck(self, x: Tensor) -> Tensor:
             return self.layer.bn_function(x)
 
-    assert_left_alone(
+    assert_skipped(
         trained(Outer(), IMAGE), IMAGE, because="Outer.bottleneck calls", methods=("bottleneck",)
     )
 
@@ -173,7 +173,7 @@ def test_a_module_found_by_a_getattr_of_the_class_is_seen() -> None:
         def stem(self, x: Tensor) -> Tensor:
             return self.conv(x)
 
-    assert_left_alone(trained(Outer(), IMAGE), IMAGE, because="stem", methods=("stem",))
+    assert_skipped(trained(Outer(), IMAGE), IMAGE, because="stem", methods=("stem",))
 
 
 def test_a_method_that_names_the_model_otherwise_or_puts_it_in_a_list_is_seen() -> None:
@@ -191,7 +191,7 @@ def test_a_method_that_names_the_model_otherwise_or_puts_it_in_a_list_is_seen() 
             return self.__dict__["_modules"]["conv"](x)
 
     for model in (Renamed(), Listed(), ByDict()):
-        assert_left_alone(trained(model, IMAGE), IMAGE, because="features", methods=("features",))
+        assert_skipped(trained(model, IMAGE), IMAGE, because="features", methods=("features",))
 
 
 class _Item:
@@ -314,9 +314,9 @@ class PartsOfAComputedWeight(ConvBn):
         PartsOfAComputedWeight,
     ],
 )
-def test_other_ways_to_a_layer_are_seen(class_: type[nn.Module]) -> None:
+def test_other_paths_to_a_layer_are_seen(class_: type[nn.Module]) -> None:
     model = trained(class_(), IMAGE)
-    assert_left_alone(model, IMAGE, because="conv|bn", methods=("features",))
+    assert_skipped(model, IMAGE, because="conv|bn", methods=("features",))
 
 
 def test_a_function_in_an_attribute_that_reaches_the_conv_is_seen() -> None:
@@ -346,7 +346,7 @@ def test_a_method_whose_source_is_not_there_is_judged_by_the_names_in_it() -> No
         "        return self(x).argmax(1)\n",
         space,
     )
-    assert_left_alone(
+    assert_skipped(
         trained(space["Made"](), IMAGE), IMAGE, because="features", methods=("features",)
     )
     assert_fuses(trained(space["Harmless"](), IMAGE), IMAGE, methods=("predict",))

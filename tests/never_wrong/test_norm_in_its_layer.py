@@ -105,7 +105,7 @@ class Residual(Conv2d):
         lambda: Conv2d(4, 4, 1, norm=nn.BatchNorm2d(4), activation=nn.PReLU()),
     ],
 )
-def test_what_uses_the_two_otherwise_is_left_alone(model):
+def test_what_uses_the_two_otherwise_is_skipped(model):
     torch.manual_seed(0)
     model = trained(model(), IMAGE)
     methods = ("features",) if isinstance(model, Outer) else ()

@@ -150,7 +150,7 @@ class Scored(Frozen):
 
 
 @pytest.mark.parametrize("norm", [Activated, Before, ByPixel, ByBatch, TwiceAdded, InPlace, Scored])
-def test_what_does_more_or_otherwise_is_left_alone(norm):
+def test_what_does_more_or_otherwise_is_skipped(norm):
     torch.manual_seed(0)
     image = torch.randn(2, 4, 10, 10)
     model = nn.Sequential(nn.Conv2d(4, 8, 3), norm(8)).eval()

@@ -10,7 +10,7 @@ from support.fusing_checks import (
     IMAGE,
     ConvBn,
     assert_fuses,
-    assert_left_alone,
+    assert_skipped,
     check_not_folded,
     trained,
 )
@@ -21,10 +21,10 @@ def test_registration_order_means_nothing_conv_relu_bn() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(F.relu(self.conv(x)))
 
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="relu")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="relu")
 
 
-def test_a_batch_norm_before_its_conv_is_left_alone_pt144403() -> None:
+def test_a_batch_norm_before_its_conv_is_skipped_pt144403() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(self.bn(x))
@@ -45,7 +45,7 @@ def test_a_relu_module_used_in_several_places_stays_right_pt52584() -> None:
     assert_fuses(trained(Model(), IMAGE), IMAGE)
 
 
-def test_max_pooling_between_is_left_alone() -> None:
+def test_max_pooling_between_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(F.max_pool2d(self.conv(x), 2))

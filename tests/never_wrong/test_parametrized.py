@@ -10,7 +10,7 @@ from support.fusing_checks import (
     ROW,
     ConvBn,
     assert_fuses,
-    assert_left_alone,
+    assert_skipped,
     check,
     trained,
 )
@@ -35,14 +35,14 @@ class ReadsTheComputedWeight(ConvBn):
         return self.bn(self.conv(x)) + self.conv.weight.sum()
 
 
-def test_a_computed_weight_that_something_else_reads_is_left_alone() -> None:
+def test_a_computed_weight_that_something_else_reads_is_skipped() -> None:
     model = ReadsTheComputedWeight(parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
     check(trained(model, IMAGE), IMAGE)
     (skip,) = torchfuse.plan(model, IMAGE).skips
     assert "is also read outside of its calls" in skip.reason
 
 
-def test_a_conv_with_a_computed_weight_that_is_called_apart_as_well_is_left_alone() -> None:
+def test_a_conv_with_a_computed_weight_that_is_called_apart_as_well_is_skipped() -> None:
     """Each call computes a weight of its own, so no two calls read the same one."""
 
     class CalledTwice(ConvBn):
@@ -50,7 +50,7 @@ def test_a_conv_with_a_computed_weight_that_is_called_apart_as_well_is_left_alon
             return self.bn(self.conv(x)) + self.conv(x).mean()
 
     model = CalledTwice(parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
-    assert_left_alone(trained(model, IMAGE), IMAGE, because="called more than once")
+    assert_skipped(trained(model, IMAGE), IMAGE, because="called more than once")
 
 
 def test_a_parametrization_that_looks_at_its_own_result_is_baked_in() -> None:
@@ -58,11 +58,11 @@ def test_a_parametrization_that_looks_at_its_own_result_is_baked_in() -> None:
     assert_fuses(trained(ConvBn(linear, nn.BatchNorm1d(3)), ROW), ROW)
 
 
-def test_a_pruned_conv_is_left_alone_and_says_how_to_make_it_permanent() -> None:
+def test_a_pruned_conv_is_skipped_and_says_how_to_make_it_permanent() -> None:
     model = ConvBn()
     prune.random_unstructured(model.conv, "weight", 0.5)
     model = trained(model, IMAGE)
-    (skip,) = assert_left_alone(model, IMAGE, because="pruned").plan.skips
+    (skip,) = assert_skipped(model, IMAGE, because="pruned").plan.skips
     assert "prune.remove" in skip.hint
     prune.remove(model.conv, "weight")
     assert_fuses(model, IMAGE)

@@ -18,7 +18,7 @@ from support.fusing_checks import (
     IMAGE,
     ConvBn,
     assert_fuses,
-    assert_left_alone,
+    assert_skipped,
     check,
     check_not_folded,
     trained,
@@ -48,13 +48,13 @@ SECOND_READERS = {
 
 
 @pytest.mark.parametrize("reader", SECOND_READERS)
-def test_a_conv_output_with_a_second_reader_is_left_alone_pt197539(reader: str) -> None:
+def test_a_conv_output_with_a_second_reader_is_skipped_pt197539(reader: str) -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> object:
             y = self.conv(x)
             return SECOND_READERS[reader](y, self.bn(y))
 
-    assert_left_alone(
+    assert_skipped(
         trained(Model(), IMAGE), IMAGE, because="(output|read|used|alive|held|seen|branch|value)"
     )
 
@@ -66,7 +66,7 @@ def test_a_view_made_before_and_read_after_the_batch_norm_is_a_reader() -> None:
             view = y.flatten(1)
             return self.bn(y).flatten(1) + view
 
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(output|read|used)")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(output|read|used)")
 
 
 def test_a_change_in_place_between_conv_and_batch_norm_is_seen() -> None:
@@ -131,7 +131,7 @@ def test_an_output_kept_on_the_model_is_a_reader() -> None:
 
     model = trained(Model(), IMAGE)
     del model.features
-    result = assert_left_alone(model, IMAGE, because="(kept|held|alive|outlives)")
+    result = assert_skipped(model, IMAGE, because="(kept|held|alive|outlives)")
     assert not hasattr(model, "features"), "the recorded run left something on the model"
     result.model(IMAGE)
     torch.testing.assert_close(result.model.features, model.conv(IMAGE))
@@ -145,7 +145,7 @@ def test_an_output_kept_in_a_list_outside_is_a_reader() -> None:
             return self.bn(y)
 
     kept: list[Tensor] = []
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(kept|held|alive|outlives)")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(kept|held|alive|outlives)")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -208,7 +208,7 @@ def test_what_is_alive_when_a_thread_starts_may_be_read_there() -> None:
             with ThreadPoolExecutor(1) as pool:
                 return z + pool.submit(lambda: y.detach().mean()).result()
 
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="another thread")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="another thread")
 
 
 def test_a_conv_that_runs_in_another_thread_stays_right() -> None:
@@ -319,7 +319,7 @@ class ReadInARawThread(ConvBn):
 def test_an_output_handed_to_a_thread_that_is_there_already_is_seen(
     class_: type[nn.Module],
 ) -> None:
-    assert_left_alone(trained(class_(), IMAGE), IMAGE, because="another thread")
+    assert_skipped(trained(class_(), IMAGE), IMAGE, because="another thread")
 
 
 def test_an_output_handed_to_another_library_by_dlpack_is_seen() -> None:
@@ -338,7 +338,7 @@ def test_an_output_handed_to_another_library_by_dlpack_is_seen() -> None:
             y = self.conv(x)
             return self.bn(y) + float(numpy.from_dlpack(Capsule(y)).mean())
 
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="DLPack")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="DLPack")
 
 
 def test_models_that_run_in_other_threads_meanwhile_are_no_obstacle() -> None:

@@ -13,23 +13,23 @@ from support.fusing_checks import (
     ROW,
     ConvBn,
     assert_fuses,
-    assert_left_alone,
+    assert_skipped,
     check,
     trained,
 )
 
 
-def test_a_conv_called_twice_is_left_alone_pt104593() -> None:
+def test_a_conv_called_twice_is_skipped_pt104593() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(self.bn(self.conv(x)))
 
-    assert_left_alone(
+    assert_skipped(
         trained(Model(), IMAGE), IMAGE, because="conv.*(twice|2 times|more than once|again)"
     )
 
 
-def test_a_conv_called_twice_with_a_batch_norm_each_is_left_alone() -> None:
+def test_a_conv_called_twice_with_a_batch_norm_each_is_skipped() -> None:
     class Model(ConvBn):
         def __init__(self) -> None:
             super().__init__()
@@ -38,9 +38,7 @@ def test_a_conv_called_twice_with_a_batch_norm_each_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn2(self.conv(self.bn(self.conv(x))))
 
-    assert_left_alone(
-        trained(Model(), IMAGE), IMAGE, because="(twice|2 times|more than once|again)"
-    )
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(twice|2 times|more than once|again)")
 
 
 def test_a_batch_norm_called_after_two_convs_stays_right() -> None:
@@ -55,14 +53,12 @@ def test_a_batch_norm_called_after_two_convs_stays_right() -> None:
     check(trained(Model(), IMAGE), IMAGE)
 
 
-def test_a_batch_norm_called_after_a_conv_and_alone_is_left_alone() -> None:
+def test_a_batch_norm_called_after_a_conv_and_alone_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.bn(self.conv(x)) + 1)
 
-    assert_left_alone(
-        trained(Model(), IMAGE), IMAGE, because="(twice|2 times|more than once|again)"
-    )
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(twice|2 times|more than once|again)")
 
 
 def test_one_module_under_two_names_is_one_module() -> None:
@@ -74,12 +70,10 @@ def test_one_module_under_two_names_is_one_module() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.alias(self.bn(self.conv(x)))
 
-    assert_left_alone(
-        trained(Model(), IMAGE), IMAGE, because="(twice|2 times|more than once|again)"
-    )
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(twice|2 times|more than once|again)")
 
 
-def test_two_convs_tied_to_one_weight_are_left_alone_pt197539() -> None:
+def test_two_convs_tied_to_one_weight_are_skipped_pt197539() -> None:
     class Model(ConvBn):
         def __init__(self) -> None:
             super().__init__()
@@ -89,10 +83,10 @@ def test_two_convs_tied_to_one_weight_are_left_alone_pt197539() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv2(self.bn(self.conv(x)))
 
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="weight.*(shared|tied|also|other)")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="weight.*(shared|tied|also|other)")
 
 
-def test_a_weight_tied_transposed_is_left_alone() -> None:
+def test_a_weight_tied_transposed_is_skipped() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -102,10 +96,10 @@ def test_a_weight_tied_transposed_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(self.bn(self.encode(x)), self.encode.weight.t())
 
-    assert_left_alone(trained(Model(), ROW), ROW, because="weight.*(shared|tied|also|other)")
+    assert_skipped(trained(Model(), ROW), ROW, because="weight.*(shared|tied|also|other)")
 
 
-def test_a_parameter_that_is_a_view_of_the_weight_is_left_alone() -> None:
+def test_a_parameter_that_is_a_view_of_the_weight_is_skipped() -> None:
     class Model(ConvBn):
         def __init__(self) -> None:
             super().__init__()
@@ -116,35 +110,33 @@ def test_a_parameter_that_is_a_view_of_the_weight_is_left_alone() -> None:
             return self.conv2(self.bn(self.conv(x)))
 
     model = trained(Model(), IMAGE)
-    result = assert_left_alone(model, IMAGE, because="(shared|tied|also|other|storage|memory)")
+    result = assert_skipped(model, IMAGE, because="(shared|tied|also|other|storage|memory)")
     weights = result.model.conv.weight, result.model.conv2.weight
     assert weights[0].untyped_storage().data_ptr() == weights[1].untyped_storage().data_ptr()
 
 
-def test_a_weight_read_as_a_value_is_left_alone() -> None:
+def test_a_weight_read_as_a_value_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.conv(x)) + self.conv.weight.mean()
 
-    assert_left_alone(
-        trained(Model(), IMAGE), IMAGE, because="weight.*(shared|tied|also|other|read)"
-    )
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="weight.*(shared|tied|also|other|read)")
 
 
-def test_a_bias_read_as_a_value_is_left_alone() -> None:
+def test_a_bias_read_as_a_value_is_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.conv(x)) * self.conv.bias.view(1, -1, 1, 1)
 
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(shared|tied|also|other|read)")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(shared|tied|also|other|read)")
 
 
-def test_statistics_read_as_values_are_left_alone() -> None:
+def test_statistics_read_as_values_are_skipped() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.conv(x)) + self.bn.running_mean.sum()
 
-    assert_left_alone(trained(Model(), IMAGE), IMAGE, because="(shared|tied|also|other|read)")
+    assert_skipped(trained(Model(), IMAGE), IMAGE, because="(shared|tied|also|other|read)")
 
 
 def test_statistics_shared_with_another_batch_norm_stay_right() -> None:

@@ -114,7 +114,7 @@ class InALengthOfText(Counting):
         *(InTheThread, InAFunction, InTheEnvironment, InALengthOfText),
     ],
 )
-def test_code_that_branches_on_state_that_a_call_changes_is_left_alone(
+def test_code_that_branches_on_state_that_a_call_changes_is_skipped(
     model: type[nn.Module],
 ) -> None:
     before = dict(os.environ)

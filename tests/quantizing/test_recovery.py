@@ -83,7 +83,7 @@ class Clamp(nn.Module):
 
 
 @pytest.mark.parametrize("clamp", [nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, Clamp])
-def test_channels_under_a_clamp_are_left_alone(clamp: type[nn.Module]) -> None:
+def test_channels_under_a_clamp_are_skipped(clamp: type[nn.Module]) -> None:
     """Scaled by s, a channel would end at 1/s of the clamp's bound, on inputs larger than these."""
     model = Depthwise(UNBALANCED, clamp).eval()
     graph = graph_of(model)
@@ -93,7 +93,7 @@ def test_channels_under_a_clamp_are_left_alone(clamp: type[nn.Module]) -> None:
         torch.testing.assert_close(graph(larger), model(larger))
 
 
-def test_a_tensor_that_the_model_also_returns_is_left_alone() -> None:
+def test_a_tensor_that_the_model_also_returns_is_skipped() -> None:
     class Returning(Depthwise):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             y = self.activation(self.expand(x))
@@ -105,7 +105,7 @@ def test_a_tensor_that_the_model_also_returns_is_left_alone() -> None:
     assert torch.equal(attribute(graph, "expand.weight"), before)
 
 
-def test_layers_that_share_a_weight_are_left_alone() -> None:
+def test_layers_that_share_a_weight_are_skipped() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""conv → batch norm: what fuses, and what is left alone."""
+"""conv → batch norm: what fuses, and what is skipped."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchfuse
-from support.fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import ConvBn, assert_fuses, assert_skipped, trained
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -123,20 +123,18 @@ class Turned(nn.Module):
         (Shuffled(), "comes from flip"),
     ],
 )
-def test_left_alone_where_something_else_lies_between(between, reason):
+def test_skipped_where_something_else_lies_between(between, reason):
     torch.manual_seed(0)
-    assert_left_alone(trained(Between(between), images(2)), images(2), because=reason)
+    assert_skipped(trained(Between(between), images(2)), images(2), because=reason)
 
 
-def test_left_alone_where_another_axis_is_normalised():
+def test_skipped_where_another_axis_is_normalised():
     torch.manual_seed(0)
     model = trained(Between(Turned()), images(2))  # 4 channels, 4 rows
-    assert_left_alone(
-        model, images(2), because="axis 1 of its input, which is not the channel axis"
-    )
+    assert_skipped(model, images(2), because="axis 1 of its input, which is not the channel axis")
 
 
-def test_left_alone_where_the_dropout_between_is_active():
+def test_skipped_where_the_dropout_between_is_active():
     torch.manual_seed(0)
     model = trained(Between(nn.Dropout()), images(2))
     model.between.train()
@@ -189,12 +187,12 @@ class ScalesItsBias(nn.Conv2d):
         (ScalesItsBias, "does not pass its bias on as it is"),
     ],
 )
-def test_left_alone_where_a_subclass_does_something_else_with_its_bias(conv, reason):
+def test_skipped_where_a_subclass_does_something_else_with_its_bias(conv, reason):
     torch.manual_seed(0)
-    assert_left_alone(trained(ConvBn(conv(4, 4, 3)), images(2)), images(2), because=reason)
+    assert_skipped(trained(ConvBn(conv(4, 4, 3)), images(2)), images(2), because=reason)
 
 
-def test_left_alone_where_the_batch_norm_is_held_elsewhere_too():
+def test_skipped_where_the_batch_norm_is_held_elsewhere_too():
     class Model(ConvBn):
         def __init__(self, hold):
             super().__init__()
@@ -210,7 +208,7 @@ def test_left_alone_where_the_batch_norm_is_held_elsewhere_too():
         assert "also held by the plain attribute `held`" in skip.reason
 
 
-def test_left_alone_where_a_reshape_keeps_the_channels_only_at_one_size():
+def test_skipped_where_a_reshape_keeps_the_channels_only_at_one_size():
     class Model(ConvBn):
         def forward(self, x):
             return self.bn(self.conv(x).reshape(-1, 4))

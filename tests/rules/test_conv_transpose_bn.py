@@ -1,10 +1,10 @@
-"""Transposed conv → batch norm: what fuses, and what is left alone."""
+"""Transposed conv → batch norm: what fuses, and what is skipped."""
 
 import pytest
 import torch
 from torch import nn
 
-from support.fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import ConvBn, assert_fuses, assert_skipped, trained
 
 CONVS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -28,7 +28,7 @@ def test_as_many_channels_out_as_in_are_not_mixed_up():
     assert_fuses(trained(ConvBn(nn.ConvTranspose2d(4, 4, 3)), images(2)), images(2))
 
 
-def test_left_alone_if_its_output_has_a_second_reader():
+def test_skipped_if_its_output_has_a_second_reader():
     class Model(ConvBn):
         def forward(self, x):
             y = self.conv(x)
@@ -36,4 +36,4 @@ def test_left_alone_if_its_output_has_a_second_reader():
 
     torch.manual_seed(0)
     model = trained(Model(nn.ConvTranspose2d(4, 4, 3)), images(2))
-    assert_left_alone(model, images(2), because="output of `conv` is also read by another use: add")
+    assert_skipped(model, images(2), because="output of `conv` is also read by another use: add")

@@ -1,10 +1,10 @@
-"""linear → batch norm: what fuses, and what is left alone."""
+"""linear → batch norm: what fuses, and what is skipped."""
 
 import pytest
 import torch
 from torch import nn
 
-from support.fusing_checks import ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import ConvBn, assert_fuses, assert_skipped, trained
 
 ROWS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 SEQUENCES = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1))
@@ -38,8 +38,8 @@ def test_looks_through_what_moves_the_features_to_axis_1(model):
 
 
 @pytest.mark.parametrize("features", [3, 4])
-def test_left_alone_where_axis_1_holds_no_features_ao4116(features):
+def test_skipped_where_axis_1_holds_no_features_ao4116(features):
     torch.manual_seed(0)
     inputs = torch.randn(4, 3, 5)
     model = ConvBn(nn.Linear(5, features), nn.BatchNorm1d(3))
-    assert_left_alone(trained(model, inputs), inputs, because="axis 1 .* not the channel axis")
+    assert_skipped(trained(model, inputs), inputs, because="axis 1 .* not the channel axis")

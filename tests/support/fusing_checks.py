@@ -1,4 +1,4 @@
-"""The two verdicts of the specification: *fuses, exactly*, and *left alone, and says why*."""
+"""The two verdicts of the specification: *fuses, exactly*, and *skipped, and says why*."""
 
 import copy
 import re
@@ -141,7 +141,7 @@ def assert_fuses(
     return result
 
 
-def assert_left_alone(
+def assert_skipped(
     model: nn.Module, inputs: Tensor, because: str, times: int = 0, **options: object
 ) -> "torchfuse.FusionResult":
     """Assert that only `times` fusions happen, and that a skip's reason matches `because`."""

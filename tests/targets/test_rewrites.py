@@ -186,7 +186,7 @@ LEFT = [
 
 
 @pytest.mark.parametrize(("rewrite", "model", "inputs"), LEFT)
-def test_what_a_rewrite_is_not_about_is_left_alone(
+def test_what_a_rewrite_is_not_about_is_skipped(
     rewrite: Any, model: nn.Module, inputs: tuple[Tensor, ...]
 ) -> None:
     program = torch.export.export(model.eval(), inputs)

@@ -56,5 +56,5 @@ rule_option = click.option(
 )
 strict_option = click.option(
     "--strict", is_flag=True,
-    help="Skip a fusion wherever another way through the code could not be followed.",
+    help="Skip a fusion wherever another path through the code could not be followed.",
 )  # fmt: skip

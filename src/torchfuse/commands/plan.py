@@ -116,5 +116,5 @@ def _fail_on_skips(plan: FusionPlan, fail_on: tuple[str, ...]) -> None:
     left = [skip for skip in plan.skips if skip.rule in fail_on or _ANY in fail_on]
     if left:
         first = f"{' + '.join(left[0].modules)}: {left[0].reason}"
-        click.echo(f"torchfuse: {len(left)} left alone, first {first}", err=True)
+        click.echo(f"torchfuse: {len(left)} skipped, first {first}", err=True)
         sys.exit(GATE)

@@ -1,7 +1,7 @@
 """When is it exact to fold a batch norm into the layer before it? Every condition, in order.
 
 Conditions are about what was recorded, and about the modules as they are. What the code could do
-on other ways through it is the question of `judging/branches.py` and `judging/methods.py`.
+on other paths through it is the question of `other_paths.py` and `methods.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchfuse.conditions.unshared import (
 if TYPE_CHECKING:
     from torchfuse.conditions.subject import Subject
 
-__all__ = ["exact_in_graph", "exact_on_way", "foldable"]
+__all__ = ["exact_in_graph", "exact_on_path", "foldable"]
 
 
 def foldable(subject: Subject, match: Match) -> Refusal | None:
@@ -44,12 +44,12 @@ def foldable(subject: Subject, match: Match) -> Refusal | None:
         _dtypes_agree,
     ):
         if (refusal := condition(subject, match)) is not None:
-            return _with_another_way(subject, match, refusal, condition in _ABOUT_MODULES)
+            return _with_another_path(subject, match, refusal, condition in _ABOUT_MODULES)
     return None
 
 
-def exact_on_way(subject: Subject, match: Match) -> Refusal | None:
-    """None if the match, which is foldable as recorded, is exact on another way too.
+def exact_on_path(subject: Subject, match: Match) -> Refusal | None:
+    """None if the match, which is foldable as recorded, is exact on another path too.
 
     What does not depend on the way (the modules, and what holds them) is not asked for again.
     """
@@ -81,7 +81,7 @@ _ABOUT_MODULES = (
 )
 
 
-def _with_another_way(
+def _with_another_path(
     subject: Subject, match: Match, refusal: Refusal, about_modules: bool
 ) -> Refusal:
     """The refusal, whose hint ends with `fuse_exported` where that can do it."""

@@ -16,11 +16,11 @@ from torch import nn
 
 from torchfuse.conditions.mentions import BELOW, TENSORS, mentions_of
 from torchfuse.conditions.other_paths import (
-    holds_on_every_way,
+    holds_on_every_path,
     holds_where_called_itself,
     is_lost,
     is_straight_where_called_itself,
-    ways_where_called_itself,
+    paths_where_called_itself,
 )
 from torchfuse.conditions.pair import Pair, delegates
 from torchfuse.conditions.sources import (
@@ -78,13 +78,14 @@ def reached_apart(subject: Subject, match: Match, *, outside: str | None = None)
             reached = pair.reached_by(path, function)
             if not reached:
                 continue
-            if caller is None:  # runs only as it ran, on ways that are explored
+            if caller is None:  # runs only as it ran, on paths that are explored
                 once = pair.calls_each_once(path, function)  # what is between is asked for there
                 if once or not is_lost(subject) or not may_branch(subject, function.__code__):
                     continue
                 return Refusal(
                     f"{type(module).__name__}.{function.__name__} mentions `{min(reached)}`, and "
-                    f"branches, and not every way could be followed: {subject.ways.lost}.",
+                    "branches, and not every path could be followed: "
+                    f"{subject.execution_paths.lost}.",
                     "Leave out that use, or give it a layer of its own.",
                 )
             both = {match.first, match.second} <= reached
@@ -170,7 +171,7 @@ def _is_explored(
             if not callers:
                 return True
     return bool(callers) and all(
-        holds_on_every_way(subject, match)
+        holds_on_every_path(subject, match)
         if _ran(subject, caller.__code__, where) and not _is_public(subject, where, caller.__name__)
         else _is_explored(subject, match, where, caller, seen)
         for where, caller in callers
@@ -305,7 +306,7 @@ def _on_its_own(
 
     Its own name, if it is one of the model itself that anyone may call; else a `Class.method` that
     calls it and did not run, of another module, or that may itself run on its own. How the
-    module's own code goes on after it, on other ways, is the question of `branches.py`.
+    module's own code goes on after it, on other paths, is the question of `other_paths.py`.
     """
     name = function.__name__
     inherited = False
@@ -350,7 +351,7 @@ def called_by_themselves(subject: Subject, path: str) -> Iterator[Subject]:
     for function in _methods_of(subject.model).reaching({path.partition(".")[0]}):
         name = function.__name__
         if name != "forward" and _is_public(subject, "", name):
-            yield from ways_where_called_itself(subject, name)
+            yield from paths_where_called_itself(subject, name)
 
 
 def _is_mentioned(subject: Subject, method: str) -> bool:

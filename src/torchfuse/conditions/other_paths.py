@@ -1,4 +1,4 @@
-"""Whether a match holds on every way through the code that exploring finds."""
+"""Whether a match holds on every path through the code that exploring finds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchfuse.cases import resized
 from torchfuse.conditions.dataflow import origin, owner_path
-from torchfuse.conditions.exactness import exact_on_way
+from torchfuse.conditions.exactness import exact_on_path
 from torchfuse.conditions.sources import names_in
 from torchfuse.conditions.straight import where_it_may_turn
 from torchfuse.conditions.subject import Match
@@ -22,32 +22,32 @@ if TYPE_CHECKING:
     from torchfuse.conditions.subject import Subject
 
 __all__ = [
-    "breaks_on_some_way",
-    "holds_on_every_way",
+    "breaks_on_some_path",
+    "holds_on_every_path",
     "holds_where_called_itself",
     "is_lost",
     "is_straight_where_called_itself",
-    "ways_where_called_itself",
+    "paths_where_called_itself",
 ]
 
 
-def holds_on_every_way(subject: Subject, match: Match) -> bool:
-    """Whether the model was followed on all of its ways, and the match is exact on each."""
-    if not _can_be_judged(subject, match) or breaks_on_some_way(subject, match) is not None:
+def holds_on_every_path(subject: Subject, match: Match) -> bool:
+    """Whether the model was followed on all of its paths, and the match is exact on each."""
+    if not _can_be_judged(subject, match) or breaks_on_some_path(subject, match) is not None:
         return False
-    return subject.ways.lost is None
+    return subject.execution_paths.lost is None
 
 
-def breaks_on_some_way(subject: Subject, match: Match) -> str | None:
-    """Where a way begins on which the match is not exact: "file.py:12"; None: on none found.
+def breaks_on_some_path(subject: Subject, match: Match) -> str | None:
+    """Where a path begins on which the match is not exact: "file.py:12"; None: on none found.
 
-    On a way that calls neither the layer nor the batch norm, there is nothing to be exact.
+    On a path that calls neither the layer nor the batch norm, there is nothing to be exact.
     """
     if not (_can_be_judged(subject, match) and subject.graph.may_turn):
         return None
-    for way, other in zip(subject.ways.ways, subject.others, strict=True):
+    for path, other in zip(subject.execution_paths.paths, subject.others, strict=True):
         if not _holds(other, match):
-            return way.left_at
+            return path.left_at
     return None
 
 
@@ -63,12 +63,12 @@ def holds_where_called_itself(subject: Subject, match: Match, method: str) -> bo
         return None
     if not _holds(entry, match):
         return False
-    if not all(_holds(way, match) for way in entry.others):
+    if not all(_holds(path, match) for path in entry.others):
         return False
     return None if is_lost(entry) else True
 
 
-def ways_where_called_itself(subject: Subject, method: str) -> tuple[Subject, ...]:
+def paths_where_called_itself(subject: Subject, method: str) -> tuple[Subject, ...]:
     """What a method of the model does on the inputs of forward; none if it cannot be called so."""
     entry = _entry(subject, method) if subject.cases else None
     if entry is None:
@@ -84,7 +84,7 @@ def _entry(subject: Subject, method: str) -> Subject | None:
 
 def is_lost(subject: Subject) -> bool:
     """Whether something was lost while exploring, on which a branch may depend."""
-    return subject.graph.may_turn and subject.ways.lost is not None
+    return subject.graph.may_turn and subject.execution_paths.lost is not None
 
 
 def is_straight_where_called_itself(subject: Subject, match: Match, method: str) -> bool:
@@ -160,7 +160,7 @@ def _holds(subject: Subject, match: Match) -> bool:
     if not subject.norms.get(match.second):
         return not _runs(subject, match)
     there = _as_there(subject, match)
-    return there is not None and exact_on_way(subject, there) is None
+    return there is not None and exact_on_path(subject, there) is None
 
 
 def _as_there(subject: Subject, match: Match) -> Match | None:

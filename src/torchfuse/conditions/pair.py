@@ -78,8 +78,8 @@ class Pair:
         if not chain:
             return path if path in self._both and mention.usage == "called" else None
         both = self._contains(path, self.first) and self._contains(path, self.second)
-        ways = (None, BELOW, *self.names_towards(path))
-        if both and chain[0] not in ways and not self._delegates(path):
+        paths = (None, BELOW, *self.names_towards(path))
+        if both and chain[0] not in paths and not self._delegates(path):
             return None  # it leads to neither: most mentions do
         towards = self._towards(path)
         if both and len(chain) == 1 and len(towards) < 2 and chain[0] in (None, *towards):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torchfuse.cases import Case
     from torchfuse.graph import Call, Graph
-    from torchfuse.graph.exploring import Ways
+    from torchfuse.graph.exploring import ExecutionPaths
 
 __all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
 
@@ -36,7 +36,7 @@ class Subject:
     graph: Graph
     modules: dict[str, nn.Module]  # by every path
     cases: tuple[Case, ...] = ()  # what was recorded; none: it cannot be run
-    strict: bool = False  # what could not be followed on all ways is a skip
+    strict: bool = False  # what could not be followed on all paths is a skip
     # Public methods of the model as entries of their own: what was recorded, None if it cannot be
     entries: dict[str, Subject | None] = field(default_factory=dict)
 
@@ -46,14 +46,14 @@ class Subject:
         return batch_norms(self.graph)
 
     @cached_property
-    def ways(self) -> Ways:
-        """The other ways through the code."""
+    def execution_paths(self) -> ExecutionPaths:
+        """The other paths through the code."""
         return explore(self.model, self.cases, self.graph)
 
     @cached_property
     def steady(self) -> Steady:
         """The attributes that no call changes."""
-        graphs = (self.graph, *(way.graph for way in self.ways.ways))
+        graphs = (self.graph, *(path.graph for path in self.execution_paths.paths))
         return Steady(self.modules, graphs, [entry.function for entry in self.attached])
 
     @cached_property
@@ -63,10 +63,10 @@ class Subject:
 
     @cached_property
     def others(self) -> tuple[Subject, ...]:
-        """The model as it was recorded on each of the other ways, if there may be any."""
+        """The model as it was recorded on each of the other paths, if there may be any."""
         if not self.graph.may_turn:  # and need not be explored
             return ()
-        return tuple(self.recorded_as(way.graph) for way in self.ways.ways)
+        return tuple(self.recorded_as(path.graph) for path in self.execution_paths.paths)
 
     def recorded_as(self, graph: Graph, cases: tuple[Case, ...] = ()) -> Subject:
         """The same model, as another recording shows it."""

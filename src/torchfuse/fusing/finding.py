@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfuse.conditions.dataflow import origin, owner_path
 from torchfuse.conditions.methods import parts_of_forward, reached_apart
-from torchfuse.conditions.other_paths import breaks_on_some_way
+from torchfuse.conditions.other_paths import breaks_on_some_path
 from torchfuse.conditions.sources import functions_of, is_setup, names_in
 from torchfuse.conditions.straight import where_it_may_turn
 from torchfuse.conditions.whole_cost import whole
@@ -92,7 +92,7 @@ def _scope(subject: Subject) -> tuple[str, ...]:
     modes = "Every module's training flag" if trains else "Evaluation mode, every module's flag"
     shown = ", ".join(graph.cases[:3]) + (" …" if len(graph.cases) > 3 else "")
     sentences = [
-        f"{shown}, and other inputs with the same numbers of dimensions that take the same way "
+        f"{shown}, and other inputs with the same numbers of dimensions that take the same path "
         "through the code.",
         f"{modes} and attributes as they were here, and the same arguments that are not tensors.",
     ]
@@ -103,9 +103,9 @@ def _scope(subject: Subject) -> tuple[str, ...]:
             f"({', '.join(places[:3])}{' …' if len(places) > 3 else ''}); only what holds on "
             "every side of its branches is fused."
         )
-    if "ways" in vars(subject) and (lost := subject.ways.lost) is not None:
+    if "execution_paths" in vars(subject) and (lost := subject.execution_paths.lost) is not None:
         sentences.append(
-            f"Not every way through the code could be followed ({lost}); with strict, what that "
+            f"Not every path through the code could be followed ({lost}); with strict, what that "
             "leaves in doubt is skipped."
         )
     return tuple(sentences)
@@ -161,7 +161,7 @@ def find(
 ) -> Found:
     """Records `model` on the given cases and judges every batch norm.
 
-    With `strict`, what could not be followed on all ways through the code is a skip.
+    With `strict`, what could not be followed on all paths through the code is a skip.
     """
     graph = record(model, given)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -235,36 +235,36 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
 
 
 def _judged(subject: Subject, rule: Rule, match: Match) -> Refusal | None:
-    """What was recorded first, then other methods, then other ways through the code."""
+    """What was recorded first, then other methods, then other paths through the code."""
     return (
-        rule.check(subject, match) or reached_apart(subject, match) or _another_way(subject, match)
+        rule.check(subject, match) or reached_apart(subject, match) or _another_path(subject, match)
     )
 
 
-def _another_way(subject: Subject, match: Match) -> Refusal | None:
-    """None if the match holds on every way that exploring finds, where code asks for anything."""
+def _another_path(subject: Subject, match: Match) -> Refusal | None:
+    """None if the match holds on every path that exploring finds, where code asks for anything."""
     if not subject.graph.may_turn:
         return None
-    if (left_at := breaks_on_some_way(subject, match)) is not None:
+    if (left_at := breaks_on_some_path(subject, match)) is not None:
         where = f"On {left_at}" if "(" in left_at else f"With another answer at {left_at}"
         return Refusal(
-            f"{where}, the code takes another way, on which `{match.second}` does not follow "
+            f"{where}, the code takes another path, on which `{match.second}` does not follow "
             f"`{match.first}`, or something else uses what lies between.",
             _HINT,
         )
-    lost = subject.ways.lost
+    lost = subject.execution_paths.lost
     if lost is None:
         return None
     if (turn := where_it_may_turn(subject, match)) is not None:
         return Refusal(
             f"The code between `{match.first}` and `{match.second}` ({turn}) branches, and not "
-            f"every way could be followed: {lost}.",
+            f"every path could be followed: {lost}.",
             _HINT,
         )
     if not subject.strict:
         return None
     return Refusal(
-        f"Not every way through the code could be followed: {lost}.",
+        f"Not every path through the code could be followed: {lost}.",
         "Without strict, only what is known against a fold is held against it.",
     )
 

@@ -61,7 +61,7 @@ def plan(
         example_inputs: a tensor, a tuple of tensors, a dict of keywords, a `Case`, or a list of
             these; the model is run on each.
         rules: names of the rules to use; None: all.
-        strict: skip a fusion wherever another way through the code could not be followed; else
+        strict: skip a fusion wherever another path through the code could not be followed; else
             only where something is known against it.
 
     Raises:

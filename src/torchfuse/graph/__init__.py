@@ -141,7 +141,7 @@ class Graph:
 
     @property
     def may_turn(self) -> bool:
-        """Whether code asked for anything that a branch may depend on; else there is one way."""
+        """Whether code asked for anything that a branch may depend on; else there is one path."""
         return bool(self.reads or self.changed)
 
     def readers(self, value: int) -> tuple[Call, ...]:

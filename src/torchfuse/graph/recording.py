@@ -53,7 +53,7 @@ __all__ = ["Questions", "record"]
 _ONE_AT_A_TIME = threading.RLock()
 # Methods of queues and locks that are not written in Python, and cannot be watched.
 _SIGNALS = frozenset({"put", "put_nowait", "release"})
-# The kinds whose way from the module's call is remembered: rules ask who passed their arguments.
+# The kinds whose path from the module's call is remembered: rules ask who passed their arguments.
 _TRACED = frozenset({"conv", "conv_transpose", "linear", "batch_norm"})
 # What a thread holds that samples the stacks of the others (a profiler's, one of Dask's workers)
 # is let go after some milliseconds.
@@ -265,7 +265,7 @@ class _Recording:
             returned = self.values_in([leaf for _, leaf in named_leaves(output)])
             self.add("output", "output", returned, "")
             self.memory.forget_objects()
-            # What is alive now is held by something outside, or by the output in other ways.
+            # What is alive now is held by something outside, or by the output in other paths.
             self._note_held(before, set(returned))
             del output
 

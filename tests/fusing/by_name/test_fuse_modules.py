@@ -164,7 +164,7 @@ def test_a_bfloat16_conv_before_a_float32_batch_norm_is_folded():
     assert_same_output(fused, model, torch.randn(SIZE[2]).to(torch.bfloat16))
 
 
-# ---- left alone, and says why
+# ---- skipped, and says why
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_bfloat16_conv_before_a_float32_batch_norm_is_folded():
     ],
     ids=["conv-relu6", "bn1d-relu", "conv_transpose-bn for QAT"],
 )
-def test_an_unsupported_sequence_is_left_alone_with_a_warning(layers, fuse, message):
+def test_an_unsupported_sequence_is_skipped_with_a_warning(layers, fuse, message):
     model = settled(*layers)
     with pytest.warns(FusionWarning, match=message):
         fused = fuse(model, names(model))

@@ -206,7 +206,7 @@ def test_it_leaves_alone_and_says_why(name: str) -> None:
         raise AssertionError(skip.reason)
 
 
-def test_statistics_that_the_program_changes_are_left_alone() -> None:
+def test_statistics_that_the_program_changes_are_skipped() -> None:
     def body(m: Model, x: Tensor) -> Tensor:
         y = m.bn(m.conv(x))
         m.bn.running_mean.add_(1)

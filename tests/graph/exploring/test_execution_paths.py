@@ -1,4 +1,4 @@
-"""Other ways through a model's code."""
+"""Other paths through a model's code."""
 
 import logging
 
@@ -13,39 +13,39 @@ from torchfuse.graph.exploring import explore
 from torchfuse.graph.recording import record
 
 
-def ways_of(forward):
+def paths_of(forward):
     """Return what exploring finds of a conv and a batch norm with this forward."""
     torch.manual_seed(0)
     model = trained(type("Model", (ConvBn,), {"forward": forward})(), IMAGE)
     given = cases(IMAGE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ways = explore(model, given, record(model, given))
+    paths = explore(model, given, record(model, given))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    return ways
+    return paths
 
 
-def called(way):
-    return [call.kind for call in way.graph.calls if call.kind in ("conv", "batch_norm", "relu")]
+def called(path):
+    return [call.kind for call in path.graph.calls if call.kind in ("conv", "batch_norm", "relu")]
 
 
-def test_code_that_compares_nothing_has_no_other_way():
+def test_code_that_compares_nothing_has_no_other_path():
     def forward(self, x):
         n, c, h, w = x.shape
         return self.bn(self.conv(x)).view(n, c, h * w)
 
-    ways = ways_of(forward)
-    assert (ways.ways, ways.sites, ways.lost) == ((), 0, None)
+    paths = paths_of(forward)
+    assert (paths.paths, paths.sites, paths.lost) == ((), 0, None)
 
 
-def test_each_side_of_a_branch_on_a_size_is_a_way():
+def test_each_side_of_a_branch_on_a_size_is_a_path():
     def forward(self, x):
         y = self.conv(x)
         return self.bn(y) if x.shape[-1] > 3 else y
 
-    ways = ways_of(forward)
-    assert [called(way) for way in ways.ways] == [["conv"]]
-    assert ways.ways[0].left_at.startswith("test_ways.py:")
-    assert ways.lost is None
+    paths = paths_of(forward)
+    assert [called(path) for path in paths.paths] == [["conv"]]
+    assert paths.paths[0].left_at.startswith("test_paths.py:")
+    assert paths.lost is None
 
 
 def test_a_truth_and_a_value_of_a_tensor_are_branches_too():
@@ -55,8 +55,8 @@ def test_a_truth_and_a_value_of_a_tensor_are_branches_too():
             return y
         return F.relu(y) if x.max().item() > 1e6 else self.bn(y)
 
-    ways = ways_of(forward)
-    assert sorted(called(way) for way in ways.ways) == [["conv"], ["conv", "relu"]]
+    paths = paths_of(forward)
+    assert sorted(called(path) for path in paths.paths) == [["conv"], ["conv", "relu"]]
 
 
 def test_branches_that_change_nothing_alone_are_combined():
@@ -65,19 +65,19 @@ def test_branches_that_change_nothing_alone_are_combined():
         y = self.conv(x)
         return self.bn(y) if wide or high else y
 
-    ways = ways_of(forward)
-    assert ["conv"] in [called(way) for way in ways.ways]
+    paths = paths_of(forward)
+    assert ["conv"] in [called(path) for path in paths.paths]
 
 
-def test_a_branch_that_only_another_way_comes_to_is_explored():
+def test_a_branch_that_only_another_path_comes_to_is_explored():
     def forward(self, x):
         y = self.conv(x)
         if x.shape[-1] < 3:
             return y if x.shape[-2] < 3 else F.relu(y)
         return self.bn(y)
 
-    ways = ways_of(forward)
-    assert sorted(called(way) for way in ways.ways) == [["conv"], ["conv", "relu"]]
+    paths = paths_of(forward)
+    assert sorted(called(path) for path in paths.paths) == [["conv"], ["conv", "relu"]]
 
 
 def test_one_of_several_visits_of_a_branch_is_answered_otherwise_alone():
@@ -87,24 +87,24 @@ def test_one_of_several_visits_of_a_branch_is_answered_otherwise_alone():
                 x = F.relu(x)
         return self.bn(self.conv(x))
 
-    found = [called(way) for way in ways_of(forward).ways]
+    found = [called(path) for path in paths_of(forward).paths]
     assert ["relu", "conv", "batch_norm"] in found
     assert ["conv", "batch_norm"] in found
 
 
-def test_another_size_that_takes_another_way_is_one():
+def test_another_size_that_takes_another_path_is_one():
     def forward(self, x):
         for _ in range(x.shape[-1] // 8):  # which asks nothing that can be seen
             x = F.relu(x)
         return self.bn(self.conv(x))
 
-    ways = ways_of(forward)
-    assert [(called(way), way.left_at) for way in ways.ways] == [
+    paths = paths_of(forward)
+    assert [(called(path), path.left_at) for path in paths.paths] == [
         (["conv", "batch_norm"], "forward(1×4×4×4)")
     ]
 
 
-def test_a_check_that_raises_at_once_is_the_end_of_a_way():
+def test_a_check_that_raises_at_once_is_the_end_of_a_path():
     def forward(self, x):
         if x.shape[-1] < 3:
             raise ValueError(f"too narrow: {x.shape[-1]}")
@@ -112,18 +112,18 @@ def test_a_check_that_raises_at_once_is_the_end_of_a_way():
         torch._assert(x.shape[0] > 0, "empty")
         return self.bn(self.conv(x))
 
-    ways = ways_of(forward)
-    assert (ways.ways, ways.sites, ways.lost) == ((), 4, None)  # one is the text
+    paths = paths_of(forward)
+    assert (paths.paths, paths.sites, paths.lost) == ((), 4, None)  # one is the text
 
 
-def test_an_error_later_may_be_for_the_false_answer_so_that_the_way_is_lost():
+def test_an_error_later_may_be_for_the_false_answer_so_that_the_path_is_lost():
     def forward(self, x):
         if x.shape[-1] >= 16:
             x = x.view(x.shape[0], 4, -1, x.shape[-1] // 16, 16)
             return self.conv(x.sum(2))
         return self.bn(self.conv(x))
 
-    assert "ends in an error" in ways_of(forward).lost
+    assert "ends in an error" in paths_of(forward).lost
 
 
 def test_a_plain_number_is_lost_and_said_where():
@@ -132,7 +132,9 @@ def test_a_plain_number_is_lost_and_said_where():
         y = self.conv(x)
         return self.bn(y) if wide else y
 
-    assert ways_of(forward).lost.startswith("a size or value is turned into a plain number (test_w")
+    assert paths_of(forward).lost.startswith(
+        "a size or value is turned into a plain number (test_e"
+    )
 
 
 def test_a_loop_that_a_false_answer_never_ends_is_lost():
@@ -142,7 +144,7 @@ def test_a_loop_that_a_false_answer_never_ends_is_lost():
             width = width // 2 if width > 4 else width - 1
         return self.bn(self.conv(x))
 
-    assert ways_of(forward).lost is not None
+    assert paths_of(forward).lost is not None
 
 
 def test_a_loop_that_a_false_answer_elsewhere_never_ends_is_lost():
@@ -154,7 +156,7 @@ def test_a_loop_that_a_false_answer_elsewhere_never_ends_is_lost():
             top += step
         return self.bn(self.conv(x))
 
-    assert "may not end" in ways_of(forward).lost
+    assert "may not end" in paths_of(forward).lost
 
 
 def test_a_loop_that_asks_nothing_ends_too():
@@ -165,16 +167,16 @@ def test_a_loop_that_asks_nothing_ends_too():
             count += 1 if wide else 0
         return self.bn(self.conv(x))
 
-    assert "without an end" in ways_of(forward).lost
+    assert "without an end" in paths_of(forward).lost
 
 
-def test_an_error_is_no_loss_where_another_size_takes_that_way():
+def test_an_error_is_no_loss_where_another_size_takes_that_path():
     def forward(self, x):  # where an even size is padded too, it cannot be halved
         if x.shape[-1] % 2 == 1:
             x = F.pad(x, (0, 1))
         return self.bn(self.conv(x.unflatten(-1, (-1, 2)).flatten(-2)))
 
-    assert ways_of(forward).lost is None
+    assert paths_of(forward).lost is None
 
 
 def test_much_more_than_in_the_true_runs_is_not_computed():
@@ -182,7 +184,7 @@ def test_much_more_than_in_the_true_runs_is_not_computed():
         kept = x if x.shape[-1] > 2 else x.repeat(1, 1, 60, 60)
         return self.bn(self.conv(kept.relu()))
 
-    assert "`relu` much more" in ways_of(forward).lost
+    assert "`relu` much more" in paths_of(forward).lost
 
 
 def test_a_check_that_only_a_false_answer_fails_is_passed():
@@ -193,16 +195,16 @@ def test_a_check_that_only_a_false_answer_fails_is_passed():
             return y
         return self.bn(y)
 
-    assert ["conv"] in [called(way) for way in ways_of(forward).ways]
+    assert ["conv"] in [called(path) for path in paths_of(forward).paths]
 
 
-def test_a_run_that_failed_is_no_evidence_of_a_way():
+def test_a_run_that_failed_is_no_evidence_of_a_path():
     def forward(self, x):
         if x.shape[-1] % 8 == 0:
             return self.bn(self.conv(x))
         return self.conv(x.view(x.shape[0], 4, x.shape[-1] // 6 * 6, x.shape[-1]))
 
-    assert "ends in an error" in ways_of(forward).lost
+    assert "ends in an error" in paths_of(forward).lost
 
 
 def test_a_comparison_of_sizes_comes_out_true_from_any_of_them_on():
@@ -210,7 +212,7 @@ def test_a_comparison_of_sizes_comes_out_true_from_any_of_them_on():
         y = self.conv(x)
         return y if x.shape == torch.Size([2, 4, 32, 32]) else self.bn(y)
 
-    assert ["conv"] in [called(way) for way in ways_of(forward).ways]
+    assert ["conv"] in [called(path) for path in paths_of(forward).paths]
 
 
 def test_a_long_search_in_a_container_is_lost():
@@ -218,10 +220,10 @@ def test_a_long_search_in_a_container_is_lost():
         y = self.conv(x)
         return self.bn(y) if x.shape[-1] in range(20) else y
 
-    assert "looked up in a container" in ways_of(forward).lost
+    assert "looked up in a container" in paths_of(forward).lost
 
 
-def test_what_other_ways_print_log_and_ask_for_reaches_nobody(capfd, caplog):
+def test_what_other_paths_print_log_and_ask_for_reaches_nobody(capfd, caplog):
     def forward(self, x):
         y = self.bn(self.conv(x))
         if y.isnan().any():
@@ -230,8 +232,8 @@ def test_what_other_ways_print_log_and_ask_for_reaches_nobody(capfd, caplog):
             input("Go on?")
         return y
 
-    ways = ways_of(forward)
-    assert ways.sites == 1
+    paths = paths_of(forward)
+    assert paths.sites == 1
     assert (*capfd.readouterr(), caplog.text) == ("", "", "")
     logging.getLogger("model").error("heard again")
     assert "heard again" in caplog.text
@@ -259,7 +261,7 @@ class Twice(nn.Module):
 def test_each_case_is_explored():
     model = Twice()
     given = cases([torch.ones(2, 1), torch.ones(8, 1)])
-    assert len(explore(model, given, record(model, given)).ways) == 2
+    assert len(explore(model, given, record(model, given)).paths) == 2
 
 
 class FrozenNorm(nn.Module):

@@ -298,7 +298,7 @@ def test_the_graph_is_searched_and_walked_with_the_keyboard(browser: Browser, re
     browser.wait_for("document.getElementById('picture').dataset.state === 'drawn before 78'")
     legend = browser.run("document.querySelector('.legend').innerText")
     assert "merged by a fusion (40)" in legend
-    assert "left alone, with a reason (12)" in legend
+    assert "skipped, with a reason (12)" in legend
     browser.run("document.getElementById('search').focus()")
     browser.call("Input.insertText", text="25.conv")
     browser.press("Enter", "\r")

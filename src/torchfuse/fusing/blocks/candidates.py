@@ -56,8 +56,8 @@ def _is_added(graph: Graph, call: Call) -> bool:
 
 def _around(graph: Graph, total: Call) -> str | None:
     """The module that holds a sum and the branches that it adds; None: they have no one source."""
-    ways = [_back(graph, operand, total) for operand in total.operands.values()]
-    first, *others = ways
+    paths = [_back(graph, operand, total) for operand in total.operands.values()]
+    first, *others = paths
     for value, calls in first.items():
         for other in others:
             if value in other:
@@ -170,9 +170,9 @@ _HOOKS = (
 def _used_elsewhere(
     subject: Subject, path: str, inner: list[str], paths: list[str]
 ) -> Refusal | None:
-    """On no way through the code, a module or tensor of the block is used but by the block."""
-    for way in (subject, *subject.others, *called_by_themselves(subject, path)):
-        graph = way.graph
+    """On no path through the code, a module or tensor of the block is used but by the block."""
+    for recorded in (subject, *subject.others, *called_by_themselves(subject, path)):
+        graph = recorded.graph
         ranges = [(c.case, c.first, c.last) for c in graph.module_calls_of(path)]
         used = [
             (inside, c.case, c.first, c.last)

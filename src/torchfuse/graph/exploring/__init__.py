@@ -1,6 +1,6 @@
-"""Other ways through a model's code, found by running it."""
+"""Other paths through a model's code, found by running it."""
 
-from torchfuse.graph.exploring.execution_paths import Way, Ways, called, explore
+from torchfuse.graph.exploring.execution_paths import ExecutionPath, ExecutionPaths, called, explore
 from torchfuse.graph.exploring.silenced_output import unheard
 
-__all__ = ["Way", "Ways", "called", "explore", "unheard"]
+__all__ = ["ExecutionPath", "ExecutionPaths", "called", "explore", "unheard"]

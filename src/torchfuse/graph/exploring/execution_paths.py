@@ -1,6 +1,6 @@
-"""Records the other ways through a model's code, by running it: sizes and truths answer otherwise.
+"""Records the other paths through a model's code, by running it: sizes and truths answer otherwise.
 
-A recorded run shows one way. Here the model runs again, in isolation, with sizes that know when
+A recorded run shows one path. Here the model runs again, in isolation, with sizes that know when
 code compares them (`numbers.py`). Where code compares one, or asks a tensor for its truth, it comes
 to a *branch site*. Sites are answered otherwise in runs of their own, each by itself, then several
 at once; so are the sites that only such a run comes to. The model also runs at other sizes, where
@@ -10,7 +10,7 @@ So are calls of torch's functions in code that catches errors, which raise one, 
 set to (`torch.is_grad_enabled()`).
 
 What is found is evidence, with limits. A false answer may lead to an error that a true one would
-not have led to (`if h >= 16: x.view(…, h // 16)`): such a way was not followed, unless the code
+not have led to (`if h >= 16: x.view(…, h // 16)`): such a path was not followed, unless the code
 itself raised at once. What becomes a plain number (`int(h)`, an index, a range) is followed no
 further; nor is state that a run changes (`self.calls += 1`). Then the result says so in `lost`: a
 branch on something that is not followed may depend on that.
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     # that are not the one given here
     Lies = Mapping[Site, int | bool | None]
 
-__all__ = ["Way", "Ways", "called", "explore"]
+__all__ = ["ExecutionPath", "ExecutionPaths", "called", "explore"]
 
-# Runs of one case; a model with more ways than that is one that was not followed.
+# Runs of one case; a model with more paths than that is one that was not followed.
 _RUNS = 256
 # All combinations of so many sites are run; of more, each two.
 _COMBINED = 5
@@ -70,36 +70,36 @@ _TIMES_AS_LONG, _MORE_CALLS = 4, 1000
 
 
 @dataclass(frozen=True)
-class Way:
-    """What was recorded on one way through the code."""
+class ExecutionPath:
+    """What was recorded on one path through the code."""
 
     graph: Graph
-    left_at: str  # where it left the recorded way: "file.py:12", or the sizes of another call
+    left_at: str  # where it left the recorded path: "file.py:12", or the sizes of another call
 
 
 @dataclass(frozen=True)
-class Ways:
-    """The ways that were found, apart from the recorded one."""
+class ExecutionPaths:
+    """The paths that were found, apart from the recorded one."""
 
-    ways: tuple[Way, ...]
+    paths: tuple[ExecutionPath, ...]
     sites: int  # how many places were found where code asks
     runs: int  # of the model
     lost: str | None  # what could not be followed, as a clause; None: nothing
 
 
-def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Ways:
-    """The ways that `model` may take for inputs like the cases, on which `recorded` was recorded.
+def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> ExecutionPaths:
+    """The paths that `model` may take for inputs like the cases, on which `recorded` was recorded.
 
     The model is left as it was.
     """
     explorer = _Explorer(model, recorded)
-    found: list[Way] = []
+    found: list[ExecutionPath] = []
     if any(read.code is None for read in recorded.reads):
         explorer.lost = "scripted code looks at values"
     with unheard(), listening(explorer):
         for index, case in enumerate(cases):
-            found.extend(explorer.ways_of(index, case))
-    return Ways(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
+            found.extend(explorer.paths_of(index, case))
+    return ExecutionPaths(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
 
 
 def called(
@@ -153,8 +153,8 @@ def _positions(run: Sequence[_Place], recorded: Graph) -> list[int]:
     }
     found = [0]
     for key in _counted(run):
-        case, _, path, _ = key
-        found.append(exact.get(key) or norms.get((case, path)) or found[-1])
+        case, _, module_path, _ = key
+        found.append(exact.get(key) or norms.get((case, module_path)) or found[-1])
     return found
 
 
@@ -191,8 +191,8 @@ class _Explorer:
     longest: int = 0  # the most calls in such a run
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
-    def ways_of(self, index: int, case: Case) -> Iterator[Way]:
-        """All ways of one case other than the recorded one."""
+    def paths_of(self, index: int, case: Case) -> Iterator[ExecutionPath]:
+        """All paths of one case other than the recorded one."""
         recorded = _detailed(self.recorded, index)
         seen = {recorded}
         yield from self._next_call(case, seen)
@@ -200,19 +200,19 @@ class _Explorer:
         for given in (_dense(resized(case, batch=True, spatial=True)), case):
             graph = self._natural(given)
             if graph is not None and _detailed(graph) == recorded:
-                base = given  # small inputs take the recorded way too, and less time
+                base = given  # small inputs take the recorded path too, and less time
                 break
             yield from self._new(graph, str(given), seen)
         if base is None:
-            self._lost_at(None, f"{case} does not take the recorded way when it runs again")
+            self._lost_at(None, f"{case} does not take the recorded path when it runs again")
             return
         asked, visits = dict(self.asked), Counter(self.visits)
         other = _dense(resized(base, batch=True, spatial=False))
         yield from self._new(self._natural(other), str(other), seen)
         yield from self._otherwise(base, asked, visits, seen)
 
-    def _next_call(self, case: Case, seen: set[int]) -> Iterator[Way]:
-        """The way of the next call, where the recorded one changed the model's state.
+    def _next_call(self, case: Case, seen: set[int]) -> Iterator[ExecutionPath]:
+        """The path of the next call, where the recorded one changed the model's state.
 
         A cache is filled by the first; what changes again may be anything at a later call.
         """
@@ -230,11 +230,11 @@ class _Explorer:
             self._lost_at(None, f"`{min(graph.changed)}` may be another at the next call")
 
     @staticmethod
-    def _new(graph: Graph | None, left_at: str, seen: set[int]) -> Iterator[Way]:
-        """The way that was recorded, if there is one and it is none of those seen."""
+    def _new(graph: Graph | None, left_at: str, seen: set[int]) -> Iterator[ExecutionPath]:
+        """The path that was recorded, if there is one and it is none of those seen."""
         if graph is not None and (detail := _detailed(graph)) not in seen:
             seen.add(detail)
-            yield Way(graph, left_at)
+            yield ExecutionPath(graph, left_at)
 
     def _natural(self, case: Case) -> Graph | None:
         """What is recorded where every answer is true; None if it ends in an error."""
@@ -248,8 +248,8 @@ class _Explorer:
 
     def _otherwise(
         self, case: Case, asked: dict[Site, bool], visits: Counter[Site], seen: set[int]
-    ) -> Iterator[Way]:
-        """The ways on which some answers are false."""
+    ) -> Iterator[ExecutionPath]:
+        """The paths on which some answers are false."""
         waiting: list[Lies] = []
         sites: list[Site] = []
         settled: set[Site] = set()
@@ -281,7 +281,7 @@ class _Explorer:
                 waiting.extend(_combined([site for site in sites if site is not _TEXT]))
                 continue
             if self.runs >= budget:
-                self.lost = f"it has more than {_RUNS} ways"
+                self.lost = f"it has more than {_RUNS} paths"
                 return
             lies = waiting.pop(0)
             graph, settled_so = self._tried(case, lies)
@@ -320,7 +320,7 @@ class _Explorer:
         except Exception as error:
             raise TorchfuseError(str(error)) from error
         except SystemExit as error:
-            self._lost_at(None, "a way ends the program")
+            self._lost_at(None, "a path ends the program")
             raise TorchfuseError("SystemExit") from error
 
     def _raised_at_once(self, error: BaseException) -> bool:
@@ -384,10 +384,10 @@ class _Explorer:
             self.largest[name] = max(self.largest[name], elements)
             self.longest = max(self.longest, calls)
         elif calls > _TIMES_AS_LONG * self.longest + _MORE_CALLS:
-            self._lost_at(None, f"another way calls `{name}` without an end")
+            self._lost_at(None, f"another path calls `{name}` without an end")
             raise _EndlessError
         elif elements > _TIMES_AS_LARGE * self.largest[name] + _MORE_ELEMENTS:
-            self._lost_at(None, f"another way gives `{name}` much more than at these inputs")
+            self._lost_at(None, f"another path gives `{name}` much more than at these inputs")
             raise _EndlessError
         frame: Any = _asking()
         while frame is not None and frame.f_code.co_name != "_torchfuse_run":

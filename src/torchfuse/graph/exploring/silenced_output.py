@@ -1,7 +1,7 @@
 """What runs on made-up answers is not heard: its prints and logs are about no real input.
 
 Nor does it change anything outside: where it would write a file, remove one, start a program or
-open a connection, that raises an error, with which the way ends.
+open a connection, that raises an error, with which the path ends.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _hooked = False
 
 
 class _OutsideError(OSError):
-    """Ends a way that would change something outside."""
+    """Ends a path that would change something outside."""
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def figures(comparison: Comparison) -> list[Figure]:
         plan = comparison.plan
         done, left = len(plan.fusions), len(plan.skips)
         what = "fusion" if done == 1 else "fusions"
-        rest = f"; {left} left alone, each with its reason" if left else ""
+        rest = f"; {left} skipped, each with its reason" if left else ""
         found.append(Figure("Fused", f"{done}", f"{what}, each proven exact{rest}"))
     return found
 

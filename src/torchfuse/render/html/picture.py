@@ -41,7 +41,7 @@ def legend(comparison: Comparison) -> list[tuple[str, str, list[tuple[str, str]]
     """Return the ways of colouring that there is data for: name, title, states with titles."""
     found = []
     if comparison.plan is not None:
-        states = [("merged", "merged by a fusion"), ("skipped", "left alone, with a reason")]
+        states = [("merged", "merged by a fusion"), ("skipped", "skipped, with a reason")]
         found.append(("fusing", "What fusing did", states))
     if comparison.in_int8:
         states = [("int8", "computes in int8"), ("float", "has weights, in float")]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import torchfuse
-from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_skipped, trained
 
 
 class ReadsShapes(ConvBn):
@@ -244,7 +244,7 @@ LARGE = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(7))
 
 @pytest.mark.parametrize("number", range(len(BEYOND)))
 @pytest.mark.parametrize("kind", [branching, flagged])
-def test_a_flag_whose_source_cannot_be_followed_is_left_alone(kind, number):
+def test_a_flag_whose_source_cannot_be_followed_is_skipped(kind, number):
     torch.manual_seed(0)
     model = trained(kind(BEYOND[number])(), IMAGE)
     result = torchfuse.fuse(model, IMAGE, verify=False)
@@ -300,7 +300,7 @@ SMALL = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(7))
 
 @pytest.mark.parametrize("number", range(len(CONDITIONS)))
 @pytest.mark.parametrize("kind", [branching, flagged])
-def test_a_branch_on_a_size_is_left_alone(kind, number):
+def test_a_branch_on_a_size_is_skipped(kind, number):
     torch.manual_seed(0)
     model = trained(kind(CONDITIONS[number])(), IMAGE)
     result = torchfuse.fuse(model, IMAGE, verify=False)
@@ -365,7 +365,7 @@ class AsksForTheDtype(ConvBn):
 @pytest.mark.parametrize(
     "model", [FromASlice, Suppressing, OnlyLater, ChecksThere, FailsSmall, AsksForTheDtype]
 )
-def test_ways_that_cannot_be_followed_are_left_alone(model):
+def test_paths_that_cannot_be_followed_are_skipped(model):
     torch.manual_seed(0)
     model = trained(model(), IMAGE)
     assert torchfuse.plan(model, IMAGE).fusions == ()
@@ -434,9 +434,9 @@ class HandsOutByName(ConvBn):
         *(HandsOutTheLayer, HandsOutAProperty, HandsOutAList, HandsOutByName),
     ],
 )
-def test_a_method_that_may_be_called_otherwise_or_hands_the_layer_out_is_left_alone(model):
+def test_a_method_that_may_be_called_otherwise_or_hands_the_layer_out_is_skipped(model):
     torch.manual_seed(0)
-    assert_left_alone(trained(model(), IMAGE), IMAGE, because="features")
+    assert_skipped(trained(model(), IMAGE), IMAGE, because="features")
 
 
 class Exports(ConvBn):
@@ -451,7 +451,7 @@ class Exports(ConvBn):
 
 def test_a_method_that_writes_files_is_not_tried_out():
     torch.manual_seed(0)
-    assert_left_alone(trained(Exports(), IMAGE), IMAGE, because="write_features")
+    assert_skipped(trained(Exports(), IMAGE), IMAGE, because="write_features")
     assert Exports.calls == []
 
 
@@ -509,7 +509,7 @@ class PicksByName(nn.Module):
 def test_a_public_method_that_tells_them_apart_is_evidence(model, method):
     torch.manual_seed(0)
     model = trained(model(), IMAGE)
-    assert_left_alone(model, IMAGE, because=method, methods=(method,))
+    assert_skipped(model, IMAGE, because=method, methods=(method,))
 
 
 class ByStage(ConvBn):
@@ -536,7 +536,7 @@ class ByFlag(ConvBn):
 
 
 @pytest.mark.parametrize(("model", "method"), [(ByStage, "stages"), (ByFlag, "_go")])
-def test_a_method_that_others_may_ask_for_less_is_left_alone(model, method):
+def test_a_method_that_others_may_ask_for_less_is_skipped(model, method):
     torch.manual_seed(0)
     model = trained(model(), IMAGE)
     plan = torchfuse.plan(model, IMAGE)
@@ -560,7 +560,7 @@ class WithSlots:
         lambda conv: collections.UserList([WithSlots(conv)]),
     ],
 )
-def test_a_layer_that_any_object_holds_is_left_alone(hold):
+def test_a_layer_that_any_object_holds_is_skipped(hold):
     torch.manual_seed(0)
     model = trained(ConvBn(), IMAGE)
     model.kept = hold(model.conv)
@@ -575,9 +575,9 @@ class CountsNorms(ConvBn):
         return self.bn(self.conv(x)) * count
 
 
-def test_code_that_asks_for_classes_by_name_is_left_alone():
+def test_code_that_asks_for_classes_by_name_is_skipped():
     torch.manual_seed(0)
-    assert_left_alone(trained(CountsNorms(), IMAGE), IMAGE, because="the class BatchNorm")
+    assert_skipped(trained(CountsNorms(), IMAGE), IMAGE, because="the class BatchNorm")
 
 
 class Ticking:
@@ -602,7 +602,7 @@ class Tiring(ConvBn):
         return self.bn(y) if self.clock.count < 20 else y
 
 
-def test_a_branch_on_the_state_of_a_plain_object_is_left_alone():
+def test_a_branch_on_the_state_of_a_plain_object_is_skipped():
     torch.manual_seed(0)
     model = trained(Tiring(), IMAGE)
     plan = torchfuse.plan(model, IMAGE)
@@ -694,7 +694,7 @@ def test_strict_skips_what_could_not_be_followed_and_the_scope_says_where():
     model = trained(LosesASize(), IMAGE)
     plan = torchfuse.plan(model, IMAGE)
     assert len(plan.fusions) == 1
-    assert any("plain number (test_other_ways.py:" in sentence for sentence in plan.scope)
+    assert any("plain number (test_other_paths.py:" in sentence for sentence in plan.scope)
     strict = torchfuse.plan(model, IMAGE, strict=True)
     assert strict.fusions == ()
     assert "could be followed" in strict.skips[0].reason

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchfuse
-from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_left_alone, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_skipped, trained
 from torchfuse.cases import Case
 
 
@@ -125,15 +125,18 @@ class Catching(ConvBn):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (ReadLater, "the code takes another way"),
-        (NotOnEverySide, "the code takes another way"),
-        (InAHelper, r"another answer at test_ways_.*\.py:\d+, the code takes another way"),
-        (Catching, "the code takes another way"),
+        (ReadLater, "the code takes another path"),
+        (NotOnEverySide, "the code takes another path"),
+        (
+            InAHelper,
+            r"another answer at test_execution_paths.*\.py:\d+, the code takes another path",
+        ),
+        (Catching, "the code takes another path"),
     ],
 )
-def test_code_with_another_way_is_left_alone_and_says_where(model, reason):
+def test_code_with_another_way_is_skipped_and_says_where(model, reason):
     torch.manual_seed(0)
-    assert_left_alone(trained(model(), IMAGE), IMAGE, because=reason)
+    assert_skipped(trained(model(), IMAGE), IMAGE, because=reason)
 
 
 class Counting(ConvBn):
@@ -302,7 +305,7 @@ class AsksForRank(ConvBn):
     ("model", "reason"),
     [
         (Counting(), "`calls` may be another at the next call"),
-        (CountingInAList(), "not every way could be followed"),
+        (CountingInAList(), "not every path could be followed"),
         (CountingInADict(), "`calls` may be another at the next call"),
         (Alternating(), "another"),
         (ThroughAProperty(), "another answer at"),
@@ -315,9 +318,9 @@ class AsksForRank(ConvBn):
         (ThroughAHelper(), "another"),
         (ThroughAModule(), "another"),
         (nn.Sequential(nn.Conv2d(4, 4, 3), MaybeClipped(), nn.BatchNorm2d(4)), "another answer at"),
-        (PerDomain(), "not every way could be followed: a"),
-        (AsOftenAsSaid(), "not every way could be followed: a"),
-        (AsksForLength(), "not every way could be followed: a"),
+        (PerDomain(), "not every path could be followed: a"),
+        (AsOftenAsSaid(), "not every path could be followed: a"),
+        (AsksForLength(), "not every path could be followed: a"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -356,7 +359,7 @@ class AsksForGradientsOfTheInput(ConvBn):
 
 def test_a_branch_on_gradients_of_the_input_is_one():
     model = AsksForGradientsOfTheInput().eval()
-    assert_left_alone(trained(model, IMAGE), IMAGE, because="another answer at")
+    assert_skipped(trained(model, IMAGE), IMAGE, because="another answer at")
 
 
 class Direct(ConvBn):
@@ -482,7 +485,7 @@ class Tapping(nn.Module):
     ],
 )
 def test_methods_that_separate_the_two_are_named(model, method):
-    assert_left_alone(trained(model, IMAGE), IMAGE, because=rf"\.{method}, .* uses `.*` on its own")
+    assert_skipped(trained(model, IMAGE), IMAGE, because=rf"\.{method}, .* uses `.*` on its own")
 
 
 def test_a_recorded_method_speaks_for_itself():
@@ -538,7 +541,7 @@ class AsksForTheClass(nn.Module):
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])
-def test_code_that_asks_for_what_folding_changes_is_left_alone(model, asked, verify):
+def test_code_that_asks_for_what_folding_changes_is_skipped(model, asked, verify):
     torch.manual_seed(0)
     model = trained(model(), IMAGE)
     result = torchfuse.fuse(model, IMAGE, verify=verify)
