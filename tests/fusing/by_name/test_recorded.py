@@ -74,6 +74,20 @@ class NeverCalled(Net):
         return self.bn(self.conv(x))
 
 
+class LeavesTheNormOut(Net):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.relu(self.bn(y) if x.shape[2] > 4 else y)
+
+
+class ConvAlone(Net):
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x)))
+
+    def features(self, x):
+        return self.conv(x)
+
+
 class InOrder(Net):
     def forward(self, x):
         return self.relu(self.bn(self.conv(x)))
@@ -91,6 +105,8 @@ class InOrder(Net):
         (SomethingBetween, "bn does not read the output of conv"),
         (ReluAgain, "relu runs 2 times"),
         (NeverCalled, "relu is never run"),
+        (LeavesTheNormOut, "the code takes another path, on which `bn` does not follow `conv`"),
+        (ConvAlone, r"ConvAlone\.features, which did not run here, uses `conv` on its own"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value.__name__,
 )

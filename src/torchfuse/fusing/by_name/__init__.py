@@ -57,8 +57,9 @@ def fuse_modules(
             of warning.
         example_inputs: a tensor, a tuple of tensors, a dict of keyword tensors, or a list of
             such cases. With them, the model is run and recorded first: every list must run
-            once, in the listed order, each output read by the next module only; and the fused
-            model's outputs are compared with the original's.
+            once, in the listed order, each output read by the next module only, where a batch
+            norm is folded on other paths through the code and in other methods too (as `fuse`
+            asks it); and the fused model's outputs are compared with the original's.
 
     Raises:
         InputError: `modules_to_fuse` is no list of names, a name is not in the model, or, with
@@ -137,7 +138,8 @@ def _fuse(
         from torchfuse.fusing.by_name.recorded import check_fused_output, check_order
 
         require_finite_tensors(model)
-        check_order(model, lists, example_inputs)
+        folded = [names for names in lists if fuser.folds([_find(model, name) for name in names])]
+        check_order(model, lists, example_inputs, folded=[] if is_qat else folded)
         trial = fuser.apply(_copied(model), lists)
         check_fused_output(model, trial, example_inputs)
         if not inplace:
@@ -183,7 +185,7 @@ class _Fuser:
         modules = [_find(model, name) for name in names]
         what = listed(names, modules)
         self._remember(modules)
-        folding = self._folds(modules)
+        folding = self.folds(modules)
         lost = hooks_without_a_place(names, modules) if folding and not self.is_qat else []
         if lost and self.strict:
             raise FusionError(f"cannot fuse {what}: {' and '.join(lost)} would be lost")
@@ -208,7 +210,8 @@ class _Fuser:
         for name, module in zip(names, fused, strict=True):
             self._replace(model, name, module)
 
-    def _folds(self, modules: list[nn.Module]) -> bool:
+    def folds(self, modules: list[nn.Module]) -> bool:
+        """Whether the fuser folds a batch norm into the first of the modules."""
         types = tuple(type_before_parametrizations(module) for module in modules)
         return self.function is fuse_known_modules and types not in self.mapping and folds(types)
 

@@ -1,27 +1,43 @@
-"""Whether `forward` really runs the listed modules as listed, from a recorded run."""
+"""Whether the model really runs the listed modules as listed, from a recorded run."""
 
+from __future__ import annotations
+
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from torchfuse.cases import cases
 from torchfuse.errors import FusionError, first_line
-from torchfuse.graph import Graph, ModuleCall
-from torchfuse.graph.recording import record
+from torchfuse.fusing.finding import find
+from torchfuse.rules import RULES
 from torchfuse.verifying.outputs import verify
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torchfuse.graph import Graph, ModuleCall
 
 __all__ = ["check_fused_output", "check_order"]
 
 
-def check_order(model: nn.Module, lists: list[list[str]], example_inputs: Any) -> None:
+# Whether a layer and its batch norm can be edited is asked where they are, hooks with a warning.
+_FOLDS = tuple(replace(rule, check=lambda *_: None) for rule in RULES)
+
+
+def check_order(
+    model: nn.Module, lists: list[list[str]], example_inputs: Any, *, folded: list[list[str]]
+) -> None:
     """Run `model` once per case, without a trace, and refuse a list that it does not run so.
+
+    Of the lists that are `folded`, other methods and other paths through the code are looked at
+    too, as `torchfuse.fuse` does.
 
     Raises:
         FusionError: in some case a listed module runs not once, or they run in another order, or
             one does not read the output of the one before, or something else reads it too.
     """
-    graph = record(model, cases(example_inputs))
+    found = find(model, cases(example_inputs), _FOLDS)
+    graph = found.subject.graph
     first_path = {alias: first for first, aliases in graph.paths.items() for alias in aliases}
     for names in lists:
         paths = {name: first_path[name] for name in names}
@@ -34,6 +50,11 @@ def check_order(model: nn.Module, lists: list[list[str]], example_inputs: Any) -
             if problem is not None:
                 where = f" on {graph.cases[case]}" if len(graph.cases) > 1 else ""
                 raise FusionError(f"cannot fuse {', '.join(names)}: {problem}{where}")
+    skipped = {skip.modules: skip for skip in found.skips}
+    for names in folded:
+        skip = skipped.get(tuple(first_path[name] for name in names[:2]))
+        if skip is not None:
+            raise FusionError(f"cannot fuse {', '.join(names)}: {skip.reason} {skip.hint}".rstrip())
 
 
 def _problem(graph: Graph, names: list[str], calls: list[list[ModuleCall]]) -> str | None:
