@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchfuse
-from support.fusing_checks import ConvBn, assert_fuses, assert_skipped, trained
+from support.fusing_checks import ConvBn, assert_fuses_in_both_hosts, assert_skipped, trained
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -24,14 +24,14 @@ def test_fuses_over_bias_groups_affine_and_dimensions(dims, bias, groups, affine
     torch.manual_seed(0)
     conv = CONVS[dims](4, 8, 3, bias=bias, groups=groups)
     model = trained(ConvBn(conv, NORMS[dims](8, affine=affine)), images(dims))
-    assert_fuses(model, images(dims))
+    assert_fuses_in_both_hosts(model, images(dims))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_fuses_in_every_dtype(dtype):
     torch.manual_seed(0)
     model = trained(ConvBn(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), images(2)).to(dtype)
-    assert_fuses(model, images(2, dtype))
+    assert_fuses_in_both_hosts(model, images(2, dtype))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_fuses_in_every_dtype(dtype):
 )
 def test_fuses_over_strides_and_paddings(options):
     torch.manual_seed(0)
-    assert_fuses(trained(ConvBn(nn.Conv2d(4, 4, 3, **options)), images(2)), images(2))
+    assert_fuses_in_both_hosts(trained(ConvBn(nn.Conv2d(4, 4, 3, **options)), images(2)), images(2))
 
 
 class Between(ConvBn):
@@ -74,7 +74,7 @@ class Cropped(nn.Module):
 def test_looks_through_what_only_moves_elements(between):
     torch.manual_seed(0)
     model = trained(Between(between), images(2))
-    assert_fuses(model, images(2))
+    assert_fuses_in_both_hosts(model, images(2))
 
 
 def test_looks_through_a_flatten_that_keeps_the_channels():
@@ -83,7 +83,9 @@ def test_looks_through_a_flatten_that_keeps_the_channels():
             return self.bn(self.conv(x).flatten(2))
 
     torch.manual_seed(0)
-    assert_fuses(trained(Flat(nn.Conv2d(4, 4, 3), nn.BatchNorm1d(4)), images(2)), images(2))
+    assert_fuses_in_both_hosts(
+        trained(Flat(nn.Conv2d(4, 4, 3), nn.BatchNorm1d(4)), images(2)), images(2)
+    )
 
 
 def test_a_block_called_twice_is_folded_once():
@@ -96,7 +98,7 @@ def test_a_block_called_twice_is_folded_once():
             return self.block(F.relu(self.block(x)))
 
     torch.manual_seed(0)
-    assert_fuses(trained(Twice(), images(2)), images(2))
+    assert_fuses_in_both_hosts(trained(Twice(), images(2)), images(2))
 
 
 class Padded(nn.Module):
@@ -149,15 +151,19 @@ def test_a_subclass_that_adds_to_a_batch_norm_keeps_what_it_adds():
 
     torch.manual_seed(0)
     model = trained(ConvBn(bn=Clipped(4)), images(2))
-    result = assert_fuses(model, images(2))
+    result = assert_fuses_in_both_hosts(model, images(2))
     assert isinstance(result.model.bn, Clipped)
     assert list(result.model.state_dict()) == ["conv.weight", "conv.bias"]
 
 
 def test_the_parameters_saved_count_an_added_bias():
     torch.manual_seed(0)
-    with_bias = assert_fuses(trained(ConvBn(nn.Conv2d(4, 4, 3)), images(2)), images(2))
-    without = assert_fuses(trained(ConvBn(nn.Conv2d(4, 4, 3, bias=False)), images(2)), images(2))
+    with_bias = assert_fuses_in_both_hosts(
+        trained(ConvBn(nn.Conv2d(4, 4, 3)), images(2)), images(2)
+    )
+    without = assert_fuses_in_both_hosts(
+        trained(ConvBn(nn.Conv2d(4, 4, 3, bias=False)), images(2)), images(2)
+    )
     assert with_bias.plan.fusions[0].parameters_saved == 8
     assert without.plan.fusions[0].parameters_saved == 4
     assert with_bias.plan.fusions[0].macs_saved == 2 * 4 * 4 * 4

@@ -141,6 +141,22 @@ def assert_fuses(
     return result
 
 
+def assert_fuses_in_both_hosts(
+    model: nn.Module, inputs: Tensor, times: int = 1, **options: object
+) -> "torchfuse.FusionResult":
+    """Assert that a module fuses, and that its program does, to one without a batch norm."""
+    result = assert_fuses(model, inputs, times, **options)
+    fused = torchfuse.fuse_exported(torch.export.export(model, (inputs.clone(),)))
+    targets = [str(node.target) for node in fused.model.graph.nodes]
+    assert not [target for target in targets if "batch_norm" in target]
+    assert {fusion.rule for fusion in result.plan.fusions} <= {f.rule for f in fused.plan.fusions}
+    program = fused.model.module()
+    with torch.no_grad():
+        for case in (inputs, like(inputs, 1), like(inputs, 2) * 3 - 1):
+            assert_same(model(case.clone()), program(case.clone()))
+    return result
+
+
 def assert_skipped(
     model: nn.Module, inputs: Tensor, because: str, times: int = 0, **options: object
 ) -> "torchfuse.FusionResult":

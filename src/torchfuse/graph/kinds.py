@@ -175,6 +175,7 @@ MOVES = frozenset(
         "getitem",
         "select",
         "narrow",
+        "slice",
         "t",
         "positive",
         "to",
