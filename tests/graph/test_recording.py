@@ -164,7 +164,7 @@ def test_data_and_shape_reads_are_noted_with_their_place():
 
     reads = record(Branching(), [Case((X.abs(),))]).reads
     assert [read.kind for read in reads] == ["shape", "data"]
-    assert reads[0].where.startswith("test_recorded_run.py:")
+    assert reads[0].where.startswith("test_recording.py:")
 
 
 def test_several_cases_are_merged_and_parameters_stay_the_same_value():

@@ -44,7 +44,7 @@ def test_each_side_of_a_branch_on_a_size_is_a_path():
 
     paths = paths_of(forward)
     assert [called(path) for path in paths.paths] == [["conv"]]
-    assert paths.paths[0].left_at.startswith("test_paths.py:")
+    assert paths.paths[0].left_at.startswith("test_execution_paths.py:")
     assert paths.lost is None
 
 
