@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+import torchfuse
 from rewriting_checks import Model, calls, fused, reasons, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -170,6 +171,21 @@ def test_what_stays_in_a_scaled_sum_keeps_its_factor() -> None:
     assert calls(result) == {"relu": 1, "conv2d": 1, "add": 1}
     mean = fused(lambda m, x: torch.stack([m.a(x), F.relu(x), x]).mean(0), X, **layers())
     assert calls(mean) == {"relu": 1, "conv2d": 1, "add": 1}
+
+
+def test_an_entry_of_a_stack_that_is_widened_stays_as_it_is() -> None:
+    def wider(m: Model, x: Tensor) -> Tensor:
+        return torch.stack([m.a(x), m.b(x), x.double()]).mean(0)
+
+    def wrapping(m: Model, x: Tensor) -> Tensor:
+        large = (x > 0).to(torch.uint8) * 200
+        return torch.stack([m.a(x), m.b(x), large + large]).sum(0)
+
+    for body, left in ((wider, 2), (wrapping, 1)):
+        program = torch.export.export(Model(body, **layers()).eval(), (X,))
+        result = torchfuse.fuse_exported(program, rules=["branches"])
+        assert calls(result)["conv2d"] == left
+        torch.testing.assert_close(result.model.module()(-X), program.module()(-X))
 
 
 def test_a_factor_that_is_computed_is_said_to_be() -> None:

@@ -253,7 +253,7 @@ def _branches(reading: Reading, term: _Term, total: Node) -> list[_Branch]:
     found = [_Branch(term, term.node, ())]
     calls: list[_Call] = []
     current = term.node
-    if not same_shape(current.meta["val"].shape, total.meta["val"].shape):
+    if not _is_like(current, total):
         return []
     while len(calls) < _LONGEST and len(current.users) == 1:
         call: _Call | None = reading.layer(current) or reading.affine(current) or _pool(current)
@@ -368,12 +368,17 @@ def _terms(
     terms: list[_Term] = []
     for entry, its in given:
         alone = len(entry.users) == 1 and sum(other is entry for other, _ in given) == 1
-        whole = same_shape(entry.meta["val"].shape, total.meta["val"].shape)
-        if alone and whole and _is_sum(reading, entry):
+        if alone and _is_like(entry, total) and _is_sum(reading, entry):
             terms += _terms(reading, entry, its, total, inner)
         else:
             terms.append(_Term(entry, its))
     return terms
+
+
+def _is_like(entry: Node, total: Node) -> bool:
+    """Whether a sum adds it as it is: not broadcast, nor of a stack as a wider dtype."""
+    given, made = entry.meta["val"], total.meta["val"]
+    return given.dtype is made.dtype and same_shape(given.shape, made.shape)
 
 
 REWRITE = Rewrite(
