@@ -228,6 +228,21 @@ def test_branches_that_pad_one_side_become_one_convolution(name: str) -> None:
     assert convs[0].args[1].meta["val"].shape == (8, 8, kernel)
 
 
+OFF_THE_GRID: dict[str, tuple[int, Callable[[Model, Tensor], object]]] = {
+    "one that is padded": (2, lambda m, x: m.k3b(x) + m.k3d(F.pad(x, (3, 1))) + m.k1(x) + x),
+    "two that are padded alike": (
+        2,
+        lambda m, x: m.k3d(F.pad(x, (3, 1))) + m.k3b(x) - m.k3d(F.pad(x, (3, 1))) + m.k1(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFF_THE_GRID)
+def test_a_padded_branch_that_does_not_fit_keeps_no_others_apart(name: str) -> None:
+    left, body = OFF_THE_GRID[name]
+    assert calls(fused(body, LINE, **layers()))["conv1d"] == left
+
+
 def test_sides_of_two_axes_are_not_mistaken() -> None:
     result = fused(lambda m, x: m.open(F.pad(x, (0, 2, 2, 0))) + m.b(x) + x, X, **layers())
     assert calls(result) == {"constant_pad_nd": 1, "conv2d": 1}
