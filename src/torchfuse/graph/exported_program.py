@@ -48,7 +48,7 @@ def read(
 
     `targets` gives the stored tensor (its dotted name) that a placeholder's name stands for.
     """
-    sizes = list(_sizes_tried(program))
+    sizes = [given for given in _sizes_tried(program) if _are_possible(fx_graph, given)]
     reading = _Reading(Graph("ExportedProgram", tuple(_described(given) for given in sizes)))
     for node in fx_graph.nodes:
         if node.op == "placeholder":
@@ -216,6 +216,19 @@ def _symbolic(value: Any) -> Iterator[SymInt]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from _symbolic(entry)
+
+
+def _are_possible(fx_graph: torch.fx.Graph, sizes: Mapping[Any, int]) -> bool:
+    """Whether what is computed of these sizes exists: a view may need them to be divisible."""
+    computed = {
+        size.node.expr for node in fx_graph.nodes for size in _symbolic(node.meta.get("val"))
+    }
+    try:
+        for expression in computed:
+            expression.subs(sizes)
+    except ZeroDivisionError:
+        return False
+    return True
 
 
 def _number(value: Any, sizes: dict[Any, int]) -> Any:

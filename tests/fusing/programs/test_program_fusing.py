@@ -483,6 +483,15 @@ def test_a_rule_is_tried_at_the_smallest_and_largest_declared_sizes_too() -> Non
     assert batches == {2, 16}
 
 
+def test_sizes_that_a_view_cannot_divide_are_not_tried() -> None:
+    """The smallest batch, 2, would be no row of 5: `unflatten` divides by how many there are."""
+    model = Model(lambda m, x: m.linear(x[:, 0, 0].unflatten(0, (-1, 5)))).eval()
+    image = IMAGE[:1].repeat(5, 1, 1, 1)
+    program = export(model, (image,), dynamic_shapes={"x": {0: Dim.DYNAMIC}})
+    result = torchfuse.fuse_exported(program)
+    torch.testing.assert_close(result.model.module()(image), model(image))
+
+
 def test_nodes_that_view_the_same_memory_are_one_value_of_the_graph() -> None:
     def body(m: Model, x: Tensor) -> Tensor:
         y = m.conv(x)

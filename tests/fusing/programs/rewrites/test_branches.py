@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+import torchfuse
 from support.rewriting_checks import Model, calls, fused, reasons, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -172,6 +173,21 @@ def test_what_stays_in_a_scaled_sum_keeps_its_factor() -> None:
     assert calls(mean) == {"relu": 1, "conv2d": 1, "add": 1}
 
 
+def test_an_entry_of_a_stack_that_is_widened_stays_as_it_is() -> None:
+    def wider(m: Model, x: Tensor) -> Tensor:
+        return torch.stack([m.a(x), m.b(x), x.double()]).mean(0)
+
+    def wrapping(m: Model, x: Tensor) -> Tensor:
+        large = (x > 0).to(torch.uint8) * 200
+        return torch.stack([m.a(x), m.b(x), large + large]).sum(0)
+
+    for body, left in ((wider, 2), (wrapping, 1)):
+        program = torch.export.export(Model(body, **layers()).eval(), (X,))
+        result = torchfuse.fuse_exported(program, rules=["branches"])
+        assert calls(result)["conv2d"] == left
+        torch.testing.assert_close(result.model.module()(-X), program.module()(-X))
+
+
 def test_a_factor_that_is_computed_is_said_to_be() -> None:
     result = fused(
         lambda m, x: torch.add(m.a(x), m.b(x), alpha=x.shape[2]),
@@ -210,6 +226,21 @@ def test_branches_that_pad_one_side_become_one_convolution(name: str) -> None:
     assert [pad.args[1] for pad in pads] == ([sides] if sides else [])
     assert convs[0].args[4] == [own]
     assert convs[0].args[1].meta["val"].shape == (8, 8, kernel)
+
+
+OFF_THE_GRID: dict[str, tuple[int, Callable[[Model, Tensor], object]]] = {
+    "one that is padded": (2, lambda m, x: m.k3b(x) + m.k3d(F.pad(x, (3, 1))) + m.k1(x) + x),
+    "two that are padded alike": (
+        2,
+        lambda m, x: m.k3d(F.pad(x, (3, 1))) + m.k3b(x) - m.k3d(F.pad(x, (3, 1))) + m.k1(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFF_THE_GRID)
+def test_a_padded_branch_that_does_not_fit_keeps_no_others_apart(name: str) -> None:
+    left, body = OFF_THE_GRID[name]
+    assert calls(fused(body, LINE, **layers()))["conv1d"] == left
 
 
 def test_sides_of_two_axes_are_not_mistaken() -> None:

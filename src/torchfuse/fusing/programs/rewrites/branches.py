@@ -99,6 +99,11 @@ class _Branch:
         """Of its layers."""
         return tuple(call.layer.groups for call in self.calls if isinstance(call, LayerCall))
 
+    @property
+    def paddings(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """Before and after each axis, of what is padded apart from its layers."""
+        return tuple((call.begin, call.end) for call in self.calls if isinstance(call, _Padding))
+
 
 def _find(reading: Reading, node: Node) -> list[Edit | Refusal]:
     if not _is_sum(reading, node):
@@ -126,7 +131,20 @@ def _find(reading: Reading, node: Node) -> list[Edit | Refusal]:
 
 
 def _groups(branches: list[_Branch]) -> list[list[_Branch]]:
-    """What could be merged, the most first: all, then those that are grouped alike."""
+    """What could be merged, the most first: all, then those that agree in what could prevent it.
+
+    Padding on one side may need a kernel that costs more, or lie between the taps of the others.
+    """
+    paddings = Counter(branch.paddings for branch in branches)
+    found = _grouped(branches)
+    if len(paddings) > 1:
+        for alike in ([b for b in branches if b.paddings == sides] for sides in sorted(paddings)):
+            found += _grouped(alike) if len(alike) > 1 else []
+    return found
+
+
+def _grouped(branches: list[_Branch]) -> list[list[_Branch]]:
+    """All, then those whose layers have as many groups."""
     found = [branches]
     layered = Counter(branch.groups for branch in branches if branch.groups)
     if len(layered) > 1:
@@ -253,7 +271,7 @@ def _branches(reading: Reading, term: _Term, total: Node) -> list[_Branch]:
     found = [_Branch(term, term.node, ())]
     calls: list[_Call] = []
     current = term.node
-    if not same_shape(current.meta["val"].shape, total.meta["val"].shape):
+    if not _is_like(current, total):
         return []
     while len(calls) < _LONGEST and len(current.users) == 1:
         call: _Call | None = reading.layer(current) or reading.affine(current) or _pool(current)
@@ -368,12 +386,17 @@ def _terms(
     terms: list[_Term] = []
     for entry, its in given:
         alone = len(entry.users) == 1 and sum(other is entry for other, _ in given) == 1
-        whole = same_shape(entry.meta["val"].shape, total.meta["val"].shape)
-        if alone and whole and _is_sum(reading, entry):
+        if alone and _is_like(entry, total) and _is_sum(reading, entry):
             terms += _terms(reading, entry, its, total, inner)
         else:
             terms.append(_Term(entry, its))
     return terms
+
+
+def _is_like(entry: Node, total: Node) -> bool:
+    """Whether a sum adds it as it is: not broadcast, nor of a stack as a wider dtype."""
+    given, made = entry.meta["val"], total.meta["val"]
+    return given.dtype is made.dtype and same_shape(given.shape, made.shape)
 
 
 REWRITE = Rewrite(
