@@ -101,16 +101,23 @@ class QuantizedLayer:
 
 
 def float_graph(
-    model: nn.Module, example: Case, data: list[Case], dynamic_shapes: Any
+    model: nn.Module,
+    example: Case,
+    data: list[Case],
+    dynamic_shapes: Any,
+    *,
+    for_xnnpack: bool = True,
 ) -> fx.GraphModule:
     """Return `model` as a graph in which no batch norm is left, that takes all cases of `data`.
+
+    With `for_xnnpack`, operators are in the form in which XNNPACK takes them.
 
     Raises:
         CalibrationError: the model cannot run on the largest of the cases.
         UnsupportedError: torch.export cannot capture the model.
     """
     traced, dynamic_shapes = widest(model, example, data, dynamic_shapes)
-    program = capture(model, traced, dynamic_shapes)
+    program = capture(model, traced, dynamic_shapes, for_xnnpack=for_xnnpack)
     with quiet():
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)

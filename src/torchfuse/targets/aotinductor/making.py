@@ -77,7 +77,7 @@ def _compiled(program: torch.export.ExportedProgram) -> bytes:
 def _quantized(request: Request) -> tuple[nn.Module, torch.export.ExportedProgram]:
     """Return the model in int8 as inductor's kernels take it, and its program."""
     model, case, data = request.model, request.examples[0], request.calibration or []
-    graph = float_graph(model, case, data, request.dynamic_shapes)
+    graph = float_graph(model, case, data, request.dynamic_shapes, for_xnnpack=False)
     if importlib.util.find_spec("torchao") is None:
         raise UnsupportedError(
             "int8 needs torchao, not installed here: pip install 'torchfuse[executorch]'."
@@ -88,7 +88,13 @@ def _quantized(request: Request) -> tuple[nn.Module, torch.export.ExportedProgra
 
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-        observed = prepare_pt2e(graph, quantizer)
+        try:
+            observed = prepare_pt2e(graph, quantizer)
+        except Exception as error:
+            raise UnsupportedError(
+                f"X86InductorQuantizer cannot take this model: {first_line(error).rstrip('.')}; "
+                "try int8 as '.onnx' or '.xml'."
+            ) from error
     calibrate(observed, data)
     int8 = converted(observed)
     return int8, capture(int8, case, request.dynamic_shapes, for_xnnpack=False)
