@@ -3,6 +3,7 @@
 import contextvars
 import itertools
 import os
+import re
 import threading
 import types
 
@@ -120,7 +121,7 @@ def test_code_that_branches_on_state_that_a_call_changes_is_skipped(
     before = dict(os.environ)
     plan = torchfuse.plan(model().eval(), IMAGE)
     assert plan.fusions == ()
-    assert any("way" in skip.reason for skip in plan.skips), plan.skips
+    assert any(re.search("(another|every) path", skip.reason) for skip in plan.skips), plan.skips
     assert dict(os.environ) == before
 
 
