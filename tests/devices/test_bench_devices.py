@@ -332,7 +332,7 @@ import sys
 sys.path[:0] = {path!r}
 import torch
 torch.set_num_threads(1)
-from torchfuse.speed_benchmark import main
+from torchfuse.measuring.speed_benchmark import main
 sys.exit(main())
 """
 

@@ -83,7 +83,7 @@ def test_a_narrow_terminal_is_shown_a_line_a_fact() -> None:
         "  model:     Google Pixel 8",
         "  processor: Google Tensor G3, aarch64",
         "  cores:     9",
-        "  memory:    12.1 GB",
+        "  memory:    12.06 GB",
         "  system:    Android 14 (API 34)",
         "  governor:  powersave, sched_pixel",
         "  battery:   83 %",
