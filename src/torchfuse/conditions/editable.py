@@ -191,7 +191,7 @@ def _not_as_traced(
 ) -> Refusal | None:
     """None if every call of the norm did what tracing its forward says that it does.
 
-    Tracing asks with symbols: a forward that asks for a type, or a dtype, goes another path.
+    Tracing asks with symbols: a forward that asks for a type, or a dtype, takes another path.
     """
     graph = subject.graph
     for entry in graph.module_calls_of(match.second):

@@ -265,7 +265,7 @@ class _Recording:
             returned = self.values_in([leaf for _, leaf in named_leaves(output)])
             self.add("output", "output", returned, "")
             self.memory.forget_objects()
-            # What is alive now is held by something outside, or by the output in other paths.
+            # What is alive now is held by something outside, or by the output in other ways.
             self._note_held(before, set(returned))
             del output
 

@@ -1,7 +1,7 @@
 """A module whose branches are one layer: what its forward becomes, and which layers it then has.
 
 Its forward is traced by `torch.fx` with its children as leaves, exported so that all values of the
-trace are known in the program, and merged there by the rules of `exported/rewrites`. What is left
+trace are known in the program, and merged there by the rules of `programs/rewrites`. What is left
 is written back as calls of the same children: a merged layer takes the place of one of those it
 was made of. Nothing of the module is changed here.
 """
@@ -382,8 +382,9 @@ class _Merging:
 
         if call.target in _FUNCTIONS and all(isinstance(arg, fx.Node) for arg in call.args):
             operands = tuple(map(written, call.args))
-            if call.kwargs:  # only `torch.add` takes a factor
-                return graph.call_function(torch.add, operands, dict(call.kwargs))
+            if call.kwargs:  # a factor, which operators do not take
+                function = torch.add if call.target is aten.add.Tensor else torch.sub
+                return graph.call_function(function, operands, dict(call.kwargs))
             return graph.call_function(_FUNCTIONS[call.target], operands)
         if call.target is aten.constant_pad_nd.default:
             x, sizes = call.args

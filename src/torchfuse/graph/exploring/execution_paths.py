@@ -1,7 +1,7 @@
 """Records the other paths through a model's code, by running it: sizes and truths answer otherwise.
 
 A recorded run shows one path. Here the model runs again, in isolation, with sizes that know when
-code compares them (`numbers.py`). Where code compares one, or asks a tensor for its truth, it comes
+code compares them (`sizes.py`). Where code compares one, or asks a tensor for its truth, it comes
 to a *branch site*. Sites are answered otherwise in runs of their own, each by itself, then several
 at once; so are the sites that only such a run comes to. The model also runs at other sizes, where
 loops and indices, which ask nothing that can be seen, come out otherwise.
