@@ -561,7 +561,10 @@ def _held(draft: _Draft, current: str) -> str:
     layer = next(reversed(dict(draft.model.named_children())))
     attribute, method = draft.name("held_"), draft.name("features_")
     setattr(draft.model, attribute, [getattr(draft.model, layer)])
-    before = draft.lines[: -sum(layer in line for line in draft.lines) or None]
+    called = [layer in line for line in draft.lines]  # (an inner one may have the same name)
+    before = (
+        draft.lines[: len(called) - 1 - called[::-1].index(True)] if any(called) else draft.lines
+    )
     draft.methods[method] = [*before, f"return self.{attribute}[0]({current})"]
     return _norm(draft, y)
 

@@ -53,6 +53,7 @@ class Steady:
         self.functions: dict[CodeType, FunctionType] = {f.__code__: f for f in attached}
         self.owners: dict[CodeType, list[nn.Module]] = {}
         self.of_objects: set[CodeType] = set()  # the methods of what is no module
+        self._decided: dict[CodeType, bool] = {}
         by_name: dict[str, list[CodeType]] = {}
         for module in modules.values():
             for name, value in vars(module).items():
@@ -87,6 +88,11 @@ class Steady:
 
     def decides(self, code: CodeType) -> bool:
         """Whether each branch of a method goes by such attributes; False if there is no source."""
+        if code not in self._decided:
+            self._decided[code] = self._decides(code)
+        return self._decided[code]
+
+    def _decides(self, code: CodeType) -> bool:
         tree = syntax_of(code)
         if self.any_written or code not in self.owners or tree is None or not tree.args.args:
             return False

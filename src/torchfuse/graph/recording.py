@@ -611,14 +611,15 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:
-    if type(value) in _PLAIN:
+    kind = type(value)  # (isinstance asks an object that is none of these for its `__class__`)
+    if kind in _PLAIN:
         return
-    if isinstance(value, Tensor):
+    if issubclass(kind, Tensor):
         found.append(value)
-    elif isinstance(value, (list, tuple, set)):
+    elif issubclass(kind, (list, tuple, set)):
         for entry in value:
             _collect(entry, found)
-    elif isinstance(value, (dict, Mapping)):
+    elif issubclass(kind, (dict, Mapping)):
         for entry in value.values():
             _collect(entry, found)
 

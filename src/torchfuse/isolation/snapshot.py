@@ -321,7 +321,7 @@ class _Attributes:
         for name, value in attributes.items():
             if name in MODULE_TABLES:
                 self.mappings.append((name, value, dict(value) if value else _NOTHING))
-            elif type(value) not in _PLAIN and not isinstance(value, _ATOMS):
+            elif type(value) not in _PLAIN and not _is_atom(value):
                 self.keep(value, _DEPTH, name)
                 if isinstance(value, Iterator):
                     self.changed.add(name)  # whoever takes its next entry changes it
@@ -377,7 +377,7 @@ class _Attributes:
         elif value is os:
             self.environment = dict(os.environ)
         elif isinstance(value, threading.local) or (
-            not isinstance(value, _ATOMS)
+            not _is_atom(value)
             and type(getattr(value, "__dict__", None)) is dict
             and not kind.__module__.startswith(("torch.", "functools", "logging"))
         ):
@@ -408,7 +408,7 @@ class _Attributes:
             return
         self.seen.add(id(value))
         for child in children:
-            if not isinstance(child, _ATOMS):
+            if not _is_atom(child):
                 self.keep(child, depth - 1, name)
 
     def put_back(self) -> None:
@@ -515,6 +515,11 @@ _ATOMS = (
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType),
     *(torch.dtype, torch.device, torch.Size),
 )
+
+
+def _is_atom(value: Any) -> bool:
+    """Whether there is nothing in it to put back, or others do that."""
+    return issubclass(type(value), _ATOMS)  # (isinstance asks what is none for its `__class__`)
 
 
 def _refill(mapping: MutableMapping[Any, Any], entries: dict[Any, Any]) -> list[str]:

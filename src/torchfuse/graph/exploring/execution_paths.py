@@ -186,6 +186,7 @@ class _Explorer:
     lies: Lies = field(default_factory=dict)
     asked: dict[Site, bool] = field(default_factory=dict)  # with the true answers
     visits: Counter[Site] = field(default_factory=Counter)
+    mixed: set[Site] = field(default_factory=set)  # true answers differed, in any run
     usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
     largest: Counter[str] = field(default_factory=Counter)  # elements in such a run, by function
     longest: int = 0  # the most calls in such a run
@@ -259,16 +260,19 @@ class _Explorer:
 
         def add(new: Mapping[Site, bool], count: Counter[Site], before: Lies) -> None:
             for site in new:
+                # Of sizes with others: one answer for each pair of numbers. (Where all come out
+                # alike, one of the two was just recorded.)
+                both = thorough and count[site] > 1 and site in self.mixed
+                both = both and site not in settled and _asks_for_equality(*site)
+                if both:
+                    settled.add(site)
+                    waiting.extend({**before, site: answer} for answer in (True, False))
                 if site not in sites:
                     sites.append(site)
-                    waiting.append({**before, site: None})
+                    if not both:
+                        waiting.append({**before, site: None})
                     if thorough and 1 < count[site] <= _VISITS:
                         waiting.extend({**before, site: n} for n in range(count[site]))
-                if not thorough:
-                    continue
-                if count[site] > 1 and site not in settled and _asks_for_equality(*site):
-                    settled.add(site)  # of sizes with others: one answer for each pair of numbers
-                    waiting.extend({**before, site: answer} for answer in (True, False))
 
         add(asked, visits, {})
         budget = self.runs + _RUNS
@@ -402,7 +406,8 @@ class _Explorer:
     def _answered(self, site: Site, real: bool) -> bool:
         visit = self.visits[site]
         self.visits[site] += 1
-        self.asked.setdefault(site, real)
+        if self.asked.setdefault(site, real) != real:
+            self.mixed.add(site)
         self.known.add(site)
         if self.lies and visit >= max(_ENDLESS, 2 * self.usual[site]):
             self._lost_at(site, "a loop may not end")
