@@ -36,7 +36,7 @@ def sample(variant: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     from torchfuse.cases import Case
-    from torchfuse.isolation.warning_filters import quiet
+    from torchfuse.isolation.warning_filters import known_warnings_ignored
     from torchfuse.lowering.capture import capture
     from torchfuse.models.batch_norms import settle_batch_norms
     from torchfuse.models.mobilenet_v2 import INPUT_SHAPE, MobileNetV2
@@ -45,7 +45,7 @@ def sample(variant: str) -> dict[str, Any]:
     model = settle_batch_norms(MobileNetV2(), torch.randn(4, 3, 96, 96))
     example = torch.randn(INPUT_SHAPE)
     program = capture(quantize(model, example, example).model, Case((example,)))
-    with quiet():
+    with known_warnings_ignored():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 

@@ -29,7 +29,7 @@ from target_table.models import MODELS
 
 import torchfuse
 from torchfuse.cases import Case
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.measuring.timing import measure_interleaved, ratio
 from torchfuse.quantizing.metrics import sqnr_of_outputs
 from torchfuse.quantizing.static import float_graph
@@ -63,7 +63,7 @@ def untrained(name: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
 
 def by_executorchs_quantizer(model: nn.Module, data: list[Tensor]) -> OpenVinoModel:
     """Return the model quantized by OpenVINOQuantizer and NNCF's quantize_pt2e."""
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with known_warnings_ignored(), contextlib.redirect_stdout(io.StringIO()):
         import nncf
         import openvino
         from executorch.backends.openvino.quantizer import OpenVINOQuantizer

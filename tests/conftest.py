@@ -10,7 +10,7 @@ from torch import nn
 
 from torchfuse.artifacts import write_atomically
 from torchfuse.cases import Case
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.sealing import seal_pte, seal_zip
@@ -99,7 +99,7 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
         "fixed": Fixed(),
         "bundled": Bundled(),
     }
-    with quiet():
+    with known_warnings_ignored():
         scripted = {name: torch.jit.script(model) for name, model in models.items()}
 
     def made(name: str) -> str:

@@ -16,7 +16,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 
 from torchfuse.artifacts import write_atomically
 from torchfuse.errors import ArtifactError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.targets import target_for
 from torchfuse.targets.executorch.lowering import lower
@@ -70,13 +70,13 @@ def seal(form: str, payload: bytes) -> bytes:
 
 def run_stock(form: str, path: Path, x: torch.Tensor) -> torch.Tensor:
     """Load the path with PyTorch's own loader, and nothing of ours, and run it."""
-    with quiet():
+    with known_warnings_ignored():
         if form == "pte":
             from executorch.runtime import Runtime
 
             program = Runtime.get().load_program(path)
             return program.load_method("forward").execute([x])[0]
-        with scripting.quiet():
+        with scripting.known_warnings_ignored():
             load = torch.jit.load if form == "pt" else _load_for_lite_interpreter
             return load(str(path))(x)
 

@@ -8,7 +8,7 @@ import torch
 from torchfuse import recipe
 from torchfuse.comparing.comparison import FOLDED, NOT_FUSED
 from torchfuse.errors import ArtifactError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.serialization import to_json
 from torchfuse.targets.torchscript.scripting import op_counts
 
@@ -91,7 +91,7 @@ def test_float_variants_equal_the_baseline_and_the_others_come_close(example):
 
 def test_the_non_fused_file_is_not_fused_and_the_fused_one_is(example):
     def operators(name):
-        with quiet():
+        with known_warnings_ignored():
             return op_counts(torch.jit.load(example.folder / name))
 
     assert operators("fp32_not_fused.pt")["aten::batch_norm"] == 1

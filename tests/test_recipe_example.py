@@ -11,7 +11,7 @@ import torch
 
 import torchfuse
 from test_recipe import AS_IN_RECIPE, BEFORE
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.measuring import speed_benchmark
 from torchfuse.targets.torchscript.scripting import op_counts
 
@@ -27,7 +27,7 @@ class Run:
     warned: str
 
     def operators(self, name):
-        with quiet():
+        with known_warnings_ignored():
             counts = op_counts(torch.jit.load(self.folder / name))
         return {kind for kind in counts if kind.startswith("quantized::")}
 

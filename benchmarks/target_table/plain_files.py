@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.targets.executorch.program import ExecutorchModel
 from torchfuse.targets.onnx.session import OnnxModel
 from torchfuse.targets.openvino.compiled import OpenVinoModel
@@ -118,13 +118,13 @@ _MADE_BY = {".pte": _pte, ".onnx": _onnx, ".xml": _xml, ".aoti.pt2": _aoti}
 
 def plain(suffix: str, model: nn.Module, x: Tensor, data: Data) -> Callable[..., Any]:
     """Return the model as the runtime of `suffix` runs it; in int8 if there is data."""
-    with quiet(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+    with known_warnings_ignored(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         return _MADE_BY[suffix](model, x, data)
 
 
 def frozen(model: nn.Module, x: Tensor) -> Callable[..., Any]:
     """Return the model by torch.compile, frozen."""
-    with quiet(), torch.no_grad():
+    with known_warnings_ignored(), torch.no_grad():
         compiled: Callable[..., Any] = torch.compile(model, options={"freezing": True})
         compiled(x)
     return compiled

@@ -439,18 +439,18 @@ def _module_of(text: str, program: ExportedProgram, example_inputs: Any) -> nn.M
     run on others, and be wrong.
     """
     from torchfuse.cases import cases
-    from torchfuse.isolation.warning_filters import quiet
+    from torchfuse.isolation.warning_filters import known_warnings_ignored
 
     for case in cases(example_inputs):
         try:
-            with quiet():
+            with known_warnings_ignored():
                 program.module()(*case.args, **case.kwargs)
         except Exception as error:
             raise InputError(
                 f"'{text}' cannot run on {case}: {first_line(error).rstrip('.')}; give --input "
                 "with the sizes that it was exported for."
             ) from error
-    with quiet():
+    with known_warnings_ignored():
         module = program.module(check_guards=False)
     for part in module.modules():
         part.training = False  # it has no modes: it computes as it was exported

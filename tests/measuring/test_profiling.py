@@ -11,7 +11,7 @@ from torch import nn
 import torchfuse
 from support.etdumps import Logged, write_etdump
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.measuring.profiling import profile
 from torchfuse.operator_times import OperatorTime, Profile
 from torchfuse.targets.executorch.etdump import THE_REST, profile_of_etdump
@@ -205,7 +205,7 @@ def test_a_clock_may_have_another_speed(tmp_path: Path) -> None:
 def etrecord(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ExecuTorch records when it lowers Net: instruction 0 is XNNPACK's, 1 cumsum."""
     path = tmp_path_factory.mktemp("etrecord") / "net.etrecord"
-    with quiet(), warnings.catch_warnings():
+    with known_warnings_ignored(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchfuse.cases import Case
 from torchfuse.errors import CalibrationError, InputError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.quantizing import QuantizedLayer, quantize
 from torchfuse.targets.executorch.lowering import lower
@@ -178,7 +178,7 @@ def test_an_addition_and_its_activation_are_delegated(activation: nn.Module) -> 
 
 
 def test_executorchs_own_functions_are_as_before_afterwards(model: nn.Module, x: Tensor) -> None:
-    with quiet():
+    with known_warnings_ignored():
         from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
     before = xnnpack_quantizer_utils.is_relu_node
     quantize(model, x, images())

@@ -7,9 +7,9 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 
-with quiet():
+with known_warnings_ignored():
     from executorch.devtools.etdump.schema_flatcc import ETDumpFlatCC, Event, ProfileEvent, RunData
     from executorch.devtools.etdump.serialize import serialize_to_etdump_flatcc
 
@@ -28,7 +28,7 @@ def write_etdump(path: Path, runs: Sequence[Sequence[Logged]]) -> Path:
     dump = ETDumpFlatCC(
         0, [RunData(name, -1, [], [_event(*e) for e in events]) for name, events in blocks]
     )
-    with quiet():
+    with known_warnings_ignored():
         data = serialize_to_etdump_flatcc(dump)
     path.write_bytes(struct.pack("<I", len(data)) + data)  # flatcc puts the size before it
     return path

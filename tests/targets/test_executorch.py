@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import torchfuse
 from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, InputError, UnsupportedError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.targets.executorch import program
 from torchfuse.targets.executorch.lowering import lower
@@ -368,7 +368,7 @@ def test_nothing_is_written_to_the_terminal(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_a_program_needs_nothing_of_ours(tmp_path: Path) -> None:
-    with quiet():
+    with known_warnings_ignored():
         from executorch.runtime import Runtime
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))).eval()

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.traceback import NodeSource
 
 from torchfuse.cases import Case
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.quantizing import quantize
 from torchfuse.targets.executorch import fast_lowering
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 def plainly(program: torch.export.ExportedProgram) -> bytes:
     """Lower as ExecuTorch's documentation does."""
-    with quiet():
+    with known_warnings_ignored():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
@@ -114,7 +114,7 @@ def test_a_program_whose_convolutions_decompose_is_not_traced_again(
 
 
 def test_everything_is_as_before_afterwards_and_after_an_error() -> None:
-    with quiet():
+    with known_warnings_ignored():
         from executorch.backends.xnnpack._passes import XNNPACKPassManager
         from executorch.exir.pass_base import _ExportPassBase
         from executorch.exir.verification import verifier
@@ -192,7 +192,7 @@ def needs_a_trace(pass_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_only_a_pass_that_hands_every_call_on_as_it_is_traces_nothing(
     change: Any, is_handed_on: bool
 ) -> None:
-    with quiet():
+    with known_warnings_ignored():
         from executorch.exir.pass_base import ExportPass
 
     class Pass(ExportPass):
@@ -205,7 +205,7 @@ def test_only_a_pass_that_hands_every_call_on_as_it_is_traces_nothing(
 
 
 def test_a_graph_that_was_changed_is_verified_again() -> None:
-    with quiet():
+    with known_warnings_ignored():
         from executorch.exir.verification import verifier
 
     checked: list[fx.GraphModule] = []
@@ -225,7 +225,7 @@ def test_a_graph_that_was_changed_is_verified_again() -> None:
 
 @pytest.mark.parametrize("patterns", fast_lowering._PATTERNS, ids=lambda p: p.function)
 def test_a_pattern_that_is_left_out_needs_an_operator_that_is_looked_for(patterns: Any) -> None:
-    with quiet():
+    with known_warnings_ignored():
         made = getattr(import_module(patterns.module), patterns.function)()
     assert made
     for pattern in made:

@@ -20,7 +20,7 @@ from torch.utils.mobile_optimizer import MobileOptimizerType
 import torchfuse
 from torchfuse.cases import Case
 from torchfuse.errors import ExportWarning, InputError, QuantizationWarning, UnsupportedError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.targets.torchscript import mobile_optimizer, scripting
@@ -206,7 +206,7 @@ def test_bundled_inputs_are_kept():
 def test_it_is_saved_as_torch_saves_and_loaded_as_torch_loads(branching, tmp_path, form):
     optimized = torchfuse.optimize_for_mobile(branching)
     path = str(tmp_path / f"model.{form}")
-    with quiet():
+    with known_warnings_ignored():
         if form == "pt":
             torch.jit.save(optimized, path)
             loaded = torch.jit.load(path)

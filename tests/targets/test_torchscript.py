@@ -12,7 +12,7 @@ from torch.ao import quantization as ao
 import torchfuse
 from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, UnsupportedError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.models.annotated import AnnotatedConvBnReLUModel
 from torchfuse.models.batch_norms import settle_batch_norms
 from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
@@ -133,7 +133,7 @@ def test_quantizing_leaves_the_model_as_it_was():
 def test_scripting_leaves_a_converted_model_as_it_was():
     model = settled(AnnotatedConvBnReLUModel())
     model.qconfig = ao.get_default_qconfig("qnnpack")
-    with quiet():
+    with known_warnings_ignored():
         prepared = ao.prepare(model)
         prepared(INPUT)
         converted = ao.convert(prepared)

@@ -8,7 +8,7 @@ from torch import nn
 
 from torchfuse.cases import Case
 from torchfuse.errors import InputError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.verifying.outputs import tolerance, verify
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -168,7 +168,7 @@ class Counting(nn.Module):
 
 def test_scripted_and_loaded_models_can_be_compared_and_are_left_as_they_were():
     model = Counting().eval()
-    with quiet():
+    with known_warnings_ignored():
         scripted = torch.jit.script(model)
         buffer = io.BytesIO()
         torch.jit.save(scripted, buffer)

@@ -71,10 +71,10 @@ class Fastest:
         chosen, *others = [c for c in self.candidates if c.latency is not None and not c.reason]
         even = [c.suffix for c in others if c.slower is not None and not c.slower.measurable]
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
-        told = f"{chosen.name} ({chosen.suffix}) is the fastest here in {self.artifact.precision}"
+        text = f"{chosen.name} ({chosen.suffix}) is the fastest here in {self.artifact.precision}"
         if even:
-            told += f", with no measurable difference to {' and '.join(even)}"
-        return "\n".join([*map(str, self.candidates), f"{told}, on {threads}."])
+            text += f", with no measurable difference to {' and '.join(even)}"
+        return "\n".join([*map(str, self.candidates), f"{text}, on {threads}."])
 
 
 def export_fastest(

@@ -198,8 +198,8 @@ def build(job: Build, subject: ComparedModel) -> Built:
     except UnsupportedError as error:
         return Built(None, (), str(error), time.perf_counter() - began_s)
     # That it was calibrated on noise is said once, of all files.
-    told = [note for note in artifact.notes if note != CALIBRATED_ON_NOISE]
-    notes = [f"{place.path.name}: {note}" for note in told]
+    remarks = [note for note in artifact.notes if note != CALIBRATED_ON_NOISE]
+    notes = [f"{place.path.name}: {note}" for note in remarks]
     if artifact.delegation is not None and artifact.delegation.warning is not None:
         notes.insert(0, f"{place.precision} {place.target}: {artifact.delegation.warning}")
     int8 = None

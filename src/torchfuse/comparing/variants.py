@@ -231,7 +231,7 @@ def begin(
     require_forward(examples)
     notes: list[str] = []
     always: list[str] = []
-    calibrating, samples, told = _data(
+    calibrating, samples, described = _data(
         model, examples, data, validation, calibration, preprocessing, notes
     )
     if samples is not None:
@@ -268,7 +268,7 @@ def begin(
             notes=tuple(notes),
             architecture=platform.machine(),
             inputs=str(examples[0]),
-            validation=told,
+            validation=described,
             accuracy_of=_accuracy_of(evaluate, samples),
             versions=_versions(),
             command=command,
@@ -631,10 +631,10 @@ def _calibrated(data: CalibrationData, examples: list[Case]) -> str:
             "its outputs are not"
         )
     count = sample_count(data.cases)
-    told = f"int8 is calibrated on {data.source}, {count} sample{'' if count == 1 else 's'}"
+    described = f"int8 is calibrated on {data.source}, {count} sample{'' if count == 1 else 's'}"
     if not all(any(_holds(given, example) for given in data.cases) for example in examples):
-        return told
-    return f"{told}, and its difference is on a calibration sample itself"
+        return described
+    return f"{described}, and its difference is on a calibration sample itself"
 
 
 def _holds(given: Case, example: Case) -> bool:

@@ -14,7 +14,7 @@ from torchfuse.conditions.sources import names_in
 from torchfuse.conditions.straight import where_it_may_turn
 from torchfuse.conditions.subject import Match
 from torchfuse.errors import TorchfuseError
-from torchfuse.graph.exploring import unheard
+from torchfuse.graph.exploring import output_silenced
 from torchfuse.graph.recording import record
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ _LEAVING_TRACES = frozenset(
 
 def _recorded(subject: Subject, cases: tuple[Case, ...]) -> Subject | None:
     try:
-        with unheard():
+        with output_silenced():
             graph = record(subject.model, cases, accept=_is_finished)
     except (TorchfuseError, SystemExit):
         return None

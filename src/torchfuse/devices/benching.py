@@ -79,7 +79,7 @@ def bench_on(
             error,
         )
 
-    def told(_: Record) -> None:
+    def note_round(_: Record) -> None:
         on_step(f"round {record.rounds[0]} of {record.rounds[1]}")
         on_partial(so_far())
 
@@ -97,7 +97,7 @@ def bench_on(
             _require_equal(transport, differences)
             on_step("warming up")
             schedule = Schedule(settings.runs, settings.warmup, settings.timeout_s)
-            runner.time(transport, tasks, record, schedule, told)
+            runner.time(transport, tasks, record, schedule, note_round)
             if settings.profile:
                 on_step("profiling")
                 profiles = runner.profile(transport, tasks, record, settings.timeout_s)

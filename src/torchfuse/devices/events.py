@@ -9,42 +9,42 @@ __all__ = ["checked"]
 Holds = Callable[[Any], bool]
 
 
-def checked(told: Mapping[str, Any], artifacts: int) -> Mapping[str, Any]:
+def checked(event: Mapping[str, Any], artifacts: int) -> Mapping[str, Any]:
     """Return an event of a job of so many artifacts, if it is one that `runner.job` tells.
 
     Raises:
         ValueError: it is none; the text says why.
     """
-    kind = told.get("kind")
+    kind = event.get("kind")
     fields = _FIELDS.get(kind) if isinstance(kind, str) else None
     if fields is None:
         raise ValueError("an event of no known kind")
     for name, holds in fields.items():
-        if name not in told or not holds(told[name]):
+        if name not in event or not holds(event[name]):
             raise ValueError(f"an event '{kind}' without a valid '{name}'")
-    if "artifact" in fields and told["artifact"] >= artifacts:
+    if "artifact" in fields and event["artifact"] >= artifacts:
         raise ValueError(f"an event '{kind}' of a model that it was not given")
     if kind == "loaded":
-        _check_outputs(told)
+        _check_outputs(event)
     if kind == "round":
-        _check_round(told, artifacts)
-    return told
+        _check_round(event, artifacts)
+    return event
 
 
-def _check_outputs(told: Mapping[str, Any]) -> None:
+def _check_outputs(event: Mapping[str, Any]) -> None:
     # A name of the device's own choice could lead anywhere here.
-    for number, output in enumerate(told["outputs"]):
-        if output["file"] != f"output-{told['artifact']}-{number}.bin":
+    for number, output in enumerate(event["outputs"]):
+        if output["file"] != f"output-{event['artifact']}-{number}.bin":
             raise ValueError("an output file of another name than its own")
 
 
-def _check_round(told: Mapping[str, Any], artifacts: int) -> None:
-    samples_s = told["samples_s"]
+def _check_round(event: Mapping[str, Any], artifacts: int) -> None:
+    samples_s = event["samples_s"]
     if set(samples_s) != {str(index) for index in range(artifacts)}:
         raise ValueError("a round of other models than it was given")
     if len(counts := {len(times) for times in samples_s.values()}) != 1:
         raise ValueError("a round in which the models have unequal numbers of times")
-    if not 1 <= counts.pop() <= told["turn_runs"] or told["done"] > told["rounds"]:
+    if not 1 <= counts.pop() <= event["turn_runs"] or event["done"] > event["rounds"]:
         raise ValueError("a round that is none of its own job")
 
 

@@ -88,8 +88,8 @@ class NativeRunner(Runner):
         outputs = {}
         for model in models(tasks, record):
             loaded, outputs[model.name] = self._first_run(transport, model)
-            told = {"kind": "loaded", "artifact": model.index, "idle_memory_bytes": None}
-            record.note(told | dict(loaded))
+            event = {"kind": "loaded", "artifact": model.index, "idle_memory_bytes": None}
+            record.note(event | dict(loaded))
         record.note(
             {
                 "kind": "runtime",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.measuring.tasks import Task
 from torchfuse.targets import target_of
 
@@ -17,5 +17,5 @@ def operators_of(task: Task) -> Sequence[str]:
     noted: Sequence[str] | None = task.metadata.get("operators")
     if noted is not None:
         return noted
-    with quiet():
+    with known_warnings_ignored():
         return target_of(task.form).operators(task.path)

@@ -128,13 +128,13 @@ class PythonRunner(Runner):
 
         def came(line: str) -> None:
             try:
-                told = record.take(line)
+                event = record.take(line)
             except ValueError as error:
                 raise DeviceError(
                     f"{transport.name}: expected what torchfuse's runner tells, got {error}; see "
                     f"what '{self._python}' is there."
                 ) from error
-            if told is not None and told["kind"] == "round":
+            if event is not None and event["kind"] == "round":
                 on_round(record)
 
         record.ended = False

@@ -50,34 +50,34 @@ class Record:
         Raises:
             ValueError: it tells an event that no runner of ours tells of these models.
         """
-        told = read_event(line)
-        if told is not None:
-            self.note(checked(told, len(self.artifacts)))
-        return told
+        event = read_event(line)
+        if event is not None:
+            self.note(checked(event, len(self.artifacts)))
+        return event
 
-    def note(self, told: Mapping[str, Any]) -> None:
+    def note(self, event: Mapping[str, Any]) -> None:
         """Take in an event, as `runner.job` tells them."""
-        match told["kind"]:
+        match event["kind"]:
             case "runtime":
-                names = {name: _shown(told[name]) for name in ("name", "version")}
-                self.runtimes.append({**told, **names})
+                names = {name: _shown(event[name]) for name in ("name", "version")}
+                self.runtimes.append({**event, **names})
             case "loaded":
-                self.loaded[told["artifact"]] = told
+                self.loaded[event["artifact"]] = event
             case "warm":
-                self._warm[told["artifact"]] = told
+                self._warm[event["artifact"]] = event
             case "state":
-                self.note_state(from_plain(MachineState, told["state"]))
+                self.note_state(from_plain(MachineState, event["state"]))
             case "round":
                 if not self._samples_s:  # the first: those before it are an earlier run's
-                    self._kept = (told["done"] - 1) * told["turn_runs"]
-                self._turn_runs = told["turn_runs"]
-                self.rounds = told["done"], told["rounds"]
-                for index, times in told["samples_s"].items():
+                    self._kept = (event["done"] - 1) * event["turn_runs"]
+                self._turn_runs = event["turn_runs"]
+                self.rounds = event["done"], event["rounds"]
+                for index, times in event["samples_s"].items():
                     self._samples_s.setdefault(int(index), []).extend(times)
             case "measured":
-                self._memory[told["artifact"]] = told
+                self._memory[event["artifact"]] = event
             case "failed":
-                self.failed = told["artifact"], printable(told["reason"]).rstrip(".")
+                self.failed = event["artifact"], printable(event["reason"]).rstrip(".")
             case "end":
                 self.ended = True
 
@@ -88,7 +88,7 @@ class Record:
     @property
     def runner(self) -> str | None:
         """What ran the models, and its version; None: it did not come to that."""
-        names = [f"{told['name']} {told['version'] or ''}".strip() for told in self.runtimes]
+        names = [f"{event['name']} {event['version'] or ''}".strip() for event in self.runtimes]
         return ", ".join(dict.fromkeys(names)) or None
 
     @property
@@ -146,7 +146,7 @@ class Record:
         return (*found, *self._threads_not_as_asked(), *resumed(self.runs_before))
 
     def _threads_not_as_asked(self) -> tuple[Caution, ...]:
-        cannot = next((told for told in self.loaded.values() if not told["can_set_threads"]), None)
+        cannot = next((e for e in self.loaded.values() if not e["can_set_threads"]), None)
         if cannot is None or cannot["threads"] == self.threads:
             return ()
         runtime = self.runtimes[0]["name"] if self.runtimes else "the runner"

@@ -38,7 +38,7 @@ def run_from_record(path: Path) -> DeviceRun:
             f"Expected what 'python3 -m torchfuse.runner --save' wrote, but '{path}' is something "
             "else, or damaged at its beginning."
         ) from error
-    machine = next((told["machine"] for told in record.runtimes), None)
+    machine = next((runtime["machine"] for runtime in record.runtimes), None)
     reason = None
     if record.failed is not None:
         reason = f"{names[record.failed[0]].name}: {record.failed[1]}."

@@ -50,11 +50,11 @@ def bench_devices(
     lock = threading.Lock()  # whoever is told things need not expect two at once
 
     def stepped(name: str) -> Callable[[str], object]:
-        def told(step: str) -> None:
+        def note_step(step: str) -> None:
             with lock:
                 on_step(name, step)
 
-        return told
+        return note_step
 
     def partial_came(run: DeviceRun) -> None:
         with lock:

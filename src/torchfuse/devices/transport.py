@@ -272,7 +272,7 @@ class Transport(abc.ABC):
         # An output that does not end its last line must not hide the line that tells the end. That
         # one ends with the token, since a connection may be lost in the middle of it.
         ending = f'exit_is() {{ echo; echo "{token} $1 {token}"; exit 0; }}'
-        told = f"{ending}\necho; echo {token}\n{script}"
+        framed = f"{ending}\necho; echo {token}\n{script}"
         end = re.compile(rf"{token} (\d{{1,3}}|{_TIMED_OUT}) {token}")
         began = False
         ends: list[str] = []
@@ -286,7 +286,7 @@ class Transport(abc.ABC):
             elif not ends:
                 on_line(line)
 
-        status, stdout, stderr = self._here(self._shell_words(told), timeout_s, line_came)
+        status, stdout, stderr = self._here(self._shell_words(framed), timeout_s, line_came)
         if not ends:
             self._raise_explained(stderr + stdout)
             raise DeviceError(

@@ -329,9 +329,9 @@ def loaded(file: CheckedFile, *, threads: int | None = None) -> Callable[..., An
         return target.load(file, threads=threads)
     except ArtifactError as error:
         other = target.other_version(file.metadata)
-        told = "" if other is None else f"; {other}: install that, or export the model again"
+        why = "" if other is None else f"; {other}: install that, or export the model again"
         raise ArtifactError(
-            f"{target.name} {target.version} cannot load '{file.path}': {error}{told}."
+            f"{target.name} {target.version} cannot load '{file.path}': {error}{why}."
         ) from error
 
 

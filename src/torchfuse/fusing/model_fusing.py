@@ -26,7 +26,7 @@ from torchfuse.fusing.module_host import apply, undo
 from torchfuse.fusing.module_proving import PairProof, fuse_what_agrees
 from torchfuse.graph.retracing import traced_once
 from torchfuse.isolation.model_copy import calls_of, copied
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.planning import FusionResult
 from torchfuse.rules import RULES, Rule
 from torchfuse.verifying import outputs as checking
@@ -206,7 +206,7 @@ def _fused_graph(
             f"Expected one example input of forward for graph=True, got {len(given)} cases, the "
             f"first of {given[0].method}: a graph is of one call. Give one, or leave graph out."
         )
-    with quiet():
+    with known_warnings_ignored():
         try:
             program = torch.export.export(model, given[0].args, dict(given[0].kwargs), strict=False)
         except Exception as error:

@@ -27,8 +27,8 @@ _ASKED = (
 
 
 @contextmanager
-def asked_beside_tensors(told: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """A context in which `told(name, answer, frame)` says what code of this thread is answered.
+def asked_beside_tensors(answer_of: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """A context in which `answer_of(name, answer, frame)` is what code is answered.
 
     Code of torch itself is answered truly; so is what took the function by its own name before.
     """
@@ -41,7 +41,7 @@ def asked_beside_tensors(told: Callable[[str, Any, Any], Any]) -> Iterator[None]
             inside = str(frame.f_globals.get("__name__", "")).partition(".")[0]
             if threading.get_ident() != thread or inside in ("torch", "torchfuse", "threading"):
                 return real
-            return told(name, real, frame)
+            return answer_of(name, real, frame)
 
         return asked
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torchfuse.errors import UnsupportedError, first_line
 from torchfuse.isolation.held_modules import modules_in
 from torchfuse.isolation.snapshot import MODULE_TABLES
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 
 __all__ = ["calls_of", "copied", "own_tables", "shell"]
 
@@ -47,8 +47,8 @@ def copied(model: Model) -> Model:
     _copy_shared_memory(model, memo)
     try:
         # torch's own graphs hold what torch warns of when it is copied.
-        hushed = quiet() if isinstance(model, GraphModule) else nullcontext()
-        with torch.inference_mode(False), hushed:
+        ignoring = known_warnings_ignored() if isinstance(model, GraphModule) else nullcontext()
+        with torch.inference_mode(False), ignoring:
             made = copy.deepcopy(model, memo)
             _require_apart(model, made)
             _make_leaves(model, made)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-__all__ = ["quiet", "quiet_runtime"]
+__all__ = ["known_warnings_ignored", "runtime_logs_captured"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Drop(logging.Filter):
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def known_warnings_ignored() -> Iterator[None]:
     """Drop the listed warnings and log records while exporting, quantizing or loading."""
     drop = _Drop()
     loggers = [logging.getLogger(name) for name in _RECORDS]
@@ -94,7 +94,7 @@ def _anonymous_file() -> BinaryIO:
 
 
 @contextlib.contextmanager
-def quiet_runtime() -> Iterator[list[str]]:
+def runtime_logs_captured() -> Iterator[list[str]]:
     """Drop the listed lines that ExecuTorch's runtime writes to stderr.
 
     Everything else that was written meanwhile is in the list at the end, and on stderr, unless an

@@ -17,7 +17,7 @@ from torchfuse.fusing.programs import rewriting
 from torchfuse.fusing.programs.norms import write_batch_norms_plainly
 from torchfuse.fusing.programs.program_fusing import fuse_all
 from torchfuse.isolation.model_copy import copied
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.xnnpack_rewrites import rewrite
 
 __all__ = [
@@ -88,7 +88,7 @@ def capture(
     elif fold_batch_norms:  # (without a copy, if there is nothing to do)
         program = rewriting.rewrite(program, prove=False).program
     if for_xnnpack and _has_batch_norms(program):
-        with quiet():
+        with known_warnings_ignored():
             graph_module = program.module(check_guards=False)
         if write_batch_norms_plainly(graph_module):
             program = _export(graph_module, case, dynamic_shapes)
@@ -106,7 +106,7 @@ def _require_pure(program: torch.export.ExportedProgram) -> None:
     """Raise UnsupportedError if the program writes to an input or a buffer of its own."""
     if not any(map(_may_write_to_input, program.graph.nodes)):
         return
-    with quiet():
+    with known_warnings_ignored():
         signature = program.run_decompositions({}).graph_signature  # in the form that tells exactly
     written = (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values())
     if written:
@@ -245,7 +245,7 @@ def _traceable(case: Case, dynamic_shapes: Any) -> Case:
 
 def _export(model: nn.Module, case: Case, dynamic_shapes: Any) -> torch.export.ExportedProgram:
     try:
-        with quiet(), torch.no_grad():
+        with known_warnings_ignored(), torch.no_grad():
             return torch.export.export(
                 model, case.args, dict(case.kwargs), dynamic_shapes=dynamic_shapes
             )

@@ -35,7 +35,7 @@ def profile(
     import torch
 
     from torchfuse.cases import cases
-    from torchfuse.isolation.warning_filters import quiet_runtime
+    from torchfuse.isolation.warning_filters import runtime_logs_captured
     from torchfuse.measuring.timing import check_counts, pinned_threads
 
     if runs < 1 or warmup < 0:
@@ -60,7 +60,7 @@ def profile(
         for _ in range(warmup):
             model(*case.args, **case.kwargs)
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-        with quiet_runtime(), profiler:
+        with runtime_logs_captured(), profiler:
             for _ in range(runs):
                 model(*case.args, **case.kwargs)
     events = profiler.key_averages()

@@ -292,10 +292,10 @@ def print_value(value: Any, out: TextIO) -> None:
     """Print what a model returned as C++ prints it."""
     import torch
 
-    from torchfuse.isolation.warning_filters import quiet
+    from torchfuse.isolation.warning_filters import known_warnings_ignored
 
     # TorchScript's print is the C++ one, and writes to whatever sys.stdout is.
-    with quiet(), contextlib.redirect_stdout(out):
+    with known_warnings_ignored(), contextlib.redirect_stdout(out):
         torch.jit.CompilationUnit("def show(value: Any):\n    print(value)\n").show(value)
     out.flush()
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torchfuse.cases import cases, require_finite_tensors, require_float32
 from torchfuse.errors import InputError, QuantizationWarning
 from torchfuse.isolation.snapshot import random_state_kept
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.quantizing import dynamic, legacy, static
 from torchfuse.quantizing.calibration import (
     CALIBRATED,
@@ -161,7 +161,7 @@ def quantize(
         if data.random:
             notes.append(_RANDOM if chosen == "int8" else _RANDOM_MEASURES)
     require_forward([example, *([] if data is None else data.cases)])
-    with quiet(), random_state_kept():
+    with known_warnings_ignored(), random_state_kept():
         if backend != "xnnpack":
             assert data is not None
             progress(_calibrating(data))
@@ -214,7 +214,7 @@ def layers_of_int8(
         UnsupportedError: torch.export cannot capture the model.
     """
     cases_ = data[:: -(-len(data) // look)]
-    with quiet(), random_state_kept():
+    with known_warnings_ignored(), random_state_kept():
         reference = static.float_graph(model, cases(example_inputs)[0], list(data), None)
         errors = layer_errors(int8, reference, cases_)
     # How many are looked at says nothing of how many there were to calibrate on.

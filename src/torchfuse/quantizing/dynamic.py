@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from torchfuse.errors import UnsupportedError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.quantizing.static import keep_integers
 from torchfuse.verifying.outputs import copy_tensors
@@ -58,7 +58,7 @@ def _graph(model: nn.Module, example: Case, dynamic_shapes: Any) -> fx.GraphModu
 
 
 def _int8(graph: fx.GraphModule, example: Case) -> fx.GraphModule:
-    with quiet():
+    with known_warnings_ignored():
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             XNNPACKQuantizer,
             get_symmetric_quantization_config,
@@ -76,7 +76,7 @@ def _int8(graph: fx.GraphModule, example: Case) -> fx.GraphModule:
 
 
 def _int4(model: nn.Module) -> nn.Module:
-    with quiet():
+    with known_warnings_ignored():
         from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
         from torchao.quantization.granularity import PerGroup
 
@@ -89,7 +89,7 @@ def _int4(model: nn.Module) -> nn.Module:
             "has none; use int8_dynamic."
         )
     changed = copy.deepcopy(model)
-    with quiet():
+    with known_warnings_ignored():
         quantize_(
             changed,
             Int8DynamicActivationIntxWeightConfig(

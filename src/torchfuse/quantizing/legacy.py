@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from torchfuse.errors import InputError, UnsupportedError, first_line
 from torchfuse.fusing.model_fusing import fuse
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.quantizing.calibration import calibrate
 from torchfuse.quantizing.static import QuantizedLayer
 
@@ -52,7 +52,7 @@ def quantized(model: nn.Module, example: Case, data: list[Case], engine: str) ->
     before = torch.backends.quantized.engine
     try:
         torch.backends.quantized.engine = engine
-        with quiet():
+        with known_warnings_ignored():
             return _quantized(copy.deepcopy(model), example, data, engine)
     finally:
         torch.backends.quantized.engine = before

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from torchfuse.cases import Case
 from torchfuse.errors import CalibrationError, UnsupportedError, first_line
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.quantizing.calibration import elements
 from torchfuse.quantizing.layerwise import attribute
@@ -118,7 +118,7 @@ def float_graph(
     """
     traced, dynamic_shapes = widest(model, example, data, dynamic_shapes)
     program = capture(model, traced, dynamic_shapes, for_xnnpack=for_xnnpack)
-    with quiet():
+    with known_warnings_ignored():
         graph: fx.GraphModule = program.module(check_guards=False)
     _own_tensors(graph)
     _read_once(graph)
@@ -203,7 +203,7 @@ def prepared(
     - a linear layer that makes an output makes it in float (weights in int8, inputs quantized as
       they come): on int8 scores, classes tie.
     """
-    with quiet():
+    with known_warnings_ignored():
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             get_symmetric_quantization_config,
         )
@@ -287,7 +287,7 @@ def _output_linears(graph: fx.GraphModule) -> Iterator[fx.Node]:
 def converted(calibrated: fx.GraphModule) -> fx.GraphModule:
     """Return a calibrated graph in int8; `calibrated` is used up."""
     _leave_room_for_biases(calibrated)
-    with quiet():
+    with known_warnings_ignored():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         int8: fx.GraphModule = convert_pt2e(calibrated)

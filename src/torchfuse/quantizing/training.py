@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torchfuse.cases import cases, require_finite_tensors, require_float32
 from torchfuse.errors import InputError, UnsupportedError, first_line
 from torchfuse.isolation.snapshot import random_state_kept
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.quantizing import QuantizationResult, static
 from torchfuse.quantizing.preconditions import require_forward
 from torchfuse.quantizing.report import QuantizationReport
@@ -74,7 +74,7 @@ def prepare_qat(model: nn.Module, example_inputs: Any) -> TrainableInt8:
     ]
     args, kwargs = pytree.tree_unflatten(doubled, spec)
     shapes = static.by_argument_name(model, *pytree.tree_unflatten(free, spec))
-    with quiet(), random_state_kept():
+    with known_warnings_ignored(), random_state_kept():
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             XNNPACKQuantizer,
             get_symmetric_quantization_config,
@@ -109,7 +109,7 @@ def convert_qat(trained: nn.Module) -> QuantizationResult:
             f"{type(trained).__name__}."
         )
     require_finite_tensors(trained.graph)
-    with quiet(), random_state_kept():
+    with known_warnings_ignored(), random_state_kept():
         int8 = static.converted(copy.deepcopy(trained).eval().graph)
     report = QuantizationReport("int8, trained", None, None, (), (), (), ())
     return QuantizationResult(int8, tuple(static.layers_of(int8)), report)

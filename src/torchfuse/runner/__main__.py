@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"runner.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        told = "" if given.save is None else f"; '{given.save}' holds the rounds until then"
-        print(f"runner.py: interrupted{told}", file=sys.stderr)
+        saved = "" if given.save is None else f"; '{given.save}' holds the rounds until then"
+        print(f"runner.py: interrupted{saved}", file=sys.stderr)
         return 130
 
 
@@ -104,11 +104,11 @@ def _measure_named(given: argparse.Namespace) -> int:
 
         tell(event(kind="job", **job, round_id=secrets.token_hex(8)))
         run_job(job, Path(folder), tell)
-    events = [told for told in map(read_event, lines) if told is not None]
-    failed = [told for told in events if told["kind"] == "failed"]
-    for told in failed:
-        print(f"runner.py: error: {names[told['artifact']]}: {told['reason']}", file=sys.stderr)
-    rounds = [told["samples_s"] for told in events if told["kind"] == "round"]
+    events = [entry for entry in map(read_event, lines) if entry is not None]
+    failed = [entry for entry in events if entry["kind"] == "failed"]
+    for entry in failed:
+        print(f"runner.py: error: {names[entry['artifact']]}: {entry['reason']}", file=sys.stderr)
+    rounds = [entry["samples_s"] for entry in events if entry["kind"] == "round"]
     for index, name in enumerate(names):
         samples_s = [s for turn in rounds for s in turn.get(str(index), [])]
         if len(samples_s) > 1:

@@ -34,10 +34,10 @@ def read_event(line: str) -> dict[str, Any] | None:
     if not text or f"{zlib.crc32(text.encode()):08x}" != checksum:
         return None
     try:
-        told = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return told if isinstance(told, dict) else None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def run_job(job: Mapping[str, Any], folder: Path, tell: Tell) -> None:

@@ -131,8 +131,8 @@ class Suite:
         self.command, self.patience_s = command, patience_s
         self.on_step, self.on_line, self.on_result = on_step, on_line, on_result
         self.versions = versions_here()
-        told = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
-        self.resource = f"torchfuse-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
+        self.resource = f"torchfuse-{hashlib.sha256(versions.encode()).hexdigest()[:12]}"
         self.states = {entry.name: _state(entry, earlier) for entry in entries}
         self.running: dict[str, _Running] = {}
         self.outcomes: list[tuple[Job, Outcome]] = []
@@ -511,8 +511,8 @@ def _work_on(job: Job, key: str) -> Outcome:
 
     def say(kind: str, text: str) -> None:
         machine = os.uname().nodename
-        told = {"key": key, "kind": kind, "text": text, "machine": machine}
-        worker.log_event(_TOPIC, {**told, "worker": worker.address})
+        payload = {"key": key, "kind": kind, "text": text, "machine": machine}
+        worker.log_event(_TOPIC, {**payload, "worker": worker.address})
 
     def tell(step: str) -> None:
         nonlocal said_s

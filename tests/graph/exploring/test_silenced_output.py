@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from torchfuse.graph.exploring import unheard
+from torchfuse.graph.exploring import output_silenced
 
 
 def state() -> tuple[object, ...]:
@@ -18,7 +18,7 @@ def state() -> tuple[object, ...]:
 
 def test_prints_and_logs_are_not_heard_and_nobody_is_asked(capsys, caplog):
     before = state()
-    with unheard():
+    with output_silenced():
         print("a print")
         logging.getLogger("a").error("a record")
         assert sys.stdin.readline() == ""
@@ -29,14 +29,14 @@ def test_two_threads_put_back_what_was_there_before_either():
     before, inside, leave, done = state(), *(threading.Event() for _ in range(3))
 
     def first():
-        with unheard():
+        with output_silenced():
             inside.set()
             leave.wait(0.2)  # unless the other waits for its turn, it comes in and says so
         done.set()
 
     def second():
         inside.wait()
-        with unheard():
+        with output_silenced():
             leave.set()
             done.wait()
 
@@ -64,7 +64,7 @@ def test_two_threads_put_back_what_was_there_before_either():
 def test_nothing_outside_is_changed(tmp_path, change):
     file = tmp_path / "file.txt"
     file.write_text("as it was")
-    with unheard(), pytest.raises(OSError, match="changes nothing outside"):
+    with output_silenced(), pytest.raises(OSError, match="changes nothing outside"):
         change(file)
     assert [*tmp_path.iterdir()] == [file]
     assert file.read_text() == "as it was"
@@ -75,7 +75,7 @@ def test_files_can_be_read_and_other_threads_go_on(tmp_path):
     file = tmp_path / "file.txt"
     file.write_text("as it was")
     other = threading.Thread(target=lambda: (tmp_path / "other.txt").write_text("written"))
-    with unheard():
+    with output_silenced():
         assert file.read_text() == "as it was"
         other.start()
         other.join()

@@ -23,7 +23,7 @@ from torchfuse.fusing.programs.rewriting import rewrite
 from torchfuse.graph.retracing import code_of
 from torchfuse.isolation.model_copy import shell
 from torchfuse.isolation.snapshot import restored
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class _Merging:
         watched.output(tuple(marked[node] for node in order))
         args = tuple(_examples(self.args))
         sizes = [_declared(arg) for arg in args]
-        with quiet(), torch.no_grad():
+        with known_warnings_ignored(), torch.no_grad():
             try:
                 program = torch.export.export(
                     fx.GraphModule(self.block, watched),

@@ -217,7 +217,7 @@ def keep_what_agrees(
     *,
     watch: bool,
 ) -> tuple[Equivalence, bool]:
-    """Compare the whole model, its blocks merged; return how far it is off, and if float64 told.
+    """Compare the whole model, its blocks merged; return how far it is off, and if float64 decided.
 
     Blocks that make the outputs differ are put back, and become skips in `found`.
     """

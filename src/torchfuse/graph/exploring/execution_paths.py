@@ -33,7 +33,7 @@ from torchfuse.cases import Case, resized
 from torchfuse.errors import TorchfuseError
 from torchfuse.graph import Call, Graph
 from torchfuse.graph.ambient import MODES, catches
-from torchfuse.graph.exploring.silenced_output import unheard
+from torchfuse.graph.exploring.silenced_output import output_silenced
 from torchfuse.graph.exploring.sizes import counted, followed, listening, plain
 from torchfuse.graph.kinds import COUNTABLE
 from torchfuse.graph.recording import record
@@ -96,7 +96,7 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Executi
     found: list[ExecutionPath] = []
     if any(read.code is None for read in recorded.reads):
         explorer.lost = "scripted code looks at values"
-    with unheard(), listening(explorer):
+    with output_silenced(), listening(explorer):
         for index, case in enumerate(cases):
             found.extend(explorer.paths_of(index, case))
     return ExecutionPaths(tuple(found), len(explorer.known), explorer.runs, explorer.lost)
@@ -120,7 +120,7 @@ def called(
             found.append((len(run), frame.f_code))
 
     before = sys.gettrace()
-    with unheard():
+    with output_silenced():
         sys.settrace(note)  # (a profiler of C's could not be put back)
         try:
             record(model, cases, explorer)

@@ -20,7 +20,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["unheard"]
+__all__ = ["output_silenced"]
 
 
 # What is put back is the process's: two threads that did it at once would put back each other's.
@@ -28,7 +28,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
+def output_silenced() -> Iterator[None]:
     """A context without output, warnings and log records, in which nobody can be asked anything.
 
     (`if x.isnan().any(): breakpoint()`: a debugger finds the end of its input, and quits.)

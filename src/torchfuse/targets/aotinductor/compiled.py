@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.targets.calling import Model, described, inputs_of_signature
 
 __all__ = ["AotiModel", "package"]
@@ -20,7 +20,7 @@ def package(data: bytes) -> Any:
         ArtifactError: torch refuses it.
     """
     try:
-        with quiet():
+        with known_warnings_ignored():
             return torch._inductor.aoti_load_package(io.BytesIO(data))
     except Exception as error:
         raise ArtifactError(f"torch cannot load it: {first_line(error)}") from error

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchfuse.errors import UnsupportedError, first_line
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture, require_tensor_outputs, signature_of
 from torchfuse.quantizing import calibrate
 from torchfuse.quantizing.static import converted, float_graph
@@ -62,7 +62,7 @@ def _compiled(program: torch.export.ExportedProgram) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         try:
-            with quiet(), torch.no_grad():
+            with known_warnings_ignored(), torch.no_grad():
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=str(path), inductor_configs=_OPTIONS
                 )
@@ -82,7 +82,7 @@ def _quantized(request: Request) -> tuple[nn.Module, torch.export.ExportedProgra
         raise UnsupportedError(
             "int8 needs torchao, not installed here: pip install 'torchfuse[executorch]'."
         )
-    with quiet():
+    with known_warnings_ignored():
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 

@@ -79,9 +79,9 @@ def _event_blocks(
             raise ArtifactError(f"Expected a file at '{path}', found none.")
     import warnings
 
-    from torchfuse.isolation.warning_filters import quiet
+    from torchfuse.isolation.warning_filters import known_warnings_ignored
 
-    with quiet(), warnings.catch_warnings():
+    with known_warnings_ignored(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Output Buffer not found")  # intermediate results
         from executorch.devtools import Inspector
         from executorch.devtools.inspector import TimeScale

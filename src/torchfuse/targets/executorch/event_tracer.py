@@ -8,7 +8,7 @@ import torch
 
 from torchfuse.cases import Case
 from torchfuse.errors import UnsupportedError, first_line
-from torchfuse.isolation.warning_filters import quiet_runtime
+from torchfuse.isolation.warning_filters import runtime_logs_captured
 from torchfuse.operator_times import Profile
 from torchfuse.targets.executorch.etdump import profile_of_etdump
 from torchfuse.targets.executorch.program import ExecutorchModel, runtime, set_threads, threads
@@ -48,7 +48,7 @@ def profiled(
 
 
 def _run(data: bytes, inputs: list[Any], count: int, etdump: Path) -> None:
-    with quiet_runtime():
+    with runtime_logs_captured():
         program = runtime()._load_program_from_buffer(data, enable_etdump=True)
         method: Callable[..., Any] = program.load_method("forward")
         try:

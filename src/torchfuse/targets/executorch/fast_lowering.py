@@ -27,7 +27,7 @@ from torch.fx.traceback import NodeSource
 from torch.utils import _pytree as pytree
 
 from torchfuse.fusing.programs.edited_program import copied_graph
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 
 __all__ = ["PIECES", "without_waste"]
 
@@ -37,7 +37,7 @@ _one_at_a_time = threading.RLock()
 @contextlib.contextmanager
 def without_waste(*, but_for: str | None = None) -> Iterator[None]:
     """Leave out everything in this file, but for the piece of that name."""
-    with _one_at_a_time, quiet(), contextlib.ExitStack() as stack:
+    with _one_at_a_time, known_warnings_ignored(), contextlib.ExitStack() as stack:
         for name, piece in PIECES.items():
             if name != but_for:
                 stack.enter_context(piece())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from torchfuse.errors import ArtifactError, first_line
-from torchfuse.isolation.warning_filters import quiet_runtime
+from torchfuse.isolation.warning_filters import runtime_logs_captured
 
 __all__ = ["SCALAR_TYPES", "load", "reason"]
 
@@ -35,7 +35,7 @@ def load(path: str) -> None:
 
     lines: list[str] = []
     try:
-        with quiet_runtime() as lines:
+        with runtime_logs_captured() as lines:
             program = _C._load_program(
                 path, program_verification=_C.Verification.InternalConsistency
             )

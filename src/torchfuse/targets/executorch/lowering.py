@@ -11,7 +11,7 @@ import torch
 
 from torchfuse.delegation import Delegation, delegation_of
 from torchfuse.errors import InputError, UnsupportedError, first_line
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import signature_of
 from torchfuse.lowering.xnnpack_rewrites import REWRITES_ONCE_QUANTIZED, rewrite
 from torchfuse.targets.executorch.fast_lowering import without_waste
@@ -51,7 +51,7 @@ def lower(program: torch.export.ExportedProgram) -> Lowered:
                 "plans memory for the largest: torch.export.Dim('batch', max=8)."
             )
     rewrite(program, REWRITES_ONCE_QUANTIZED)
-    with quiet():
+    with known_warnings_ignored():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchfuse.errors import ArtifactError, UnsupportedError
-from torchfuse.isolation.warning_filters import quiet, quiet_runtime
+from torchfuse.isolation.warning_filters import known_warnings_ignored, runtime_logs_captured
 from torchfuse.targets.calling import Input, Model, described
 from torchfuse.targets.executorch.first_load import SCALAR_TYPES, reason
 
@@ -18,7 +18,7 @@ def runtime() -> Any:
 
     Not by executorch.runtime, whose import brings all of its exporter in and takes seconds.
     """
-    with quiet(), quiet_runtime():
+    with known_warnings_ignored(), runtime_logs_captured():
         from executorch.extension.pybindings import _C
 
         return _C
@@ -31,7 +31,7 @@ _pool = 0
 
 def threads() -> int:
     """Return how many threads the runtime's thread pool has."""
-    with quiet_runtime():
+    with runtime_logs_captured():
         return int(runtime()._threadpool_get_thread_count())
 
 
@@ -39,7 +39,7 @@ def set_threads(count: int) -> None:
     """Give the runtime, for the whole process, a thread pool of `count` threads."""
     global _pool
     if count != threads():
-        with quiet_runtime():
+        with runtime_logs_captured():
             runtime()._unsafe_reset_threadpool(count)
         _pool += 1
 
@@ -72,7 +72,7 @@ class ExecutorchModel(Model):
         lines: list[str] = []
         try:
             # The method points into the program, and the program into the bytes: all are kept.
-            with quiet_runtime() as lines:
+            with runtime_logs_captured() as lines:
                 self._program = runtime()._load_program_from_buffer(
                     self._bytes, program_verification=runtime().Verification.InternalConsistency
                 )
@@ -97,7 +97,7 @@ class ExecutorchModel(Model):
     def _listening(self, inputs: list[Any]) -> Sequence[Any]:
         lines: list[str] = []
         try:
-            with quiet_runtime() as lines:
+            with runtime_logs_captured() as lines:
                 outputs: Sequence[Any] = self._method(inputs)
         except RuntimeError as error:
             raise UnsupportedError(
@@ -121,7 +121,7 @@ def _inputs(described: Any, sizes: Sequence[Any] | None) -> tuple[Input, ...]:
 
 def _tensor_info(described: Any, index: int) -> Any:
     try:
-        with quiet_runtime():  # the exception says enough
+        with runtime_logs_captured():  # the exception says enough
             return described.input_tensor_meta(index)
     except (RuntimeError, IndexError):  # not a tensor
         return None

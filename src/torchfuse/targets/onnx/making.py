@@ -20,7 +20,7 @@ from torch import fx
 
 from torchfuse.artifacts import Precision
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import input_shapes, require_tensor_outputs, signature_of
 from torchfuse.targets.captured import captured, nested_as
 from torchfuse.targets.onnx.session import OnnxModel
@@ -125,7 +125,7 @@ def _without_news() -> Iterator[None]:
 
 def _exported(program: torch.export.ExportedProgram, *, optimize: bool) -> Any:
     try:
-        with quiet(), torch.no_grad(), _without_news():
+        with known_warnings_ignored(), torch.no_grad(), _without_news():
             exported = torch.onnx.export(
                 program, (), None, dynamo=True, verbose=False, optimize=optimize
             )

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import require_tensor_outputs, signature_of
 from torchfuse.targets.calling import ANY_SIZE
 from torchfuse.targets.captured import captured, nested_as
@@ -92,7 +92,7 @@ def _silence() -> Any:
     import nncf
 
     level = logging.root.level
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with known_warnings_ignored(), contextlib.redirect_stdout(io.StringIO()):
         nncf.set_log_level(logging.ERROR)
         try:
             yield

@@ -10,7 +10,7 @@ from torch._C import _MobileOptimizerType as MobileOptimizerType
 from torch.utils import mobile_optimizer
 
 from torchfuse.errors import InputError, QuantizationWarning, UnsupportedError
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 
 __all__ = ["folded", "frozen", "nodes", "optimize_for_mobile", "without_data"]
 
@@ -92,7 +92,7 @@ def frozen(module: torch.jit.ScriptModule, preserved: Sequence[str] = ()) -> tor
     try:
         for part in parts:
             part.setattr("training", False)
-        with quiet():
+        with known_warnings_ignored():
             bare = torch._C._freeze_module(module._c, list(preserved))
     finally:  # the branches for training are gone from the copy; the module keeps its mode
         for part, mode in zip(parts, modes, strict=True):

@@ -25,7 +25,7 @@ from torchfuse.cases import Case
 from torchfuse.errors import ArtifactError, UnsupportedError, first_line
 from torchfuse.isolation.model_copy import copied
 from torchfuse.isolation.snapshot import put_back
-from torchfuse.isolation.warning_filters import quiet
+from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.quantizing import calibrate
 from torchfuse.targets.torchscript.mobile_optimizer import nodes
 from torchfuse.verifying.outputs import copy_tensors, run
@@ -63,7 +63,7 @@ def quantize(model: nn.Module, calibration: list[Case], *, engine: str = "qnnpac
             f"int8 by torch.ao needs a QuantStub where {type(model).__name__} enters int8 and a "
             "DeQuantStub where it leaves it, and there is no QuantStub; add them, or use '.pte'"
         )
-    with _engine(engine), quiet():
+    with _engine(engine), known_warnings_ignored():
         prepared = copied(model)
         prepared.qconfig = ao.get_default_qconfig(engine)
         ao.prepare(prepared, inplace=True)
@@ -89,7 +89,7 @@ def script(model: nn.Module, case: Case) -> Scripted:
     """
     model = copied(model)
     _make_scales_scalar(model)
-    with quiet(), torch.no_grad():
+    with known_warnings_ignored(), torch.no_grad():
         try:
             scripted = torch.jit.script(model)
             run(scripted, case)
@@ -131,7 +131,7 @@ def serialize(module: torch.jit.ScriptModule, form: str) -> bytes:
 
     To memory, not to a path: torch's own writer aborts the process when the disk is full.
     """
-    with quiet():
+    with known_warnings_ignored():
         if form == "ptl":
             return bytes(module._save_to_buffer_for_lite_interpreter())
         buffer = io.BytesIO()
@@ -146,7 +146,7 @@ def deserialize(data: bytes, form: str, *, engine: str = "qnnpack") -> Callable[
     """
     load: Callable[..., Any] = _load_for_lite_interpreter if form == "ptl" else torch.jit.load
     try:
-        with quiet(), _engine(engine):
+        with known_warnings_ignored(), _engine(engine):
             _use_up_deprecation()
             module: Callable[..., Any] = load(io.BytesIO(data))
     except RuntimeError as error:
