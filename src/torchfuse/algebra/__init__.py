@@ -82,11 +82,6 @@ class Layer:
         """Number of output channels or features."""
         return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
 
-    @property
-    def macs_per_output(self) -> int:
-        """Multiply-adds for one output element; one input element, if transposed."""
-        return prod(self.weight.shape[1:])
-
 
 def then(first: Affine, second: Affine) -> Affine:
     """Return `second` of `first` as one: s = s₂ · s₁, t = s₂ · t₁ + t₂."""

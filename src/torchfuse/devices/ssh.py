@@ -16,8 +16,6 @@ from torchfuse.errors import DeviceError, InputError
 
 __all__ = ["Ssh"]
 
-_FAILED = 255  # ssh's own status, where the connection failed
-
 # What ssh prints → what is wrong and what to do; {host} is as it was named.
 _ERRORS = (
     (
