@@ -11,6 +11,7 @@ import builtins
 import dis
 import inspect
 import sys
+from collections import Counter
 from enum import Enum
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
@@ -30,6 +31,15 @@ __all__ = ["Steady"]
 
 # An attribute of these is what it is until it is written. (A list or an object may change inside.)
 _WHOLE = (bool, int, float, str, bytes, type(None), type, Enum, nn.Module, FunctionType)
+# Containers that change only where code names them.
+_ENTRIES = (dict, list, set, frozenset, tuple)
+# What torch's own modules give of what they hold.
+_CHILDREN = frozenset({"items", "keys", "values", "children", "named_children", "__iter__"})
+# What changes what they hold.
+_REGISTERING = frozenset({"add_module", "register_module", "_modules"})
+_CHANGING = frozenset(
+    {"append", "clear", "extend", "insert", "pop", "popitem", "setdefault", "update"}
+)
 # Builtins that answer from what they are given.
 _ANSWERING = frozenset({"isinstance", "hasattr", "callable", "enumerate", "zip", "range"})
 # What writes an attribute of a module whose name no instruction tells: past the recording, or as
@@ -65,14 +75,18 @@ class Steady:
                 self.owners.setdefault(function.__code__, []).append(module)
         self.written = {name for graph in graphs for name in graph.changed | graph.written}
         self.any_written = False
+        self.children_written = False
+        self.naming: Counter[str] = Counter()  # functions that a call may come to, by names in them
         recorded = {code for graph in graphs for code, _ in graph.codes}
         for code in self._may_run(recorded, by_name):
             self.written |= _stored(code)
+            self.naming.update(names_in(code))
             if not {"train", "eval"}.isdisjoint(code.co_names):
                 self.written.add("training")
             if code in self.functions and code not in self.of_objects:
                 unnamed = _UNSEEN if code in recorded else _UNSEEN | _BY_NAME
                 self.any_written |= not unnamed.isdisjoint(names_in(code))
+                self.children_written |= not _REGISTERING.isdisjoint(names_in(code))
 
     def _add(self, value: Any) -> list[FunctionType]:
         """Notes the functions that a value is, holds or has as methods, and gives them."""
@@ -111,6 +125,8 @@ class Steady:
         if isinstance(value, ast.Call):
             named = value.func.id if isinstance(value.func, ast.Name) else None
             given = (*value.args, *(keyword.value for keyword in value.keywords))
+            if isinstance(value.func, ast.Attribute) and not given:
+                return self._are_children(value.func, code, owner)
             return named in _ANSWERING and all(self._is_same(v, code, owner) for v in given)
         names: list[str] = []
         while isinstance(value, ast.Attribute):
@@ -120,13 +136,56 @@ class Steady:
             return False
         if value.id == owner:
             return self.written.isdisjoint(names) and all(
-                _is_whole(module, names) for module in self.owners[code]
+                _is_whole(module, names) or self._is_only_asked(module, names, code)
+                for module in self.owners[code]
             )
+        if not names and (over := _looped_over(code, value.id)) is not None:
+            return self._is_same(over, code, owner)
         space = self.functions[code].__globals__
         known: Any = space.get(value.id, getattr(builtins, value.id, None))
         for name in names:
             known = inspect.getattr_static(known, name, None)
         return isinstance(known, type) and value.id not in code.co_varnames
+
+    def _are_children(self, method: ast.Attribute, code: CodeType, owner: str) -> bool:
+        """`self.items()`, as torch's own containers answer, of children that no call changes."""
+        if not (isinstance(method.value, ast.Name) and method.value.id == owner):
+            return False
+        classes: set[Any] = {type(module) for module in self.owners[code]}
+        return (
+            method.attr in _CHILDREN
+            and not self.children_written
+            and all(
+                getattr(class_, method.attr).__module__.startswith("torch.nn.")
+                and not any(_changes_entries(f.__code__) for _, f in functions_of(class_))
+                for class_ in classes
+            )
+        )
+
+    def _is_only_asked(self, module: nn.Module, names: list[str], code: CodeType) -> bool:
+        """`name in self.kept`: a container that no code but this names, which only looks into it.
+
+        Nobody can change what nobody names.
+        """
+        tree = syntax_of(code)
+        if tree is None or len(names) != 1 or self.naming[names[0]] != 1:
+            return False
+        value: Any = vars(module).get(names[0])
+        if type(value) not in _ENTRIES or not all(isinstance(entry, _WHOLE) for entry in value):
+            return False
+        asked = [
+            part
+            for node in ast.walk(tree)
+            for part in (
+                node.comparators
+                if isinstance(node, ast.Compare)
+                else [node.value]
+                if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load)
+                else []
+            )
+        ]
+        uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == names[0]]
+        return all(any(use is part for part in asked) for use in uses)
 
     def _may_run(
         self, recorded: Iterable[CodeType], by_name: dict[str, list[CodeType]]
@@ -173,6 +232,43 @@ def _asked(node: ast.AST, owner: str) -> Iterator[ast.AST]:
         isinstance(node, ast.Name) and node.id == owner and not isinstance(node.ctx, ast.Load)
     ):
         yield node.ctx if isinstance(node, ast.Name) else node
+
+
+def _looped_over(code: CodeType, name: str) -> ast.expr | None:
+    """What a local name is taken from, in the one loop that sets it; None if anything else does."""
+    tree = syntax_of(code)
+    nodes = [] if tree is None else list(ast.walk(tree))
+    stores = [n for n in nodes if isinstance(n, ast.Name) and n.id == name]
+    stores = [n for n in stores if not isinstance(n.ctx, ast.Load)]
+    loops = [
+        node.iter
+        for node in nodes
+        if isinstance(node, ast.For) and any(n in stores for n in ast.walk(node.target))
+    ]
+    given = any(isinstance(node, ast.arg) and node.arg == name for node in nodes)
+    return loops[0] if len(stores) == len(loops) == 1 and not given else None
+
+
+@lru_cache(maxsize=4096)
+def _changes_entries(code: CodeType) -> bool:
+    """Whether a method may put into its own module, as a container, or take something out."""
+    tree = syntax_of(code)
+    if tree is None or not tree.args.args:
+        return tree is None
+    if is_setup(tree.name):
+        return False
+    owner = tree.args.args[0].arg
+    return any(
+        isinstance(node, (ast.Attribute, ast.Subscript))
+        and isinstance(node.value, ast.Name)
+        and node.value.id == owner
+        and (
+            node.attr in _CHANGING
+            if isinstance(node, ast.Attribute)
+            else not isinstance(node.ctx, ast.Load)
+        )
+        for node in ast.walk(tree)
+    )
 
 
 def _is_whole(value: Any, names: Sequence[str]) -> bool:

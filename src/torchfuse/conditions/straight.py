@@ -66,7 +66,8 @@ def _turning(subject: Subject, match: Match, first: Call, second: Call) -> Itera
         if (straight and picks(one.code, containers)) or (not straight and may_turn(one.code)):
             yield one.code
     elif around and _is_users(stacks[0][around - 1]):  # one place calls both: a loop
-        yield from (f.code for f in stacks[0][:around] if _is_users(f) and may_turn(f.code))
+        inner = stacks[0][_of_one_call(subject, first, second) : around]
+        yield from (f.code for f in inner if _is_users(f) and may_turn(f.code))
     below = [f.code for f in (*stacks[0][around:], *stacks[1][around:]) if _is_users(f)]
     yield from filter(may_turn, below)
     here, there = ([*stack[:around], None][around - 1] for stack in stacks)
@@ -97,6 +98,19 @@ def _is_users(frame: Frame) -> bool:
 def _is_traced(subject: Subject, match: Match) -> bool:
     norm = subject.modules[match.second]
     return isinstance(norm, _BatchNorm) and not leaves_it_to_torch(norm)
+
+
+def _of_one_call(subject: Subject, first: Call, second: Call) -> int:
+    """How many functions, outermost first, made one call in which both ran."""
+    entries = subject.graph.module_calls
+    around: list[set[int]] = []
+    for call in (first, second):
+        index, known = call.within, set[int]()
+        while index is not None:
+            known.add(index)
+            index = entries[index].parent
+        around.append(known)
+    return sum(len(entries[index].callers) for index in around[0] & around[1])
 
 
 def _stack(subject: Subject, call: Call) -> list[Frame]:
