@@ -52,7 +52,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "fusing/proving/variations.py": (*PROOF, "tests/never_wrong/test_inputs.py"),
     "fusing/programs/program_proving.py": PROGRAMS,
-    "conditions/exactness.py": ("tests/conditions/test_exactness.py", *NEVER_WRONG),
+    "conditions/exactness.py": (
+        "tests/conditions/test_exactness.py",
+        *NEVER_WRONG,
+        "tests/never_wrong/test_other_paths.py",
+    ),
     "conditions/unshared.py": (
         "tests/conditions/test_unshared.py",
         *NEVER_WRONG,

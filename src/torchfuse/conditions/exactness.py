@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from torchfuse.conditions.dataflow import keeps_channels
 from torchfuse.conditions.editable import layer_is_a_module, no_hook_renames_keys, norm_is_a_module
 from torchfuse.conditions.subject import Match, Refusal
@@ -184,7 +182,4 @@ def _dtypes_agree(_: Subject, match: Match) -> Refusal | None:
                 f"the result would be rounded to {made}.",
                 "Use one dtype for both.",
             )
-        weight = first.operands["weight"].dtype
-        if not getattr(torch, weight).is_floating_point:
-            return Refusal(f"The weight of `{match.first}` is {weight}, not a real number.")
     return None
