@@ -64,6 +64,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "isolation/snapshot.py": (
         "tests/isolation/test_snapshot.py",
+        "tests/never_wrong/test_state_outside.py",
         "tests/never_wrong/test_no_trace.py",
         "tests/verifying/test_outputs.py",
         "tests/graph/test_recording.py",

@@ -455,9 +455,8 @@ class _Attributes:
 
 
 def _users(class_: Any) -> Iterator[Any]:
-    """A class and its bases, without torch's own."""
-    own = ("torch.", "torchfuse.")
-    return (b for b in class_.__mro__ if b is not object and not b.__module__.startswith(own))
+    """A class and its bases, without Python's and torch's own."""
+    return (base for base in class_.__mro__ if not base.__module__.startswith(_OWN))
 
 
 @lru_cache(maxsize=4096)
@@ -472,8 +471,7 @@ def _functions_of(class_: Any) -> tuple[types.FunctionType, ...]:
     found = [member for member in members if isinstance(member, types.FunctionType)]
     named = [space[name] for function in found for space, name in _globals_of(function)]
     found += [f for f in named if isinstance(f, types.FunctionType)]
-    own = ("torch.", "torchfuse.")
-    return tuple(f for f in found if not (f.__module__ or "").startswith(own))
+    return tuple(f for f in found if not (f.__module__ or "").startswith(_OWN))
 
 
 @lru_cache(maxsize=8192)
@@ -506,6 +504,7 @@ def _restoring_step(value: Any) -> Callable[[], object] | None:
     return None
 
 
+_OWN = ("builtins", "torch.", "torchfuse.")  # their classes and functions are nobody's state
 _NOTHING: dict[Any, Any] = {}
 _PLAIN = frozenset({str, int, float, bool, type(None)})  # what most attributes are
 _NUMBERS = (int, float, type(None))
