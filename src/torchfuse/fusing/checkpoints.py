@@ -75,7 +75,8 @@ def _load_unfused(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             target = model.get_submodule(entry.first[0])
             target.weight.copy_(weight)  # type: ignore[operator]
             target.bias.copy_(bias)  # type: ignore[operator]
-            if entry.original_layer is not None and entry.original_norm is not None:
+            if entry.original_layer is not None:
+                assert entry.original_norm is not None
                 shell(*entry.original_layer).load_state_dict(layer.state_dict())
                 entry.original_norm.load_state_dict(_own(norm.state_dict()), strict=False)
 

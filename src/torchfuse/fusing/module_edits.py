@@ -224,11 +224,12 @@ def check_unchanged(model: nn.Module) -> None:
 def _check_fold(folded: Folded, layer: Any) -> nn.Module:
     """The layer as it was before the fold."""
     name = f"`{folded.first[0]}`"
-    if folded.original_layer is None or folded.original_norm is None:
+    if folded.original_layer is None:
         raise FusionError(
             f"{name} was fused with keep_originals=False, so its original weights are gone; load "
             "them from a checkpoint into a new model."
         )
+    assert folded.original_norm is not None
     original = shell(*folded.original_layer)
     weight, bias = fold_batch_norm(plain_layer(original), folded.original_norm)
     if not (_identical(layer.weight, weight) and _identical(layer.bias, bias)):
@@ -348,9 +349,7 @@ def _bake(layer: nn.Module) -> None:
         layer._load_state_dict_pre_hooks,
         layer._load_state_dict_post_hooks,
     ):
-        for key, hook in list(hooks.items()):
-            if is_state_dict_hook_of_torch(hook):
-                del hooks[key]
+        hooks.clear()  # all torch's: a layer with others is not folded
     for key, hook in list(layer._forward_pre_hooks.items()):
         if is_weight_hook(hook):
             del layer._forward_pre_hooks[key]
