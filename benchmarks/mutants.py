@@ -42,6 +42,7 @@ PROGRAMS = tuple(
         "one_percent_is_seen_in_half_precision_too",
     )
 )
+BLOCKS = "tests/fusing/blocks/test_planned.py"
 # The files that are changed, each with the tests that are to notice.
 TARGETS: dict[str, tuple[str, ...]] = {
     "fusing/proving/whole.py": PROOF,
@@ -74,8 +75,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "tests/graph/test_retracing.py",
         "tests/test_same_model_out.py",
     ),
-    "fusing/module_host.py": ("tests/test_proof.py", "tests/test_same_model_out.py"),
-    "fusing/checkpoints.py": ("tests/test_same_model_out.py",),
+    "fusing/module_host.py": (
+        "tests/test_proof.py",
+        "tests/test_same_model_out.py",
+        f"{BLOCKS}::test_unfused_it_is_bit_for_bit_what_it_was",
+    ),
+    "fusing/checkpoints.py": (
+        "tests/test_same_model_out.py",
+        f"{BLOCKS}::test_the_key_map_says_where_each_key_went",
+    ),
     "stats.py": ("tests/test_stats.py",),
 }
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.algebra.folding import fold_batch_norm
 from torchfuse.cases import check_model
 from torchfuse.errors import FusionError, InputError, first_line
 from torchfuse.fusing.blocks.replacing import blocks_loaded
 from torchfuse.fusing.module_edits import fusions_of, plain_layer, was_fused
 from torchfuse.isolation.model_copy import shell
-from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
     from torchfuse.fusing.module_edits import Folded, Fusions
@@ -142,8 +142,7 @@ def _loaded(
             ) from error
         modules.append(module)
     layer, norm = modules
-    rule = next(rule for rule in RULES if rule.name == entry.rule)
-    weight, bias = rule.rewrite(plain_layer(layer), norm)
+    weight, bias = fold_batch_norm(plain_layer(layer), norm)
     for path in entry.first:
         known |= {f"{path}.weight": weight, f"{path}.bias": bias}
     return layer, norm, weight, bias

@@ -58,7 +58,6 @@ _ATTRIBUTE = "_torchfuse_fusions"  # on the model itself; a plain object, so nev
 class Folded:
     """One batch norm that was folded into one layer: what it takes to check it and to undo it."""
 
-    rule: str
     first: tuple[str, ...]  # all paths of the layer
     second: tuple[str, ...]  # all paths of the batch norm
     layer: nn.Module  # as it was, without its memory (on the meta device)
@@ -149,7 +148,6 @@ def fold_in(
     layer, norm = model.get_submodule(first[0]), model.get_submodule(second[0])
     weight, bias = rule.rewrite(plain_layer(layer), norm) if weights is None else weights
     folded = Folded(
-        rule=rule.name,
         first=tuple(first),
         second=tuple(second),
         layer=on_meta(layer),
