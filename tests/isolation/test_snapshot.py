@@ -41,8 +41,9 @@ class Model(nn.Module):
         self.generator = torch.Generator().manual_seed(1)
         self.python = random.Random(1)
         self.numpy = np.random.default_rng(1)
+        self.twister = np.random.Generator(np.random.MT19937(1))
         self.legacy = np.random.RandomState(1)
-        self.array = np.zeros(2)
+        self.array = np.array([0.0, np.nan])
         self.number = 1
 
 
@@ -84,6 +85,7 @@ CHANGES = {
     "torch's generator": lambda m: torch.rand(1, generator=m.generator),
     "Python's generator": lambda m: m.python.random(),
     "numpy's generator": lambda m: m.numpy.random(),
+    "numpy's twister": lambda m: m.twister.random(),
     "numpy's old generator": lambda m: m.legacy.rand(),
     "an array": lambda m: m.array.__iadd__(1),
     "other tensors": lambda m: setattr(m, "outputs", [torch.ones(1), torch.ones(1)]),
@@ -115,6 +117,11 @@ TOLD = {
     "an object in an object": {"flag"},
     "a list in a tuple": {"pair"},
     "a tensor and a number": {"counted"},
+    "Python's generator": {"python"},
+    "numpy's generator": {"numpy"},
+    "numpy's twister": {"twister"},
+    "numpy's old generator": {"legacy"},
+    "an array": {"array"},
     "Python's random state": {"Python's random state"},
     "numpy's random state": {"numpy's random state"},
 }
@@ -140,8 +147,9 @@ def state(model: Model) -> dict[str, Any]:
             model.generator.get_state().tolist(),
             model.python.getstate(),
             repr(model.numpy.bit_generator.state),
+            repr(model.twister.bit_generator.state),
             repr(model.legacy.get_state()),
-            model.array.tolist(),
+            repr(model.array),
         ],
         "random": [
             torch.get_rng_state().tolist(),
