@@ -353,6 +353,28 @@ def test_a_checkpoint_from_before_norms_counted_their_batches_loads(norm: type[n
     assert same_outputs(other, fused)
 
 
+class NormThenPReLU(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_what_a_norm_holds_beside_its_own_is_loaded_with_an_old_checkpoint() -> None:
+    def made(slope: float) -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), NormThenPReLU(4))
+        nn.init.constant_(model[1].act.weight, slope)
+        return trained(model, IMAGE)
+
+    result, other = torchfuse.fuse(made(0.5), IMAGE), made(0.1)
+    assert len(result.plan.fusions) == 1
+    torchfuse.load_unfused_state_dict(result.model, other.state_dict())
+    assert same_outputs(other, result.model)
+    assert identical(torchfuse.unfuse(result.model), other)
+
+
 def test_a_model_that_was_never_fused_loads_as_it_always_did(net: Net) -> None:
     with pytest.raises(
         FusionError, match=r"was not fused by torchfuse.fuse; use its own load_state_dict"
