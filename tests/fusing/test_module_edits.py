@@ -143,6 +143,21 @@ def test_changed_weights_are_noticed_before_anything_is_undone(model):
         check_unchanged(model)
 
 
+def test_a_hook_that_computes_the_weight_goes_and_comes_back_before_those_that_stay():
+    model = trained(ConvBn(), IMAGE)
+    nn.utils.spectral_norm(model.conv)
+    model.conv.register_forward_pre_hook(lambda module, args: None)
+    hooks, expected = list(model.conv._forward_pre_hooks.values()), model(IMAGE)
+    folded = fold_in(model, RULE["conv_bn"], *PAIR, keep=True)
+    assert list(model.conv._forward_pre_hooks.values()) == hooks[1:]
+    assert relative_difference(expected, model(IMAGE)) < 1e-5
+    assert model.conv.weight is model.conv._parameters["weight"]
+    model.conv.register_forward_pre_hook(since := lambda module, args: None)
+    take_back(model, folded)
+    assert list(model.conv._forward_pre_hooks.values()) == [*hooks, since]
+    assert torch.equal(model(IMAGE), expected)
+
+
 def test_all_paths_of_a_module_are_edited():
     model = trained(ConvBn(), IMAGE)
     model.alias, model.norm = model.conv, model.bn
