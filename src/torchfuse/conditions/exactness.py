@@ -170,7 +170,7 @@ def _dtypes_agree(_: Subject, match: Match) -> Refusal | None:
     for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
         made, normed = first.results[0].dtype, second.results[0].dtype
         for call in between:
-            if any(result.dtype != made for result in call.results):
+            if call.results[0].dtype != made:
                 return Refusal(
                     f"What `{match.first}` computes in {made} is rounded to "
                     f"{call.results[0].dtype} before `{match.second}`.",
