@@ -42,6 +42,7 @@ PROGRAMS = tuple(
         "one_percent_is_seen_in_half_precision_too",
     )
 )
+BLOCKS = "tests/fusing/blocks/test_planned.py"
 # The files that are changed, each with the tests that are to notice.
 TARGETS: dict[str, tuple[str, ...]] = {
     "fusing/proving/whole.py": PROOF,
@@ -52,7 +53,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "fusing/proving/variations.py": (*PROOF, "tests/never_wrong/test_inputs.py"),
     "fusing/programs/program_proving.py": PROGRAMS,
-    "conditions/exactness.py": ("tests/conditions/test_exactness.py", *NEVER_WRONG),
+    "conditions/exactness.py": (
+        "tests/conditions/test_exactness.py",
+        *NEVER_WRONG,
+        "tests/never_wrong/test_other_paths.py",
+    ),
     "conditions/unshared.py": (
         "tests/conditions/test_unshared.py",
         *NEVER_WRONG,
@@ -60,6 +65,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "isolation/snapshot.py": (
         "tests/isolation/test_snapshot.py",
+        "tests/never_wrong/test_state_outside.py",
         "tests/never_wrong/test_no_trace.py",
         "tests/verifying/test_outputs.py",
         "tests/graph/test_recording.py",
@@ -69,8 +75,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "tests/graph/test_retracing.py",
         "tests/test_same_model_out.py",
     ),
-    "fusing/module_host.py": ("tests/test_proof.py", "tests/test_same_model_out.py"),
-    "fusing/checkpoints.py": ("tests/test_same_model_out.py",),
+    "fusing/module_host.py": (
+        "tests/test_proof.py",
+        "tests/test_same_model_out.py",
+        f"{BLOCKS}::test_unfused_it_is_bit_for_bit_what_it_was",
+    ),
+    "fusing/checkpoints.py": (
+        "tests/test_same_model_out.py",
+        f"{BLOCKS}::test_the_key_map_says_where_each_key_went",
+    ),
     "stats.py": ("tests/test_stats.py",),
 }
 

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
@@ -323,6 +324,62 @@ def test_an_old_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     with pytest.raises(InputError, match=message):
         torchfuse.load_unfused_state_dict(fused, {**net.state_dict(), key: value})
     assert all(torch.equal(before[key], value) for key, value in fused.state_dict().items())
+
+
+class OwnNorm(nn.Module):
+    """A norm of a class that is none of torch's, with what torch's hold."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in nn.BatchNorm2d(channels).state_dict().items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.1, 1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnNorm])
+def test_a_checkpoint_from_before_norms_counted_their_batches_loads(norm: type[nn.Module]) -> None:
+    def made(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), norm(4)).eval()
+        model[1].running_mean.uniform_()
+        return model
+
+    fused, other = torchfuse.fuse(made(0), IMAGE).model, made(1)
+    state = {k: v for k, v in other.state_dict().items() if "num_batches_tracked" not in k}
+    torchfuse.load_unfused_state_dict(fused, state)
+    assert same_outputs(other, fused)
+
+
+class NormThenPReLU(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_what_a_norm_holds_beside_its_own_is_loaded_with_an_old_checkpoint() -> None:
+    def made(slope: float) -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), NormThenPReLU(4))
+        nn.init.constant_(model[1].act.weight, slope)
+        return trained(model, IMAGE)
+
+    result, other = torchfuse.fuse(made(0.5), IMAGE), made(0.1)
+    assert len(result.plan.fusions) == 1
+    torchfuse.load_unfused_state_dict(result.model, other.state_dict())
+    assert same_outputs(other, result.model)
+    assert identical(torchfuse.unfuse(result.model), other)
+
+
+def test_a_model_that_was_never_fused_loads_as_it_always_did(net: Net) -> None:
+    with pytest.raises(
+        FusionError, match=r"was not fused by torchfuse.fuse; use its own load_state_dict"
+    ):
+        torchfuse.load_unfused_state_dict(net, net.state_dict())
 
 
 def test_what_is_no_checkpoint_at_all_is_refused(fused: Net) -> None:

@@ -1,5 +1,7 @@
 """Where modules cannot be edited and calls could be rewritten, the skip says so, and it is true."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,3 +70,52 @@ def test_training_mode_is_no_matter_of_modules() -> None:
     model.bn.train()
     (skip,) = torchfuse.plan(model, IMAGE).skips
     assert skip.hint == "Call model.eval() first."
+
+
+class WorksInAThreadBetween(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(y.sum).result()  # nobody sees what it reads
+        return self.bn(y)
+
+
+class RoundsBetween(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x).to(torch.bfloat16).to(torch.float32))
+
+
+class NormalisesRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.linear(x[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            WorksInAThreadBetween(),
+            "The model hands work to another thread, where it cannot be seen what is read.",
+        ),
+        (
+            RoundsBetween(),
+            "What `conv` computes in float32 is rounded to bfloat16 before `bn`.",
+        ),
+        (
+            NormalisesRows(),
+            "`bn` normalises axis 1 of its input, which is not the channel axis (2) of the 3-D "
+            "output of `linear` element by element.",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_happens_between_a_layer_and_its_norm_is_said_where_it_is_in_the_way(
+    model: nn.Module, reason: str
+) -> None:
+    plan = torchfuse.plan(trained(model, IMAGE), IMAGE)
+    assert plan.fusions == ()
+    assert [skip.reason for skip in plan.skips] == [reason]

@@ -66,3 +66,32 @@ def test_a_layer_whose_every_call_is_followed_by_its_norm_is_fused() -> None:
             return self.bn(self.conv(x)) + self.bn(self.conv(x + 1))
 
     assert_fuses(trained(Twice(), IMAGE), IMAGE)
+
+
+def test_a_layer_whose_spectral_norm_was_never_called_yet_is_fused() -> None:
+    model = trained(ConvBn(), IMAGE)
+    nn.utils.spectral_norm(model.conv)  # until the first call, `weight` is `weight_orig`'s memory
+    assert_fuses(model, IMAGE)
+
+
+def test_another_use_is_told_to_read_the_norm_and_an_output_of_the_model_is_not() -> None:
+    class ByAnotherUse(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + y.relu()
+
+    class AsTheOutput(ConvBn):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return self.bn(y), y
+
+    said = [
+        torchfuse.plan(trained(model, IMAGE), IMAGE) for model in (ByAnotherUse(), AsTheOutput())
+    ]
+    assert [(skip.reason, skip.hint) for plan in said for skip in plan.skips] == [
+        (
+            "The output of `conv` is also read by another use: relu.",
+            "Let the other use read the batch norm's output.",
+        ),
+        ("The output of `conv` is also an output of the model.", ""),
+    ]

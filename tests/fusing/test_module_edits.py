@@ -9,6 +9,7 @@ from support.fusing_checks import IMAGE, ConvBn, relative_difference, trained
 from torchfuse.errors import FusionError
 from torchfuse.fusing.module_edits import (
     Fusions,
+    MergedBlock,
     attach,
     check_unchanged,
     fold_in,
@@ -17,6 +18,7 @@ from torchfuse.fusing.module_edits import (
     fusions_of,
     take_back,
     was_fused,
+    without_norm,
 )
 from torchfuse.rules import RULES
 
@@ -51,6 +53,46 @@ def test_a_fold_goes_in_and_comes_back_out(model):
     take_back(model, folded)
     assert is_in_state(model, before)
     assert torch.equal(model(IMAGE), expected)
+
+
+def test_what_is_remembered_of_the_original_takes_no_memory(model):
+    folded = fold_in(model, RULE["conv_bn"], *PAIR, keep=False)
+    for module in (folded.layer, folded.norm):
+        assert all(tensor.is_meta for tensor in module.state_dict().values())
+
+
+def test_a_merged_block_counts_the_memory_of_what_it_keeps():
+    block = MergedBlock(
+        path="block",
+        base=(),
+        source="",
+        args=(),
+        rules=(),
+        layers=(),
+        modules={},
+        tensors={},
+        key_map={},
+        written={},
+        original_modules={"dense": nn.Conv2d(4, 4, 3, bias=False)},
+        original_tensors={"gamma": torch.ones(4)},
+    )
+    assert block.originals_bytes == 4 * (4 * 4 * 9 + 4)
+    block.original_modules = block.original_tensors = None
+    assert block.originals_bytes == 0
+
+
+class NormThenRelu(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_what_stays_of_a_subclass_says_what_it_is_and_can_be_reset_and_loaded():
+    rest = without_norm(NormThenRelu(4))
+    assert torch.equal(rest(IMAGE), IMAGE.relu())
+    assert "affine=False" in str(rest)
+    assert "track_running_stats=False" in str(rest)
+    rest.reset_parameters()
+    rest.load_state_dict({})  # as from a file that keeps tensors alone, without their version
 
 
 def test_without_keeping_nothing_of_the_original_stays(model):
@@ -99,6 +141,21 @@ def test_changed_weights_are_noticed_before_anything_is_undone(model):
         model.conv.bias[0] += 1
     with pytest.raises(FusionError, match="`conv` have changed"):
         check_unchanged(model)
+
+
+def test_a_hook_that_computes_the_weight_goes_and_comes_back_before_those_that_stay():
+    model = trained(ConvBn(), IMAGE)
+    nn.utils.spectral_norm(model.conv)
+    model.conv.register_forward_pre_hook(lambda module, args: None)
+    hooks, expected = list(model.conv._forward_pre_hooks.values()), model(IMAGE)
+    folded = fold_in(model, RULE["conv_bn"], *PAIR, keep=True)
+    assert list(model.conv._forward_pre_hooks.values()) == hooks[1:]
+    assert relative_difference(expected, model(IMAGE)) < 1e-5
+    assert model.conv.weight is model.conv._parameters["weight"]
+    model.conv.register_forward_pre_hook(since := lambda module, args: None)
+    take_back(model, folded)
+    assert list(model.conv._forward_pre_hooks.values()) == [*hooks, since]
+    assert torch.equal(model(IMAGE), expected)
 
 
 def test_all_paths_of_a_module_are_edited():

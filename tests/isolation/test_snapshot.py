@@ -36,11 +36,14 @@ class Model(nn.Module):
         self.members = {1}
         self.inner = SimpleNamespace(values=[1], deeper=SimpleNamespace(flag=False))
         self.pair = ([1], 2)
+        self.outputs = [torch.zeros(1)]
+        self.counted = (torch.zeros(1), 1)
         self.generator = torch.Generator().manual_seed(1)
         self.python = random.Random(1)
         self.numpy = np.random.default_rng(1)
+        self.twister = np.random.Generator(np.random.MT19937(1))
         self.legacy = np.random.RandomState(1)
-        self.array = np.zeros(2)
+        self.array = np.array([0.0, np.nan])
         self.number = 1
 
 
@@ -82,11 +85,45 @@ CHANGES = {
     "torch's generator": lambda m: torch.rand(1, generator=m.generator),
     "Python's generator": lambda m: m.python.random(),
     "numpy's generator": lambda m: m.numpy.random(),
+    "numpy's twister": lambda m: m.twister.random(),
     "numpy's old generator": lambda m: m.legacy.rand(),
     "an array": lambda m: m.array.__iadd__(1),
+    "other tensors": lambda m: setattr(m, "outputs", [torch.ones(1), torch.ones(1)]),
+    "a tensor and a number": lambda m: setattr(m, "counted", (torch.ones(1), 2)),
     "torch's random state": lambda _: torch.rand(1),
     "Python's random state": lambda _: random.random(),
     "numpy's random state": lambda _: np.random.rand(),
+}
+# What code can branch on without asking a tensor, by the names that are given for it.
+TOLD = {
+    "running statistics": {"training"},
+    "a buffer less": {"count"},
+    "a module more": {"more"},
+    "a module in the place of another": {"layer"},
+    "a training flag": {"training"},
+    "a hook": {"_forward_hooks"},
+    "an attribute": {"number"},
+    "an attribute more": {"another"},
+    "an attribute less": {"number"},
+    "an entry more": {"b"},
+    "another entry": {"a"},
+    "entries in another order": {"b"},
+    "an item more": {"items"},
+    "another item": {"items"},
+    "a queue": {"queue"},
+    "a member": {"members"},
+    "a member in the place of another": {"members"},
+    "a list in an object": {"inner"},
+    "an object in an object": {"flag"},
+    "a list in a tuple": {"pair"},
+    "a tensor and a number": {"counted"},
+    "Python's generator": {"python"},
+    "numpy's generator": {"numpy"},
+    "numpy's twister": {"twister"},
+    "numpy's old generator": {"legacy"},
+    "an array": {"array"},
+    "Python's random state": {"Python's random state"},
+    "numpy's random state": {"numpy's random state"},
 }
 
 
@@ -105,13 +142,14 @@ def state(model: Model) -> dict[str, Any]:
         "containers": repr(
             [model.table, model.ordered, model.items, model.queue, model.members, model.inner]
         ),
-        "pair": repr(model.pair),
+        "tuples": repr([model.pair, model.outputs, model.counted]),
         "generators": [
             model.generator.get_state().tolist(),
             model.python.getstate(),
             repr(model.numpy.bit_generator.state),
+            repr(model.twister.bit_generator.state),
             repr(model.legacy.get_state()),
-            model.array.tolist(),
+            repr(model.array),
         ],
         "random": [
             torch.get_rng_state().tolist(),
@@ -143,10 +181,23 @@ def test_one_snapshot_puts_back_after_each_of_several_calls(change: str) -> None
     assert snapshot.wrote is (change in WRITES)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_call_changed_is_told_by_name_but_for_the_values_of_tensors(change: str) -> None:
+    model = Model().eval()
+    snapshot = Snapshot(model)
+    with restored(model, snapshot=snapshot):
+        CHANGES[change](model)
+    assert snapshot.changed == TOLD.get(change, set())
+
+
 def in_another_thread(call: Callable[[], object]) -> None:
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
+
+
+def the_function() -> Callable[[], float]:
+    return random.random
 
 
 @pytest.mark.parametrize(
@@ -157,8 +208,9 @@ def in_another_thread(call: Callable[[], object]) -> None:
         (np.random.rand, {"numpy's random state"}),
         (lambda: torch.rand(1), set()),
         (lambda: in_another_thread(random.random), set()),
+        (lambda: in_another_thread(the_function()), set()),  # named here, and called there
     ],
-    ids=["random", "randint", "numpy", "torch", "another thread"],
+    ids=["random", "randint", "numpy", "torch", "another thread", "another thread's function"],
 )
 def test_random_numbers_that_another_thread_draws_are_not_the_run_s(
     run: Callable[[], object], changed: set[str]
@@ -269,6 +321,15 @@ def test_buffers_are_given_values_of_their_own_and_shared_ones_stay_shared() -> 
     assert model[0].running_mean is model[1].running_mean
     assert model[0].running_mean is not shared
     assert torch.equal(model[0].running_mean, torch.zeros(2))
+
+
+def test_compiled_parts_run_as_the_python_they_came_from() -> None:
+    def refuses(graph: object, inputs: object) -> Any:
+        raise AssertionError("compiled")
+
+    double = torch.compile(lambda x: x + x, backend=refuses)
+    with restored(nn.Identity()):
+        assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_the_random_state_can_be_kept_alone() -> None:

@@ -3,10 +3,12 @@
 import contextvars
 import itertools
 import os
+import random
 import re
 import threading
 import types
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -17,6 +19,8 @@ NOTHING_YET = None
 OBJECT = types.SimpleNamespace(calls=0)
 COUNTER = itertools.count()
 VARIABLE = contextvars.ContextVar("VARIABLE", default=0)
+ARRAY = np.zeros(1)
+GENERATOR = np.random.default_rng(0)
 OF_THIS_THREAD = threading.local()
 OF_THIS_THREAD.calls = 0
 
@@ -96,6 +100,36 @@ class InAFunction(Counting):
         return InAFunction.is_early.calls < 50
 
 
+class InAnArray(Counting):
+    def __init__(self):
+        super().__init__()
+        self.calls = np.zeros(1)
+
+    def is_early(self):
+        self.calls += 1
+        return self.calls[0] < 50
+
+
+class InAGlobalArray(Counting):
+    def is_early(self):
+        ARRAY[0] += 1
+        return ARRAY[0] < 50
+
+
+class InAGenerator(Counting):
+    def __init__(self):
+        super().__init__()
+        self.generator = random.Random(0)
+
+    def is_early(self):
+        return self.generator.random() < 0.9
+
+
+class InAGlobalGenerator(Counting):
+    def is_early(self):
+        return GENERATOR.random() < 0.9
+
+
 class InTheEnvironment(Counting):
     def is_early(self):
         os.environ["CALLS"] = str(int(os.environ.get("CALLS", "0")) + 1)
@@ -113,6 +147,7 @@ class InALengthOfText(Counting):
     [
         *(InItsClass, InAGlobal, InAnObject, InAnIterator, InADefault, InAClosure, InAContext),
         *(InTheThread, InAFunction, InTheEnvironment, InALengthOfText),
+        *(InAnArray, InAGlobalArray, InAGenerator, InAGlobalGenerator),
     ],
 )
 def test_code_that_branches_on_state_that_a_call_changes_is_skipped(
@@ -126,10 +161,16 @@ def test_code_that_branches_on_state_that_a_call_changes_is_skipped(
 
 
 def test_state_outside_is_put_back() -> None:
-    for model in (InItsClass, InAGlobal, InAnObject, InADefault, InTheThread, InAFunction):
+    drawn = repr(GENERATOR.bit_generator.state)
+    for model in (
+        *(InItsClass, InAGlobal, InAnObject, InADefault, InTheThread, InAFunction),
+        *(InAGlobalArray, InAGlobalGenerator),
+    ):
         torchfuse.plan(model().eval(), IMAGE)
     assert InItsClass.calls == 0
     assert NOTHING_YET is None
     assert OBJECT.calls == OF_THIS_THREAD.calls == VARIABLE.get() == 0
     assert InADefault.is_early.__defaults__ == ([],)
     assert not hasattr(InAFunction.is_early, "calls")
+    assert ARRAY[0] == 0
+    assert repr(GENERATOR.bit_generator.state) == drawn

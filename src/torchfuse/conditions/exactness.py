@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from torchfuse.conditions.dataflow import keeps_channels
 from torchfuse.conditions.editable import layer_is_a_module, no_hook_renames_keys, norm_is_a_module
 from torchfuse.conditions.subject import Match, Refusal
@@ -172,7 +170,7 @@ def _dtypes_agree(_: Subject, match: Match) -> Refusal | None:
     for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
         made, normed = first.results[0].dtype, second.results[0].dtype
         for call in between:
-            if any(result.dtype != made for result in call.results):
+            if call.results[0].dtype != made:
                 return Refusal(
                     f"What `{match.first}` computes in {made} is rounded to "
                     f"{call.results[0].dtype} before `{match.second}`.",
@@ -184,7 +182,4 @@ def _dtypes_agree(_: Subject, match: Match) -> Refusal | None:
                 f"the result would be rounded to {made}.",
                 "Use one dtype for both.",
             )
-        weight = first.operands["weight"].dtype
-        if not getattr(torch, weight).is_floating_point:
-            return Refusal(f"The weight of `{match.first}` is {weight}, not a real number.")
     return None

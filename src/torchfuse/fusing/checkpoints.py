@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.algebra.folding import fold_batch_norm
 from torchfuse.cases import check_model
 from torchfuse.errors import FusionError, InputError, first_line
 from torchfuse.fusing.blocks.replacing import blocks_loaded
 from torchfuse.fusing.module_edits import fusions_of, plain_layer, was_fused
 from torchfuse.isolation.model_copy import shell
-from torchfuse.rules import RULES
 
 if TYPE_CHECKING:
     from torchfuse.fusing.module_edits import Folded, Fusions
@@ -75,7 +75,8 @@ def _load_unfused(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             target = model.get_submodule(entry.first[0])
             target.weight.copy_(weight)  # type: ignore[operator]
             target.bias.copy_(bias)  # type: ignore[operator]
-            if entry.original_layer is not None and entry.original_norm is not None:
+            if entry.original_layer is not None:
+                assert entry.original_norm is not None
                 shell(*entry.original_layer).load_state_dict(layer.state_dict())
                 entry.original_norm.load_state_dict(_own(norm.state_dict()), strict=False)
 
@@ -141,8 +142,7 @@ def _loaded(
             ) from error
         modules.append(module)
     layer, norm = modules
-    rule = next(rule for rule in RULES if rule.name == entry.rule)
-    weight, bias = rule.rewrite(plain_layer(layer), norm)
+    weight, bias = fold_batch_norm(plain_layer(layer), norm)
     for path in entry.first:
         known |= {f"{path}.weight": weight, f"{path}.bias": bias}
     return layer, norm, weight, bias

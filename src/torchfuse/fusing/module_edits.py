@@ -58,7 +58,6 @@ _ATTRIBUTE = "_torchfuse_fusions"  # on the model itself; a plain object, so nev
 class Folded:
     """One batch norm that was folded into one layer: what it takes to check it and to undo it."""
 
-    rule: str
     first: tuple[str, ...]  # all paths of the layer
     second: tuple[str, ...]  # all paths of the batch norm
     layer: nn.Module  # as it was, without its memory (on the meta device)
@@ -149,7 +148,6 @@ def fold_in(
     layer, norm = model.get_submodule(first[0]), model.get_submodule(second[0])
     weight, bias = rule.rewrite(plain_layer(layer), norm) if weights is None else weights
     folded = Folded(
-        rule=rule.name,
         first=tuple(first),
         second=tuple(second),
         layer=on_meta(layer),
@@ -224,11 +222,12 @@ def check_unchanged(model: nn.Module) -> None:
 def _check_fold(folded: Folded, layer: Any) -> nn.Module:
     """The layer as it was before the fold."""
     name = f"`{folded.first[0]}`"
-    if folded.original_layer is None or folded.original_norm is None:
+    if folded.original_layer is None:
         raise FusionError(
             f"{name} was fused with keep_originals=False, so its original weights are gone; load "
             "them from a checkpoint into a new model."
         )
+    assert folded.original_norm is not None
     original = shell(*folded.original_layer)
     weight, bias = fold_batch_norm(plain_layer(original), folded.original_norm)
     if not (_identical(layer.weight, weight) and _identical(layer.bias, bias)):
@@ -348,9 +347,7 @@ def _bake(layer: nn.Module) -> None:
         layer._load_state_dict_pre_hooks,
         layer._load_state_dict_post_hooks,
     ):
-        for key, hook in list(hooks.items()):
-            if is_state_dict_hook_of_torch(hook):
-                del hooks[key]
+        hooks.clear()  # all torch's: a layer with others is not folded
     for key, hook in list(layer._forward_pre_hooks.items()):
         if is_weight_hook(hook):
             del layer._forward_pre_hooks[key]

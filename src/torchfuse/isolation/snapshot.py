@@ -13,6 +13,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from operator import is_
@@ -311,7 +312,7 @@ class _Attributes:
         self.cells: list[tuple[types.CellType, Any]] = []
         self.variables: list[tuple[contextvars.ContextVar[Any], Any]] = []
         self.environment: dict[str, str] | None = None
-        self.steps: list[Callable[[], object]] = []  # for what has a state and no entries
+        self.states: list[tuple[str, _State, Any]] = []  # of what has a state and no entries
         self.seen: set[int] = set()
         self.changed: set[str] = set()
 
@@ -376,6 +377,8 @@ class _Attributes:
             self.changed.add(name)  # whoever takes its next entry changes it
         elif value is os:
             self.environment = dict(os.environ)
+        elif not _is_atom(value) and _state_of(value) is not None:
+            self.keep(value, 0, name)
         elif isinstance(value, threading.local) or (
             not _is_atom(value)
             and type(getattr(value, "__dict__", None)) is dict
@@ -397,8 +400,8 @@ class _Attributes:
         elif isinstance(value, set):
             children = ()
             self.sets.append((name, value, set(value)))
-        elif (step := _restoring_step(value)) is not None:
-            self.steps.append(step)
+        elif (state := _state_of(value)) is not None:
+            self.states.append((name, state, state.read()))
             children = ()
         elif isinstance(value, tuple):
             children = value
@@ -450,14 +453,16 @@ class _Attributes:
             self.changed.add("environ")
             os.environ.clear()
             os.environ.update(self.environment)
-        for step in self.steps:
-            step()
+        for name, state, before in self.states:
+            if not _is_same(state.read(), before):
+                state.write(before)
+                if not isinstance(before, torch.Tensor):
+                    self.changed.add(name)
 
 
 def _users(class_: Any) -> Iterator[Any]:
-    """A class and its bases, without torch's own."""
-    own = ("torch.", "torchfuse.")
-    return (b for b in class_.__mro__ if b is not object and not b.__module__.startswith(own))
+    """A class and its bases, without Python's and torch's own."""
+    return (base for base in class_.__mro__ if not base.__module__.startswith(_OWN))
 
 
 @lru_cache(maxsize=4096)
@@ -472,8 +477,7 @@ def _functions_of(class_: Any) -> tuple[types.FunctionType, ...]:
     found = [member for member in members if isinstance(member, types.FunctionType)]
     named = [space[name] for function in found for space, name in _globals_of(function)]
     found += [f for f in named if isinstance(f, types.FunctionType)]
-    own = ("torch.", "torchfuse.")
-    return tuple(f for f in found if not (f.__module__ or "").startswith(own))
+    return tuple(f for f in found if not (f.__module__ or "").startswith(_OWN))
 
 
 @lru_cache(maxsize=8192)
@@ -483,29 +487,47 @@ def _globals_of(function: types.FunctionType) -> tuple[tuple[dict[str, Any], str
     return tuple((space, name) for name in function.__code__.co_names if name in space)
 
 
-def _restoring_step(value: Any) -> Callable[[], object] | None:
-    """What puts a random generator or an array back; None if it is neither."""
+@dataclass(frozen=True)
+class _State:
+    """How to read what a random generator or an array holds, and how to write it."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+
+def _state_of(value: Any) -> _State | None:
+    """The state of a random generator or an array; None if it is neither."""
     if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state)
+        return _State(value.get_state, value.set_state)
     if isinstance(value, random.Random):
-        position = value.getstate()
-        return lambda: value.setstate(position)
+        return _State(value.getstate, value.setstate)
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
     if isinstance(value, numpy.random.Generator):
-        bits = copy.deepcopy(value.bit_generator.state)
-        return lambda: setattr(value.bit_generator, "state", bits)
+        bits = value.bit_generator
+        return _State(
+            lambda: copy.deepcopy(bits.state), lambda state: setattr(bits, "state", state)
+        )
     if isinstance(value, numpy.random.RandomState):
-        legacy = value.get_state()
-        return lambda: value.set_state(legacy)
+        return _State(value.get_state, value.set_state)
     if isinstance(value, numpy.ndarray) and value.flags.writeable:
-        entries = value.copy()
-        return lambda: numpy.copyto(value, entries)
+        return _State(value.copy, lambda entries: numpy.copyto(value, entries))
     return None
 
 
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two states are the same, bit for bit."""
+    if isinstance(a, dict):
+        return all(_is_same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return all(map(_is_same, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return bool(a.tobytes() == b.tobytes() if hasattr(a, "tobytes") else a == b)
+
+
+_OWN = ("builtins", "torch.", "torchfuse.")  # their classes and functions are nobody's state
 _NOTHING: dict[Any, Any] = {}
 _PLAIN = frozenset({str, int, float, bool, type(None)})  # what most attributes are
 _NUMBERS = (int, float, type(None))
