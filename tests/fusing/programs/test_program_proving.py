@@ -12,7 +12,7 @@ from torch.export import export
 import torchfuse
 from support.fusing_checks import IMAGE, ConvBn, trained
 from torchfuse.fusing.programs import program_judging
-from torchfuse.fusing.programs.program_proving import pair_differences
+from torchfuse.fusing.programs.program_proving import pair_differences, whole_difference
 from torchfuse.rules import RULES
 
 # torch.export deep-copies its own pytree specs when it makes a module of a program.
@@ -41,7 +41,7 @@ def refused(model: nn.Module, inputs: Tensor) -> list[str]:
     """The batch norms whose folds by themselves did not pass."""
     torch.manual_seed(0)
     plan = torchfuse.fuse_exported(export(model, (inputs,))).plan
-    return [s.modules[-1] for s in plan.skips if "The fold did not pass its proof" in s.reason]
+    return [s.modules[-1] for s in plan.skips if "the folded layer is off by" in s.reason]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,12 @@ def test_a_wrong_fold_inside_vmap_is_refused_by_itself(plant: Plant) -> None:
     model = trained(Mapped(), IMAGE)
     plant(0.01)
     assert refused(model, IMAGE) == ["bn"]
+
+
+def test_the_whole_is_compared_with_the_given_program_itself() -> None:
+    given, other = export(nn.ReLU(), (IMAGE,)), export(nn.Tanh(), (IMAGE,))
+    whole = whole_difference(given, ["bn"], lambda _: other, lambda: (given, lambda _: other))
+    assert (whole.kept, whole.refused, whole.check.passed) == ([], ["bn"], True)
 
 
 def test_of_no_pairs_nothing_is_run() -> None:

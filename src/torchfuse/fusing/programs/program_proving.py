@@ -142,7 +142,7 @@ class _Recorder(torch.fx.Interpreter):
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.run(*example_arguments(program), enable_io_processing=False)
+            self.run(*example_arguments(program))
 
     def run_node(self, n: Node) -> Any:
         if n.name in self._wanted_inputs:
