@@ -32,15 +32,19 @@ NEVER_WRONG = tuple(
     for name in ("order", "inputs", "dtypes", "sharing", "parametrized", "batch_norms", "layers")
 )
 PROOF = ("tests/fusing/proving", "tests/test_proof.py")
-PROGRAMS = tuple(
-    f"tests/fusing/programs/test_program_fusing.py::test_{name}"
-    for name in (
-        "a_program_that_amplifies_rounding_is_fused",
-        "a_pair_that_amplifies_rounding_is_judged_in_float64",
-        "an_amplifying_program_that_runs_in_float32_alone_keeps_what_its_pairs_show",
-        "a_small_error_that_only_the_whole_program_shows_is_refused",
-        "one_percent_is_seen_in_half_precision_too",
-    )
+PROGRAMS = (
+    "tests/fusing/programs/test_program_proving.py",
+    *(
+        f"tests/fusing/programs/test_program_fusing.py::test_{name}"
+        for name in (
+            "a_program_that_amplifies_rounding_is_fused",
+            "a_pair_that_amplifies_rounding_is_judged_in_float64",
+            "an_amplifying_program_that_runs_in_float32_alone_keeps_what_its_pairs_show",
+            "a_small_error_that_only_the_whole_program_shows_is_refused",
+            "one_percent_is_seen_in_half_precision_too",
+            "a_fold_that_is_one_percent_off_is_rolled_back",
+        )
+    ),
 )
 BLOCKS = "tests/fusing/blocks/test_planned.py"
 # The files that are changed, each with the tests that are to notice.

@@ -113,7 +113,10 @@ def test_one_percent_is_seen_in_half_precision_too(
     model.to(dtype)
     assert len(torchfuse.fuse(model, IMAGE.to(dtype)).plan.fusions) == 2
     plant(monkeypatch, lambda w, b: (w * 1.01, b))
-    assert torchfuse.fuse(model, IMAGE.to(dtype)).plan.fusions == ()
+    plan = torchfuse.fuse(model, IMAGE.to(dtype)).plan
+    assert plan.fusions == ()
+    assert len(plan.skips) == 2
+    assert all("did not pass its proof" in skip.reason for skip in plan.skips)  # each by itself
 
 
 def test_inputs_that_hide_the_error_are_not_the_only_ones_tried(
@@ -199,6 +202,97 @@ def test_a_small_error_that_only_the_whole_model_shows_is_seen_in_half_precision
     assert torch.equal(result.model(IMAGE.to(dtype)), model(IMAGE.to(dtype))) or (
         len(result.plan.fusions) == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "right"),
+    [
+        (torch.float32, 0.9e-5, True),
+        (torch.float32, 1.1e-5, False),
+        (torch.float64, 0.9e-12, True),
+        (torch.float64, 1.1e-12, False),
+    ],
+)
+def test_a_layer_may_round_by_1e_5_in_float32_and_by_1e_12_in_float64(
+    dtype: torch.dtype,
+    off: float,
+    right: bool,
+    model: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plant(monkeypatch, lambda w, b: (w * (1 + off), b * (1 + off)))
+    plan = torchfuse.fuse(model.to(dtype), IMAGE.to(dtype)).plan
+    by_itself = [skip for skip in plan.skips if "did not pass its proof" in skip.reason]
+    assert len(by_itself) == (0 if right else 2)
+
+
+class Logarithmic(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.log())
+
+
+def test_other_inputs_of_which_the_model_makes_nan_say_nothing_of_its_pairs() -> None:
+    torch.manual_seed(0)
+    positive = IMAGE.abs() + 0.01  # others like them are negative in places
+    result = torchfuse.fuse(Logarithmic().eval(), positive)
+    assert [fusion.modules for fusion in result.plan.fusions] == [
+        ("conv1", "bn1"),
+        ("conv2", "bn2"),
+    ]
+    assert len(result.check.outputs) == 1  # the given one
+
+
+def test_a_model_that_agrees_is_folded_once(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[int] = []
+    original = module_proving.apply
+
+    def applying(*args: object, **options: object) -> object:
+        times.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module_proving, "apply", applying)
+    assert len(torchfuse.fuse(model, IMAGE).plan.fusions) == 2
+    assert len(times) == 1
+
+
+def test_interrupted_while_it_is_compared_a_model_is_left_as_it_was(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    fused: list[bool] = []
+
+    def interrupted(fused_model: nn.Module, *_: object, **__: object) -> None:
+        fused.append(type(fused_model.bn2) is not nn.BatchNorm2d)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module_proving, "outputs_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        torchfuse.fuse(model, IMAGE, inplace=True)
+    assert fused == [True]
+    assert type(model.bn1) is type(model.bn2) is nn.BatchNorm2d
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("in_float64", [True, False])
+def test_where_float64_would_have_to_tell_and_cannot_the_scope_says_so(in_float64: bool) -> None:
+    class Chaotic(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            if not in_float64 and x.dtype is not torch.float32:
+                raise RuntimeError("expected scalar type Float")
+            x = torch.sin(x) ** 2
+            for _ in range(12):
+                x = 4 * x * (1 - x)
+            return x
+
+    torch.manual_seed(0)
+    plan = torchfuse.fuse(trained(Chaotic(), IMAGE), IMAGE).plan
+    assert len(plan.fusions) == 2
+    said = [text for text in plan.scope if "does not run in float64" in text]
+    assert len(said) == (0 if in_float64 else 1)
 
 
 @pytest.mark.parametrize("times", [12, 40], ids=["in float32", "in float64 too"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchfuse.errors import InputError
-from torchfuse.stats import Ratio, percentile, ratio_of_medians
+from torchfuse.stats import Ratio, Share, percentile, ratio_of_medians, share_of
 
 
 def noisy(median: float, *, spread: float = 0.02, count: int = 60, seed: int = 0) -> list[float]:
@@ -127,3 +127,35 @@ def test_an_interval_that_touches_one_is_no_difference(
 def test_a_ratio_reads_with_its_interval() -> None:
     assert str(Ratio(1.523, 1.488, 1.551)) == "1.52 (1.49 … 1.55)"
     assert str(Ratio(1.0, 0.97, 1.02)) == "no measurable difference (0.97 … 1.02)"
+
+
+@pytest.mark.parametrize("round_runs", [None, 1])
+def test_a_ratio_is_of_the_medians(round_runs: int | None) -> None:
+    above, below = [6.0] * 7 + [600.0], [4.0] * 7 + [0.1]
+    found = ratio_of_medians(above, below, round_runs=round_runs)
+    assert (found.value, found.low, found.high) == (1.5, 1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("hits", "samples", "low", "high"),
+    [  # Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_the_interval_of_a_share_is_wilsons(
+    hits: int, samples: int, low: float, high: float
+) -> None:
+    found = share_of(hits, samples)
+    assert (found.value, found.samples) == (hits / samples, samples)
+    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    misses = share_of(samples - hits, samples)
+    assert (round(1 - misses.high, 4), round(1 - misses.low, 4)) == (low, high)
+    assert 0 <= found.low <= found.high <= 1
+
+
+def test_a_share_reads_in_percent_with_its_interval_if_that_is_known() -> None:
+    assert str(Share(0.985, 0.962, 0.994, 200)) == "98.50 % (96.2 … 99.4)"
+    assert str(Share(0.985)) == "98.50 %"

@@ -51,13 +51,15 @@ def test_a_fold_may_round_four_times_as_badly_as_the_original(times: float, righ
         )
 
 
-@pytest.mark.parametrize(("steps", "right"), [(3, True), (5, False)])
+@pytest.mark.parametrize(("steps", "right"), [(4, True), (5, False)])
 def test_an_original_without_error_leaves_a_fold_four_steps_of_the_dtype(
     steps: int, right: bool
 ) -> None:
     fused = RIGHT + torch.tensor([0.0, 4 * steps * 2.0**-23, 0.0])
     found = decided(RIGHT, fused, 0.0, lambda: (EXACT, EXACT))
-    assert (found.problem is None) is right
+    assert found.problem == (
+        None if right else "in torch.float32 the folded layer is off by 2.4e-06, the original by 0."
+    )
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
@@ -131,3 +133,30 @@ def test_the_norm_is_over_the_layers_channels(
         )
         expected = expected.reshape(output.movedim(channels, -1).shape).movedim(-1, channels)
         torch.testing.assert_close(normed(layer, norm, output), expected)
+
+
+class Frozen(nn.Module):
+    """A batch norm of a class of its own, as vision backbones have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.tensor([1.0, -2.0]))
+        self.register_buffer("running_var", torch.tensor([4.0, 0.25]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean) * self.running_var.rsqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_of_a_class_of_its_own_is_asked_in_the_dtype_of_the_output(
+    dtype: torch.dtype,
+) -> None:
+    found = normed(nn.Linear(3, 2), Frozen(), torch.tensor([[3.0, 0.0]], dtype=dtype))
+    torch.testing.assert_close(found, torch.tensor([[1.0, 4.0]], dtype=dtype))
+
+
+def test_a_norm_without_weights_and_in_a_dtype_of_its_own_is_torchs() -> None:
+    norm = nn.BatchNorm1d(2, affine=False, eps=0.0).eval()
+    norm.running_mean.fill_(1 + 2.0**-10)  # 1 in bfloat16
+    found = normed(nn.Linear(3, 2), norm, torch.tensor([[3.0, 1.0]], dtype=torch.bfloat16))
+    torch.testing.assert_close(found, torch.tensor([[2.0, -(2.0**-10)]]).bfloat16())

@@ -94,3 +94,9 @@ def test_all_inputs_of_a_call_are_of_the_other_size() -> None:
     assert shapes(half.args) == ((1, 3, 4),)
     assert shapes(dict(half.kwargs)) == {"ids": (1, 3, 8), "n": [1]}  # no picture
     assert shapes(dict(batch.kwargs)) == {"ids": (1, 3, 8), "n": [1]}
+
+
+def test_no_values_come_again_at_another_batch_size() -> None:
+    values, batch = (other.args[0] for other in variations(Case((torch.randn(9, 1000),))))
+    both = torch.stack([values[:8].flatten(), batch.flatten()])
+    assert torch.corrcoef(both)[0, 1].abs() < 0.1

@@ -189,6 +189,11 @@ def fold(
     Raises:
         InputError: `prove`, and the program was saved without example inputs.
     """
+    if prove and program.example_inputs is None:
+        raise InputError(
+            "The exported program holds no example inputs to prove the fusions on; export it with "
+            "them, or pass verify=False."
+        )
     refuted: dict[str, str] = {}  # batch norm → how it differs
     while True:
         edit = _Edit(program, refuted, rules)

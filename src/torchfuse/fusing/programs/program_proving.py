@@ -13,7 +13,6 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from torchfuse.cases import Case
-from torchfuse.errors import InputError
 from torchfuse.fusing.proving import (
     PairDifference,
     Whole,
@@ -61,8 +60,7 @@ def whole_difference(
     `fused` makes the one in which these batch norms of `norms` are folded; `in_float64` gives
     `old` there, and what makes the other one.
     """
-    if old.example_inputs is None:
-        raise _no_example_inputs()
+    assert old.example_inputs is not None
     args, kwargs = old.example_inputs
     case = Case(tuple(args), dict(kwargs))
     tried = [case, other_inputs(case, seed=0)]
@@ -90,13 +88,6 @@ def _module(program: ExportedProgram) -> torch.nn.Module:
     return copy.deepcopy(program).module(check_guards=False)
 
 
-def _no_example_inputs() -> InputError:
-    return InputError(
-        "The exported program holds no example inputs to prove the fusions on; export it with "
-        "them, or pass verify=False."
-    )
-
-
 def pair_differences(
     old: ExportedProgram,
     new: ExportedProgram,
@@ -106,8 +97,6 @@ def pair_differences(
     """Return per batch norm how far its output moved."""
     if not pairs:
         return {}
-    if old.example_inputs is None:
-        raise _no_example_inputs()
     stand = {pair.stands for pair in pairs.values()}
     before = _Recorder(old, outputs=set(pairs), inputs={pair.layer for pair in pairs.values()})
     # Each folded layer is given what it was given before, so that only its own fold can differ.
@@ -153,7 +142,7 @@ class _Recorder(torch.fx.Interpreter):
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.run(*example_arguments(program), enable_io_processing=False)
+            self.run(*example_arguments(program))
 
     def run_node(self, n: Node) -> Any:
         if n.name in self._wanted_inputs:

@@ -94,7 +94,7 @@ def _peak(a: Tensor) -> float:
     if not a.numel():
         return 0.0
     low, high = a.aminmax()
-    return max(-low.item(), high.item())
+    return max(high.item(), -low.item())  # (of two zeros the first, which is not −0)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

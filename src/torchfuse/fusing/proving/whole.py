@@ -159,7 +159,7 @@ def _halved(
     kept, refused = list[Match](), list[Match]()
 
     def search(group: list[Match]) -> None:
-        checks = judge.explained(judge.checks(kept + group, indices)) if group else {}
+        checks = judge.explained(judge.checks(kept + group, indices))
         if all(check.passed for check in checks.values()):
             kept.extend(group)
         elif len(group) > 1:
@@ -222,8 +222,8 @@ def _nudged(value: Any) -> Any:
 
     def nudged(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            up = torch.rand(value.shape, generator=generator, device="cpu") < 0.5
-            towards = torch.where(up.to(value.device), math.inf, -math.inf).to(value.dtype)
+            signs = torch.randn(value.shape, generator=generator, device="cpu").to(value)
+            towards = torch.full_like(value, math.inf).copysign(signs)
             # (an infinite one, as in a mask, stays)
             return torch.where(value.isfinite(), torch.nextafter(value, towards), value)
         if isinstance(value, (list, tuple)):
