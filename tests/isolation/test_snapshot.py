@@ -340,3 +340,12 @@ def test_the_random_state_can_be_kept_alone() -> None:
         first = drawn()
     with random_state_kept():
         assert drawn() == first
+
+
+def test_a_generator_that_has_no_state_is_left_alone() -> None:
+    model = nn.Linear(2, 2)
+    model.system = random.SystemRandom()  # type: ignore[assignment]
+    snapshot = Snapshot(model)
+    model.system.random()  # type: ignore[operator]
+    snapshot.put_back()
+    assert snapshot.changed == set()

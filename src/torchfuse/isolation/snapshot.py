@@ -499,7 +499,7 @@ def _state_of(value: Any) -> _State | None:
     """The state of a random generator or an array; None if it is neither."""
     if isinstance(value, torch.Generator):
         return _State(value.get_state, value.set_state)
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return _State(value.getstate, value.setstate)
     numpy = sys.modules.get("numpy")
     if numpy is None:
