@@ -141,6 +141,17 @@ class ItsOwnItems(Getter):
         return super().forward(x)
 
 
+class DropsItsLayer(Backbone):
+    def forward(self, x, extra=None):
+        if plain_size(x) < 3:
+            del self.body["bn"]
+        return super().forward(x, extra)
+
+
+def test_a_container_that_another_module_takes_a_layer_out_of_is_not():
+    assert_skipped(trained(DropsItsLayer(), IMAGE), IMAGE, "branches")
+
+
 @pytest.mark.parametrize("getter", [ForgetsSome, KeepsBySize, DropsALayer, ItsOwnItems])
 def test_a_container_whose_loop_may_come_out_otherwise_is_not(getter):
     assert_skipped(trained(Backbone(getter), IMAGE), IMAGE, "branches")

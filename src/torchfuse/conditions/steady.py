@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from enum import Enum
 from functools import lru_cache
+from itertools import chain
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -77,10 +78,15 @@ class Steady:
         self.any_written = False
         self.children_written = False
         self.naming: Counter[str] = Counter()  # functions that a call may come to, by names in them
+        self.filled: set[str] = set()  # what a call may put something into, or take it out of
+        self.names: dict[int, set[str]] = {}  # of each module
+        for path, module in modules.items():
+            self.names.setdefault(id(module), set()).add(path.rpartition(".")[2])
         recorded = {code for graph in graphs for code, _ in graph.codes}
         for code in self._may_run(recorded, by_name):
             self.written |= _stored(code)
             self.naming.update(names_in(code))
+            self.filled |= _filled(code)
             if not {"train", "eval"}.isdisjoint(code.co_names):
                 self.written.add("training")
             if code in self.functions and code not in self.of_objects:
@@ -151,13 +157,15 @@ class Steady:
         """`self.items()`, as torch's own containers answer, of children that no call changes."""
         if not (isinstance(method.value, ast.Name) and method.value.id == owner):
             return False
-        classes: set[Any] = {type(module) for module in self.owners[code]}
+        owners = self.owners[code]
+        classes: set[Any] = {type(module) for module in owners}
         return (
             method.attr in _CHILDREN
             and not self.children_written
+            and self.filled.isdisjoint(*(self.names[id(module)] for module in owners))
             and all(
                 getattr(class_, method.attr).__module__.startswith("torch.nn.")
-                and not any(_changes_entries(f.__code__) for _, f in functions_of(class_))
+                and "" not in {*chain(*(_filled(f.__code__) for _, f in functions_of(class_)))}
                 for class_ in classes
             )
         )
@@ -249,26 +257,31 @@ def _looped_over(code: CodeType, name: str) -> ast.expr | None:
     return loops[0] if len(stores) == len(loops) == 1 and not given else None
 
 
-@lru_cache(maxsize=4096)
-def _changes_entries(code: CodeType) -> bool:
-    """Whether a method may put into its own module, as a container, or take something out."""
+@lru_cache(maxsize=8192)
+def _filled(code: CodeType) -> frozenset[str]:
+    """Attributes that a function puts something into, or takes it out of: `self.layers[0] = …`.
+
+    The empty name is its own module. Where there is no source, it is every name that it mentions.
+    """
     tree = syntax_of(code)
-    if tree is None or not tree.args.args:
-        return tree is None
+    if tree is None:
+        return names_in(code) | {""}
     if is_setup(tree.name):
-        return False
-    owner = tree.args.args[0].arg
-    return any(
-        isinstance(node, (ast.Attribute, ast.Subscript))
-        and isinstance(node.value, ast.Name)
-        and node.value.id == owner
-        and (
-            node.attr in _CHANGING
-            if isinstance(node, ast.Attribute)
-            else not isinstance(node.ctx, ast.Load)
-        )
-        for node in ast.walk(tree)
-    )
+        return frozenset()
+    owner = tree.args.args[0].arg if tree.args.args else None
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Attribute, ast.Subscript)):
+            continue
+        if isinstance(node, ast.Attribute):
+            changes = node.attr in _CHANGING
+        else:
+            changes = not isinstance(node.ctx, ast.Load)
+        if changes and isinstance(node.value, ast.Attribute):
+            found.add(node.value.attr)
+        elif changes and isinstance(node.value, ast.Name) and node.value.id == owner:
+            found.add("")
+    return frozenset(found)
 
 
 def _is_whole(value: Any, names: Sequence[str]) -> bool:
