@@ -33,7 +33,7 @@ from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.measuring.timing import measure_interleaved, ratio
 from torchfuse.quantizing.metrics import sqnr_of_outputs
 from torchfuse.quantizing.static import float_graph
-from torchfuse.targets.openvino.compiled import OpenVinoModel
+from torchfuse.targets.openvino.compiled_model import OpenVinoModel
 
 TRAINED = "mobilenet_v2, trained"
 NETS = (TRAINED, "resnet18", "vit_tiny_patch16_224")

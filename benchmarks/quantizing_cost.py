@@ -79,7 +79,7 @@ def ours(model: Any, data: list[Any], **options: Any) -> int:
     from torchfuse.cases import Case
     from torchfuse.lowering.capture import capture
     from torchfuse.quantizing import quantize
-    from torchfuse.targets.executorch.lowering import lower
+    from torchfuse.targets.executorch.xnnpack import lower
 
     result = quantize(model, data[0], data, **options)
     return len(lower(capture(result.model, Case((data[0],)))).program)

@@ -27,7 +27,7 @@ from torchfuse.errors import UnsupportedError
 from torchfuse.lowering import capture as capturing
 from torchfuse.lowering.xnnpack_rewrites import REWRITES, REWRITES_ONCE_QUANTIZED, Rewrite, rewrite
 from torchfuse.measuring.timing import measure_interleaved, ratio
-from torchfuse.targets.executorch import lowering
+from torchfuse.targets.executorch import xnnpack
 from torchfuse.targets.executorch.program import ExecutorchModel
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -182,7 +182,7 @@ def without(skipped: Rewrite | None) -> Iterator[None]:
     ) -> dict[str, int]:
         return rewrite(program, [each for each in rewrites if each is not skipped])
 
-    with patch.object(capturing, "rewrite", fewer), patch.object(lowering, "rewrite", fewer):
+    with patch.object(capturing, "rewrite", fewer), patch.object(xnnpack, "rewrite", fewer):
         yield
 
 
@@ -194,7 +194,7 @@ def lowered(
         warnings.simplefilter("ignore")
         if precision == "int8":
             model = torchfuse.quantize(model, x, [x, x + 0.1], recovery=()).model
-        found = lowering.lower(capturing.capture(model, Case((x,))))
+        found = xnnpack.lower(capturing.capture(model, Case((x,))))
     program = ExecutorchModel(found.program, found.signature)
     with torch.no_grad():
         expected, got = model(x), program(x)

@@ -12,7 +12,7 @@ from torchfuse.artifacts import write_atomically
 from torchfuse.cases import Case
 from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
-from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.executorch.xnnpack import lower
 from torchfuse.targets.sealing import seal_pte, seal_zip
 from torchfuse.targets.torchscript import scripting
 

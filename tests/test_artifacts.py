@@ -19,7 +19,7 @@ from torchfuse.errors import ArtifactError
 from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.targets import target_for
-from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.executorch.xnnpack import lower
 from torchfuse.targets.opening import check
 from torchfuse.targets.sealing import seal_pte, seal_zip
 from torchfuse.targets.torchscript import scripting

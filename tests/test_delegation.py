@@ -12,7 +12,7 @@ from torchfuse.cases import Case
 from torchfuse.delegation import Conversion, Delegation, OperatorDelegation
 from torchfuse.lowering.capture import capture
 from torchfuse.quantizing import quantize
-from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.executorch.xnnpack import lower
 
 
 def operator(

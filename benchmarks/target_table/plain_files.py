@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.targets.executorch.program import ExecutorchModel
 from torchfuse.targets.onnx.session import OnnxModel
-from torchfuse.targets.openvino.compiled import OpenVinoModel
+from torchfuse.targets.openvino.compiled_model import OpenVinoModel
 
 __all__ = ["frozen", "plain"]
 

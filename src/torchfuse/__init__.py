@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torchfuse.planning import Fusion, FusionPlan, FusionResult, Skip
     from torchfuse.quantizing import QuantizationResult, quantize
     from torchfuse.quantizing.preprocessing import Preprocessing, WithPreprocessing
-    from torchfuse.quantizing.report import QuantizationReport
+    from torchfuse.quantizing.quantization_report import QuantizationReport
     from torchfuse.quantizing.training import convert_qat, prepare_qat
     from torchfuse.targets.torchscript.mobile_optimizer import optimize_for_mobile
     from torchfuse.verifying.equivalence import Equivalence, OutputDifference
@@ -113,7 +113,7 @@ _HOME = {
     "Measurement": "measuring.timing",
     "OutputDifference": "verifying.equivalence",
     "Preprocessing": "quantizing.preprocessing",
-    "QuantizationReport": "quantizing.report",
+    "QuantizationReport": "quantizing.quantization_report",
     "QuantizationWarning": "errors",
     "WithPreprocessing": "quantizing.preprocessing",
     "QuantizationResult": "quantizing",

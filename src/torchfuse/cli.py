@@ -12,11 +12,20 @@ from torchfuse.commands.settings import settings
 from torchfuse.commands.status import ERROR, FINE, INTERRUPTED
 from torchfuse.errors import TorchfuseError
 
-# In the order of the work, which is the order of --help.
-_COMMANDS = (
-    "recipe", "info", "plan", "fuse", "quantize", "export", "compare", "report", "bench",
-    "devices", "targets",
-)  # fmt: skip
+# Each command's file, in the order of the work, which is the order of --help.
+_COMMANDS = {
+    "recipe": "run_recipe",
+    "info": "info",
+    "plan": "plan",
+    "fuse": "fuse",
+    "quantize": "quantize",
+    "export": "export",
+    "compare": "compare",
+    "report": "report",
+    "bench": "bench",
+    "devices": "list_devices",
+    "targets": "list_targets",
+}
 
 
 class _Lazy(click.Group):
@@ -26,7 +35,7 @@ class _Lazy(click.Group):
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command = import_module(f"torchfuse.commands.{name}").command
+        command = import_module(f"torchfuse.commands.{_COMMANDS[name]}").command
         assert isinstance(command, click.Command)
         return command
 
@@ -43,7 +52,7 @@ def cli(ctx: click.Context) -> None:
     group = ctx.command
     assert isinstance(group, click.Group)
     ctx.default_map = settings(
-        _COMMANDS, lambda name: group.get_command(ctx, name), ctx.invoked_subcommand
+        list(_COMMANDS), lambda name: group.get_command(ctx, name), ctx.invoked_subcommand
     )
 
 

@@ -83,7 +83,7 @@ class FusionPlan:
 
     def __str__(self) -> str:
         """What `torchfuse plan` prints: the plan as tables, one line per row."""
-        from torchfuse.render.plan import text
+        from torchfuse.render.plan_text import text
 
         return text(self)
 

@@ -23,7 +23,7 @@ from torchfuse.cli import cli, main
 from torchfuse.commands.bench_meanwhile import Progress
 from torchfuse.devices import several
 from torchfuse.lowering.capture import capture
-from torchfuse.targets.executorch.lowering import lower
+from torchfuse.targets.executorch.xnnpack import lower
 
 Files = Callable[[str], str]
 Bench = Callable[..., tuple[int, str, str]]

@@ -9,7 +9,7 @@ from torchfuse.devices import listing
 from torchfuse.devices.adb import AdbDevice
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.errors import DeviceError, InputError
-from torchfuse.render.devices import blocks, described, show, table
+from torchfuse.render.devices_text import blocks, described, show, table
 
 
 def test_without_adb_this_machine_is_listed_and_the_problem_told(

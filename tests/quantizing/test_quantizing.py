@@ -13,8 +13,8 @@ from torchfuse.errors import CalibrationError, InputError
 from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.quantizing import QuantizedLayer, quantize
-from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.executorch.program import ExecutorchModel
+from torchfuse.targets.executorch.xnnpack import lower
 from torchfuse.verifying.outputs import verify
 
 

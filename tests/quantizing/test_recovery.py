@@ -11,8 +11,8 @@ from torchfuse.errors import InputError, QuantizationWarning
 from torchfuse.quantizing import quantize, static
 from torchfuse.quantizing.equalization import equalize
 from torchfuse.quantizing.layerwise import attribute, set_attribute
+from torchfuse.quantizing.quantization_report import MaxDrop
 from torchfuse.quantizing.recovery import STEPS, _held_out
-from torchfuse.quantizing.report import MaxDrop
 from torchfuse.quantizing.rounding import _rounded, correct
 
 

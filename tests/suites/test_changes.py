@@ -11,7 +11,7 @@ from torchfuse.comparing.comparison import Comparison, Row
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.errors import InputError
 from torchfuse.measuring.timing import Measurement
-from torchfuse.render.changes import markdown, text
+from torchfuse.render.changes_text import markdown, text
 from torchfuse.stats import Ratio, Share, share_of
 from torchfuse.suites.changes import changes
 from torchfuse.suites.results import Failure, Result, SuiteResult

@@ -79,7 +79,7 @@ def test_a_file_for_another_cpu_or_torch_is_refused_before_its_code_is_loaded(
     fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "torchfuse.targets.aotinductor.compiled.package", lambda _: pytest.fail("loaded")
+        "torchfuse.targets.aotinductor.package.package", lambda _: pytest.fail("loaded")
     )
     cpu = {**this_cpu(), "name": "A CPU of 2030", "instructions": ["avx2048"]}
     with pytest.raises(

@@ -18,8 +18,8 @@ from torchfuse.errors import ArtifactError, InputError, UnsupportedError
 from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture
 from torchfuse.targets.executorch import program
-from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.executorch.program import ExecutorchModel
+from torchfuse.targets.executorch.xnnpack import lower
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:

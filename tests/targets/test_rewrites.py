@@ -28,8 +28,8 @@ from torchfuse.lowering.xnnpack_rewrites.padding import leave_padding_in_int8
 from torchfuse.lowering.xnnpack_rewrites.selecting import write_selections_as_slices
 from torchfuse.lowering.xnnpack_rewrites.softmax import write_softmax_of_rows
 from torchfuse.lowering.xnnpack_rewrites.upsampling import write_upsampling_as_concatenations
-from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.executorch.program import ExecutorchModel
+from torchfuse.targets.executorch.xnnpack import lower
 
 
 class Does(nn.Module):

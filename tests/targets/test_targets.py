@@ -178,7 +178,7 @@ def test_every_target_has_a_test_file() -> None:
 
 
 # What is pushed to devices cannot import the targets; one picture pairs files by their runtime.
-KNOWS_FORMATS = {"render/comparison.py"}
+KNOWS_FORMATS = {"render/comparison_text.py"}
 
 
 def test_nothing_outside_the_targets_compares_with_a_suffix() -> None:

@@ -356,7 +356,7 @@ def _compare_record(path: Path, report: Report, fail_on_noise: bool) -> None:
 
 def _show(runs: "Sequence[DeviceRun]", report: Report, *, observer: bool) -> None:
     from torchfuse.measuring.speed_benchmark import observer_line
-    from torchfuse.render.bench import block, closing, heading
+    from torchfuse.render.bench_text import block, closing, heading
 
     report.print()
     for run in runs:

@@ -20,7 +20,7 @@ from torchfuse.commands.compare_suite import (
     suite_options,
 )
 from torchfuse.commands.data_options import DataOptions, data_options
-from torchfuse.commands.gates import Gates
+from torchfuse.commands.gate_options import Gates
 from torchfuse.commands.interruption import saving_what_there_is
 from torchfuse.commands.model_options import optional_model_options
 from torchfuse.commands.saved_results import interrupted_json, write_results
@@ -268,7 +268,7 @@ def _listed(option: str, text: str | None) -> list[str] | None:
 def _show(comparison: Comparison, folder: Path | None) -> None:
     from rich.console import Console
 
-    from torchfuse.render.comparison import caution_lines, renderable
+    from torchfuse.render.comparison_text import caution_lines, renderable
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     console.print(renderable([comparison]))

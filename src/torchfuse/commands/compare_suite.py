@@ -21,7 +21,7 @@ from torchfuse.render.progress import suite_progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torchfuse.commands.gates import Gates
+    from torchfuse.commands.gate_options import Gates
     from torchfuse.suites.results import SuiteResult
 
 __all__ = ["SuiteOptions", "compare_suite", "refuse_other_options", "suite_options"]
@@ -189,7 +189,7 @@ def _earlier(json_file: str | None) -> SuiteResult:
 def _show(found: SuiteResult) -> None:
     from rich.console import Console
 
-    from torchfuse.render.suite import renderable
+    from torchfuse.render.suite_text import renderable
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     console.print(renderable(found))

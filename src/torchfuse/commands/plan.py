@@ -14,7 +14,7 @@ from torchfuse.commands.model_options import model_options, rule_option, strict_
 from torchfuse.commands.status import GATE, STDOUT
 from torchfuse.errors import InputError
 from torchfuse.fusing.worth import TARGETS, worth
-from torchfuse.render import plan as render
+from torchfuse.render import plan_text as render
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torchfuse.artifacts import Artifact
-    from torchfuse.quantizing.report import QuantizationReport
+    from torchfuse.quantizing.quantization_report import QuantizationReport
 
 __all__ = ["command"]
 

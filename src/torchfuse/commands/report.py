@@ -129,7 +129,7 @@ def _changed(
 ) -> None:
     from rich.console import Console
 
-    from torchfuse.render.changes import markdown, renderable
+    from torchfuse.render.changes_text import markdown, renderable
     from torchfuse.suites.changes import changes
 
     if model is not None:

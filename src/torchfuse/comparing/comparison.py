@@ -135,13 +135,13 @@ class Comparison:
 
     def __str__(self) -> str:
         """What `torchfuse compare` prints: a table, what was bought, and what to know of both."""
-        from torchfuse.render.comparison import text
+        from torchfuse.render.comparison_text import text
 
         return text(self)
 
     def to_markdown(self) -> str:
         """The same as Markdown."""
-        from torchfuse.render.comparison import markdown
+        from torchfuse.render.comparison_text import markdown
 
         return markdown(self)
 

@@ -23,13 +23,13 @@ from torchfuse.quantizing.calibration import (
 )
 from torchfuse.quantizing.preconditions import require_converted, require_eval_mode, require_forward
 from torchfuse.quantizing.preprocessing import WithPreprocessing
-from torchfuse.quantizing.recovery import STEPS, Recovered, measured, recovered
-from torchfuse.quantizing.report import (
+from torchfuse.quantizing.quantization_report import (
     Accuracy,
     Calibrated,
     QuantizationReport,
     samples_in_words,
 )
+from torchfuse.quantizing.recovery import STEPS, Recovered, measured, recovered
 from torchfuse.quantizing.sensitivity import layer_errors, without_few_samples
 from torchfuse.quantizing.static import QuantizedLayer, argument_names, is_quantized_graph
 from torchfuse.quantizing.unquantized import (
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from torchfuse.cases import Case
     from torchfuse.quantizing.preprocessing import Preprocessing
-    from torchfuse.quantizing.report import LayerError
+    from torchfuse.quantizing.quantization_report import LayerError
 
 __all__ = [
     "QuantizationResult",

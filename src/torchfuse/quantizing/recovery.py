@@ -32,7 +32,7 @@ from torchfuse.quantizing.metrics import (
     outputs_of,
     sqnr_of_outputs,
 )
-from torchfuse.quantizing.report import Accuracy, LayerError, MaxDrop, RecoveryStep
+from torchfuse.quantizing.quantization_report import Accuracy, LayerError, MaxDrop, RecoveryStep
 from torchfuse.quantizing.rounding import correct
 from torchfuse.quantizing.sensitivity import errors_by_node, layer_errors
 from torchfuse.stats import share_of

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from torchfuse.quantizing.importance import by_channel
 from torchfuse.quantizing.layerwise import paired_steps
-from torchfuse.quantizing.report import LayerError
+from torchfuse.quantizing.quantization_report import LayerError
 from torchfuse.quantizing.static import LAYERS, group_count, module_path
 from torchfuse.units import sqnr_db
 

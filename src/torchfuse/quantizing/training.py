@@ -19,7 +19,7 @@ from torchfuse.isolation.snapshot import random_state_kept
 from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.quantizing import QuantizationResult, static
 from torchfuse.quantizing.preconditions import require_forward
-from torchfuse.quantizing.report import QuantizationReport
+from torchfuse.quantizing.quantization_report import QuantizationReport
 
 __all__ = ["TrainableInt8", "convert_qat", "prepare_qat"]
 

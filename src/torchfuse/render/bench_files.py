@@ -9,7 +9,7 @@ from typing import Any
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.measuring.timing import Measurement, ratio
-from torchfuse.render.devices import described
+from torchfuse.render.devices_text import described
 from torchfuse.render.profile import markdown
 from torchfuse.render.tables import markdown_row
 from torchfuse.serialization import parsed, plain

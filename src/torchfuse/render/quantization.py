@@ -10,14 +10,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from torchfuse.quantizing.report import WITHOUT_RANGES, samples_in_words
+from torchfuse.quantizing.quantization_report import WITHOUT_RANGES, samples_in_words
 from torchfuse.render.tables import as_text
 from torchfuse.units import decibels
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from torchfuse.quantizing.report import Accuracy, Calibrated, QuantizationReport
+    from torchfuse.quantizing.quantization_report import Accuracy, Calibrated, QuantizationReport
 
 __all__ = ["renderable", "text"]
 

@@ -58,13 +58,13 @@ class SuiteResult:
 
     def __str__(self) -> str:
         """What `torchfuse compare --suite` prints: the best of each model, and what failed."""
-        from torchfuse.render.suite import text
+        from torchfuse.render.suite_text import text
 
         return text(self)
 
     def to_markdown(self) -> str:
         """The same as Markdown."""
-        from torchfuse.render.suite import markdown
+        from torchfuse.render.suite_text import markdown
 
         return markdown(self)
 
@@ -74,7 +74,7 @@ class SuiteResult:
         Raises:
             UnsupportedError: what makes it is not installed: torchfuse[report].
         """
-        from torchfuse.render.html.suite import page
+        from torchfuse.render.html.suite_page import page
 
         return page(self)
 

@@ -9,7 +9,7 @@ from render.html.browser import Browser, complaints
 from torchfuse.comparing.comparison import Comparison, Row
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.measuring.timing import Measurement
-from torchfuse.render.html.suite import page
+from torchfuse.render.html.suite_page import page
 from torchfuse.stats import Ratio
 from torchfuse.suites.results import Failure, Result, SuiteResult
 from torchfuse.verifying.equivalence import Equivalence, OutputDifference

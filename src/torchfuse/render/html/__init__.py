@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.operator_times import OperatorTime
-from torchfuse.render.comparison import (
+from torchfuse.render.comparison_text import (
     answer_lines,
     caution_lines,
     cells,
@@ -19,7 +19,7 @@ from torchfuse.render.comparison import (
     headings,
     lead,
 )
-from torchfuse.render.comparison import (
+from torchfuse.render.comparison_text import (
     legend as table_legend,
 )
 from torchfuse.render.html.charts import charts, pareto, row_name
@@ -27,7 +27,7 @@ from torchfuse.render.html.figures import figures
 from torchfuse.render.html.picture import legend, picture
 from torchfuse.render.html.templates import environment_of_pages, text
 from torchfuse.render.libraries import require_libraries
-from torchfuse.render.plan import shares
+from torchfuse.render.plan_text import shares
 from torchfuse.render.profile import lines
 from torchfuse.render.skips import grouped
 from torchfuse.units import duration, size

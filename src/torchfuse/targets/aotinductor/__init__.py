@@ -12,7 +12,7 @@ from torchfuse.targets.sealing import ZipSeal, check_zip, damaged
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 if TYPE_CHECKING:
-    from torchfuse.targets.aotinductor.compiled import AotiModel
+    from torchfuse.targets.aotinductor.package import AotiModel
 
 __all__ = ["AotInductor"]
 
@@ -43,7 +43,7 @@ class AotInductor(ZipSeal, Target):
 
     def make(self, request: Request) -> Made:
         """Return the model compiled and frozen; int8 by X86InductorQuantizer."""
-        from torchfuse.targets.aotinductor.making import made
+        from torchfuse.targets.aotinductor.compiling import made
 
         return made(request)
 
@@ -55,7 +55,7 @@ class AotInductor(ZipSeal, Target):
 
     def first_load(self, path: Path) -> None:
         """Load its code."""
-        from torchfuse.targets.aotinductor.compiled import package
+        from torchfuse.targets.aotinductor.package import package
 
         package(path.read_bytes())
 
@@ -65,7 +65,7 @@ class AotInductor(ZipSeal, Target):
         Raises:
             ArtifactError: it was made for another, or torch refuses it.
         """
-        from torchfuse.targets.aotinductor.compiled import AotiModel
+        from torchfuse.targets.aotinductor.package import AotiModel
 
         metadata = file.metadata or {}
         if self.other_version(metadata) is not None:

@@ -43,7 +43,7 @@ class ExecuTorch(Target):
 
     def make(self, request: Request) -> Made:
         """Return the model lowered: as it is, with half inside, or quantized."""
-        from torchfuse.targets.executorch.making import made
+        from torchfuse.targets.executorch.pte_file import made
 
         return made(request)
 
@@ -78,7 +78,7 @@ class ExecuTorch(Target):
         """Return the names of the operators outside the delegate: `aten::add.out`."""
         from executorch.exir._serialize._program import deserialize_pte_binary
 
-        from torchfuse.targets.executorch.lowering import operators
+        from torchfuse.targets.executorch.xnnpack import operators
 
         program = deserialize_pte_binary(path.read_bytes()).program
         return sorted({name for plan in program.execution_plan for name in operators(plan)})

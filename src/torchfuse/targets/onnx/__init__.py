@@ -33,7 +33,7 @@ class Onnx(Target):
 
     def make(self, request: Request) -> Made:
         """Return the model by torch.onnx.export; int8 as QDQ of XNNPACK's PT2E graph."""
-        from torchfuse.targets.onnx.making import made
+        from torchfuse.targets.onnx.onnx_file import made
 
         return made(request)
 

@@ -9,7 +9,7 @@ from torchfuse.targets.sealing import damaged, digests, sealed_text, unseal_text
 from torchfuse.targets.target import CheckedFile, Files, Made, Request, Target
 
 if TYPE_CHECKING:
-    from torchfuse.targets.openvino.compiled import OpenVinoModel
+    from torchfuse.targets.openvino.compiled_model import OpenVinoModel
 
 __all__ = ["OpenVino"]
 
@@ -34,7 +34,7 @@ class OpenVino(Target):
 
     def make(self, request: Request) -> Made:
         """Return the model converted; int8 by NNCF, or as QDQ of what `quantize` made."""
-        from torchfuse.targets.openvino.making import made
+        from torchfuse.targets.openvino.conversion import made
 
         return made(request)
 
@@ -80,7 +80,7 @@ class OpenVino(Target):
 
     def first_load(self, path: Path) -> None:
         """Compile it."""
-        from torchfuse.targets.openvino.compiled import OpenVinoModel
+        from torchfuse.targets.openvino.compiled_model import OpenVinoModel
 
         weights = path.with_name(path.name.removesuffix(self.suffix) + _WEIGHTS)
         OpenVinoModel(path.read_bytes(), weights.read_bytes(), threads=1)
@@ -91,7 +91,7 @@ class OpenVino(Target):
 
     def load(self, file: CheckedFile, *, threads: int | None = None) -> "OpenVinoModel":
         """Return the model compiled for this CPU, in the precision that the file says."""
-        from torchfuse.targets.openvino.compiled import OpenVinoModel
+        from torchfuse.targets.openvino.compiled_model import OpenVinoModel
 
         metadata = file.metadata or {}
         return OpenVinoModel(

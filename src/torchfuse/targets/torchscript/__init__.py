@@ -38,7 +38,7 @@ class TorchScript(ZipSeal, Target):
 
     def make(self, request: Request) -> Made:
         """Return the model scripted, or else traced, and optimized for mobile."""
-        from torchfuse.targets.torchscript.making import made
+        from torchfuse.targets.torchscript.torchscript_file import made
 
         return made(request)
 

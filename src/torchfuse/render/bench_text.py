@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.measuring.timing import FileFacts, Measurement, ratio
-from torchfuse.render.devices import described
+from torchfuse.render.devices_text import described
 from torchfuse.stats import Ratio
 from torchfuse.units import duration, size
 

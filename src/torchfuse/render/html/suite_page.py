@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchfuse.comparing.comparison import LOCAL
-from torchfuse.render.comparison import (
+from torchfuse.render.comparison_text import (
     answer_lines,
     caution_lines,
     cells,
@@ -15,7 +15,7 @@ from torchfuse.render.comparison import (
 )
 from torchfuse.render.html.templates import environment_of_pages, text
 from torchfuse.render.libraries import require_libraries
-from torchfuse.render.suite import best_cells, best_headings, failure_lines
+from torchfuse.render.suite_text import best_cells, best_headings, failure_lines
 from torchfuse.suites.best import best
 from torchfuse.units import decibels, duration, percent, size
 

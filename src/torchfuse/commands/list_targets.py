@@ -36,7 +36,7 @@ def command(json_path: Path | None) -> None:
     merges by itself, and whether it makes and runs files on this machine.
     """
     from torchfuse.artifacts import check_destination, write_atomically
-    from torchfuse.render.targets import listed
+    from torchfuse.render.targets_text import listed
     from torchfuse.serialization import plain, to_json
 
     if json_path is not None:

@@ -3,7 +3,7 @@
 from torchfuse.devices.facts import DeviceFacts
 from torchfuse.devices.run import DeviceRun
 from torchfuse.measuring.timing import FileFacts, Measurement
-from torchfuse.render.bench import block, closing, heading
+from torchfuse.render.bench_text import block, closing, heading
 
 
 def measured(name: str, *samples_s: float, threads: int = 1) -> Measurement:

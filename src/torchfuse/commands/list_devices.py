@@ -23,7 +23,7 @@ def command(hosts: tuple[str, ...], json_path: str | None) -> None:
     """  # noqa: D301  # \b keeps click from re-filling the next paragraph
     from torchfuse.artifacts import check_destination, write_atomically
     from torchfuse.devices.listing import listed
-    from torchfuse.render.devices import show
+    from torchfuse.render.devices_text import show
     from torchfuse.serialization import to_json
 
     if json_path not in (None, STDOUT):

@@ -32,7 +32,7 @@ def command(out: Path, runs: int) -> None:
     from rich.console import Console
 
     from torchfuse import recipe
-    from torchfuse.render import comparison as render
+    from torchfuse.render import comparison_text as render
     from torchfuse.runner.allocator import keep_freed_memory
 
     keep_freed_memory()  # some of the variants are measured in this process

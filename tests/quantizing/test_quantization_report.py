@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import torchfuse
-from torchfuse.quantizing.report import Accuracy, Calibrated, QuantizationReport
+from torchfuse.quantizing.quantization_report import Accuracy, Calibrated, QuantizationReport
 
 REPORT = QuantizationReport(
     "int8",

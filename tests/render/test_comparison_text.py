@@ -12,7 +12,7 @@ from torchfuse.comparing.comparison import FOLDED, NOT_FUSED, Comparison, Row
 from torchfuse.delegation import Delegation, OperatorDelegation
 from torchfuse.measuring.cautions import Caution
 from torchfuse.measuring.timing import Measurement, ratio
-from torchfuse.render.comparison import (
+from torchfuse.render.comparison_text import (
     caution_lines,
     closing_sentence,
     delegation_lines,
@@ -21,7 +21,7 @@ from torchfuse.render.comparison import (
     renderable,
     table,
 )
-from torchfuse.render.comparison import text as whole_text
+from torchfuse.render.comparison_text import text as whole_text
 from torchfuse.stats import Share
 from torchfuse.verifying.equivalence import Equivalence, OutputDifference
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.planning import Fusion, FusionPlan, Skip, WholeCost
-from torchfuse.render.plan import text
+from torchfuse.render.plan_text import text
 
 GOLDEN = Path(__file__).parent / "golden"
 PLAN = FusionPlan(

@@ -13,8 +13,8 @@ from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import capture, require_tensor_outputs, signature_of
 from torchfuse.quantizing import calibrate
 from torchfuse.quantizing.static import converted, float_graph
-from torchfuse.targets.aotinductor.compiled import AotiModel
 from torchfuse.targets.aotinductor.cpu import this_cpu
+from torchfuse.targets.aotinductor.package import AotiModel
 from torchfuse.targets.captured import captured, in_float, nested_as
 from torchfuse.targets.target import Made, Request
 

@@ -24,8 +24,8 @@ from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.lowering.capture import require_tensor_outputs, signature_of
 from torchfuse.targets.calling import ANY_SIZE
 from torchfuse.targets.captured import captured, nested_as
-from torchfuse.targets.onnx.making import model_of
-from torchfuse.targets.openvino.compiled import OpenVinoModel
+from torchfuse.targets.onnx.onnx_file import model_of
+from torchfuse.targets.openvino.compiled_model import OpenVinoModel
 from torchfuse.targets.target import Made, Request
 
 if TYPE_CHECKING:

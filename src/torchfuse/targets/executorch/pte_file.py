@@ -5,8 +5,8 @@ from importlib.metadata import version
 from torchfuse.delegation import Delegation
 from torchfuse.errors import ArtifactError, UnsupportedError
 from torchfuse.targets.captured import captured, nested_as
-from torchfuse.targets.executorch.lowering import lower
 from torchfuse.targets.executorch.program import ExecutorchModel
+from torchfuse.targets.executorch.xnnpack import lower
 from torchfuse.targets.target import Made, Request
 
 __all__ = ["made"]
