@@ -44,7 +44,7 @@ TIMES_TORCHS = 2
 
 # The parts of a fusion, each with the functions whose own time it is (less that of those inside).
 PARTS = {
-    "recording": ("torchfuse.fusing.finding:record",),
+    "recording": ("torchfuse.fusing.finding:_recorded",),
     "exploring": ("torchfuse.conditions.subject:explore",),
     "judging": ("torchfuse.fusing.model_fusing:find",),
     "copying": ("torchfuse.fusing.model_fusing:_copy",),

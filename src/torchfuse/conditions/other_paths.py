@@ -15,7 +15,6 @@ from torchfuse.conditions.straight import where_it_may_turn
 from torchfuse.conditions.subject import Match
 from torchfuse.errors import TorchfuseError
 from torchfuse.graph.exploring import output_silenced
-from torchfuse.graph.recording import record
 
 if TYPE_CHECKING:
     from torchfuse.cases import Case
@@ -145,7 +144,7 @@ _LEAVING_TRACES = frozenset(
 def _recorded(subject: Subject, cases: tuple[Case, ...]) -> Subject | None:
     try:
         with output_silenced():
-            graph = record(subject.model, cases, accept=_is_finished)
+            graph = subject.recorder.record(cases, accept=_is_finished)
     except (TorchfuseError, SystemExit):
         return None
     return subject.recorded_as(graph, cases)

@@ -32,6 +32,7 @@ class Pair:
         self.first, self.second = self._both = match.modules
         self._children: dict[str, frozenset[str]] = {}
         self._names: dict[str, frozenset[str]] = {}
+        self._leading: dict[str, tuple[bool, frozenset[str | None] | None]] = {}
 
     def names_towards(self, path: str) -> frozenset[str]:
         """Names by which a method of the module at `path` may reach one of the two."""
@@ -77,9 +78,8 @@ class Pair:
         chain = mention.chain
         if not chain:
             return path if path in self._both and mention.usage == "called" else None
-        both = self._contains(path, self.first) and self._contains(path, self.second)
-        paths = (None, BELOW, *self.names_towards(path))
-        if both and chain[0] not in paths and not self._delegates(path):
+        both, leading = self._leading_from(path)
+        if both and leading is not None and chain[0] not in leading:
             return None  # it leads to neither: most mentions do
         towards = self._towards(path)
         if both and len(chain) == 1 and len(towards) < 2 and chain[0] in (None, *towards):
@@ -147,6 +147,16 @@ class Pair:
     def _delegates(self, path: str) -> bool:
         class_: Any = type(self.subject.modules[path])  # mypy takes nn.Module's __hash__ for its
         return delegates(class_)
+
+    def _leading_from(self, path: str) -> tuple[bool, frozenset[str | None] | None]:
+        """Whether the module at `path` holds both, and what leads from it to one (None: all)."""
+        known = self._leading.get(path)
+        if known is None:
+            both = self._contains(path, self.first) and self._contains(path, self.second)
+            names = (None, BELOW, *self.names_towards(path))
+            known = both, None if self._delegates(path) else frozenset(names)
+            self._leading[path] = known
+        return known
 
     def _towards(self, path: str) -> frozenset[str]:
         """Names of the children of the module at `path` that hold one of the two, or are it."""

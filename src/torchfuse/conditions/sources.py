@@ -207,6 +207,7 @@ _SETUP_NAMES = frozenset(
 )
 
 
+@lru_cache(maxsize=4096)
 def is_setup(name: str) -> bool:
     """Whether a method of this name sets a model up or prints it, and computes no outputs."""
     return name in _SETUP_NAMES or any(word in _SETUP for word in name.split("_"))

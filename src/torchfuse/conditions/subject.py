@@ -24,21 +24,31 @@ if TYPE_CHECKING:
     from torchfuse.cases import Case
     from torchfuse.graph import Call, Graph
     from torchfuse.graph.exploring import ExecutionPaths
+    from torchfuse.graph.recording import Recorder
 
 __all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
+
+
+_TABLES = frozenset({"_modules", "_parameters", "_buffers"})
+_PLAIN = frozenset({bool, int, float, str, type(None)})  # what most attributes are
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model and what was recorded of it."""
 
-    model: nn.Module
+    recorder: Recorder  # which can record it again
     graph: Graph
     modules: dict[str, nn.Module]  # by every path
     cases: tuple[Case, ...] = ()  # what was recorded; none: it cannot be run
     strict: bool = False  # what could not be followed on all paths is a skip
     # Public methods of the model as entries of their own: what was recorded, None if it cannot be
     entries: dict[str, Subject | None] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.recorder.model
 
     @cached_property
     def norms(self) -> dict[str, list[Call]]:
@@ -48,7 +58,7 @@ class Subject:
     @cached_property
     def execution_paths(self) -> ExecutionPaths:
         """The other paths through the code."""
-        return explore(self.model, self.cases, self.graph)
+        return explore(self.recorder, self.cases, self.graph)
 
     @cached_property
     def steady(self) -> Steady:
@@ -59,7 +69,7 @@ class Subject:
     @cached_property
     def called(self) -> tuple[tuple[int, CodeType], ...] | None:
         """The user's functions that are called, each with how many calls were recorded before."""
-        return called(self.model, self.cases, self.graph)
+        return called(self.recorder, self.cases, self.graph)
 
     @cached_property
     def others(self) -> tuple[Subject, ...]:
@@ -90,7 +100,7 @@ class Subject:
             if type(module).__module__.startswith("torch._dynamo."):
                 continue  # a compiled module holds the one that it was made from
             for name, value in vars(module).items():
-                if name not in ("_modules", "_parameters", "_buffers"):
+                if name not in _TABLES and type(value) not in _PLAIN:
                     inner = [paths[id(m)] for m in modules_in(value) if id(m) in paths]
                     if inner:
                         found[path, name] = tuple(dict.fromkeys(inner))

@@ -15,7 +15,7 @@ from torchfuse.conditions.sources import functions_of, is_setup, names_in
 from torchfuse.conditions.straight import where_it_may_turn
 from torchfuse.conditions.whole_cost import whole
 from torchfuse.fusing.module_edits import is_folded
-from torchfuse.graph.recording import record
+from torchfuse.graph.recording import Recorder
 from torchfuse.planning import Fusion, FusionPlan, Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 
@@ -163,9 +163,10 @@ def find(
 
     With `strict`, what could not be followed on all paths through the code is a skip.
     """
-    graph = record(model, given)
+    recorder = Recorder(model)
+    graph = _recorded(recorder, given)
     modules = dict(model.named_modules(remove_duplicate=False))
-    subject = Subject(model, graph, modules, tuple(given), strict)
+    subject = Subject(recorder, graph, modules, tuple(given), strict)
     found = Found(subject)
     seen: set[str] = set()
     for second, calls in subject.norms.items():
@@ -183,6 +184,10 @@ def find(
                 None,
             )
     return found
+
+
+def _recorded(recorder: Recorder, given: Sequence[Case]) -> Graph:
+    return recorder.record(given)
 
 
 def _maybe_a_branch(graph: Graph) -> str:

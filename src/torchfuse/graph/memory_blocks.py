@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,15 @@ class MemoryBlocks:
         self._ranges: list[tuple[int, int]] = []
         self._twins: list[StorageWeakRef] = []
         self._kept: list[Tensor] = []  # tensors without storage, identified as objects
+
+    def copied(self, values: list[Value]) -> MemoryBlocks:
+        """The same blocks, for a copy of their values."""
+        other = MemoryBlocks(values)
+        other._ids = {**self._ids}
+        other._parts = self._parts  # all of them are known before
+        other._weak, other._ranges = [*self._weak], [*self._ranges]
+        other._twins, other._kept = [*self._twins], [*self._kept]
+        return other
 
     def divide(self, tensors: Iterable[Tensor]) -> None:
         """Makes values of their own of what does not overlap, although it shares a storage.
@@ -89,14 +99,14 @@ class MemoryBlocks:
     def operand(self, tensor: Tensor, origin: str) -> Operand:
         """`tensor` as a call sees it."""
         index = self.value_of(tensor, origin)
-        shape: tuple[int, ...] = ()
-        stride: tuple[int, ...] = ()
-        offset = 0
-        if not tensor.is_nested:  # one of those has no shape
-            shape = tuple(tensor.shape)
-            if tensor.layout is torch.strided:
-                stride, offset = tuple(tensor.stride()), int(tensor.storage_offset())
-        return Operand(index, shape, stride, offset, str(tensor.dtype)[len("torch.") :])
+        dtype = _name_of(tensor.dtype)
+        if tensor.is_nested:  # it has no shape
+            return Operand(index, (), (), 0, dtype)
+        if tensor.layout is not torch.strided:
+            return Operand(index, tuple(tensor.shape), (), 0, dtype)
+        return Operand(
+            index, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), dtype
+        )
 
     def alive(self, since: int) -> list[int]:
         """The values from index `since` on whose memory is still held by something."""
@@ -147,6 +157,11 @@ class MemoryBlocks:
             if start < high and low < end and weak is not None and not weak.expired():
                 return index
         return None
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -41,13 +41,19 @@ from torchfuse.graph.memory_blocks import MemoryBlocks, storage_key
 from torchfuse.graph.norm_modules import with_norms_as_calls
 from torchfuse.graph.parametrized import is_weight_hook
 from torchfuse.graph.threads import handing_over
-from torchfuse.isolation.snapshot import MODULE_TABLES, CopyOnWrite, Snapshot, restored
+from torchfuse.isolation.snapshot import (
+    MODULE_TABLES,
+    CopyOnWrite,
+    Snapshot,
+    is_functional,
+    restored,
+)
 from torchfuse.verifying.named_leaves import named_leaves
 
 if TYPE_CHECKING:
     from torchfuse.cases import Case
 
-__all__ = ["Questions", "record"]
+__all__ = ["Questions", "Recorder", "record"]
 
 # While a model runs, module calls are watched by wrapping a method of a class, for all threads.
 _ONE_AT_A_TIME = threading.RLock()
@@ -55,6 +61,7 @@ _ONE_AT_A_TIME = threading.RLock()
 _SIGNALS = frozenset({"put", "put_nowait", "release"})
 # The kinds whose path from the module's call is remembered: rules ask who passed their arguments.
 _TRACED = frozenset({"conv", "conv_transpose", "linear", "batch_norm"})
+_ANSWERED = DATA_READS | COUNTABLE
 # What a thread holds that samples the stacks of the others (a profiler's, one of Dask's workers)
 # is let go after some milliseconds.
 _MOMENTS_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
@@ -90,41 +97,140 @@ def record(
     With `questions`, the code is told what these answer when it asks for facts and values. Where
     `accept` is false of what the model returned, that is a CaptureError.
     """
-    with _ONE_AT_A_TIME:
-        compiler = "torch._dynamo" in sys.modules
-        try:
-            recording = _recorded(model, cases, questions, accept)
-        except CaptureError:
-            if compiler or "torch._dynamo" not in sys.modules:
-                raise
-            # The model loaded torch's compiler (`torch.cond` does), which stumbles over our modes
-            # unless it was there when the run began: `restored` then keeps it from compiling.
-            torch._dynamo.reset()
-            recording = _recorded(model, cases, questions, accept)
-    graph = recording.graph
-    with_norms_as_calls(graph, dict(model.named_modules()))
-    graph.reads += [
-        Read("error", f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}", path, 0, code)
-        for code, path in graph.codes
-        if catches(code)
-    ]
-    if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
-        graph.handed_over.update(dict.fromkeys(range(len(cases)), 0))
-    return graph
+    return Recorder(model).record(cases, questions, accept)
 
 
-def _recorded(
-    model: nn.Module,
-    cases: Sequence[Case],
-    questions: Questions | None,
-    accept: Callable[[Any], bool] | None,
-) -> _Recording:
-    recording = _Recording(model, cases, questions, accept)
-    if questions is not None:
-        questions.begin(recording.graph)
-    for index, case in enumerate(cases):
-        recording._torchfuse_run(index, case)
-    return recording
+class Recorder:
+    """Records one model, as it is now, as often as is asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._start: _Start | None = None
+
+    def record(
+        self,
+        cases: Sequence[Case],
+        questions: Questions | None = None,
+        accept: Callable[[Any], bool] | None = None,
+    ) -> Graph:
+        """As `record` does."""
+        with _ONE_AT_A_TIME:
+            compiler = "torch._dynamo" in sys.modules
+            try:
+                recording = self._recorded(cases, questions, accept)
+            except CaptureError:
+                if compiler or "torch._dynamo" not in sys.modules:
+                    raise
+                # The model loaded torch's compiler (`torch.cond` does), which stumbles over our
+                # modes unless it was there when the run began: `restored` then keeps it from
+                # compiling.
+                torch._dynamo.reset()
+                recording = self._recorded(cases, questions, accept)
+        graph = recording.graph
+        with_norms_as_calls(graph, recording.start.modules)
+        graph.reads += [
+            Read(
+                "error",
+                f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}",
+                path,
+                0,
+                code,
+            )
+            for code, path in graph.codes
+            if catches(code)
+        ]
+        if any(_SIGNALS & {*code.co_names} for code, _ in graph.codes):
+            graph.handed_over.update(dict.fromkeys(range(len(cases)), 0))
+        return graph
+
+    def _recorded(
+        self,
+        cases: Sequence[Case],
+        questions: Questions | None,
+        accept: Callable[[Any], bool] | None,
+    ) -> _Recording:
+        recording = _Recording(self._begun(), tuple(map(str, cases)), questions, accept)
+        if questions is not None:
+            questions.begin(recording.graph)
+        for index, case in enumerate(cases):
+            recording._torchfuse_run(index, case)
+        return recording
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What puts the model back after a run."""
+        return self._begun().snapshot
+
+    def _begun(self) -> _Start:
+        if self._start is None:
+            self._start = _Start(self.model)
+        return self._start
+
+    def let_go(self) -> None:
+        """Holds the model's weights and attributes no longer, until it records again."""
+        self._start = None
+
+
+class _Start:
+    """The model as every recording of it finds it: modules, what its tensors are called, state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.path_of: dict[int, str] = {}
+        self.paths: dict[str, tuple[str, ...]] = {}
+        self.values: list[Value] = []
+        self.memory = MemoryBlocks(self.values)
+        self.spanned: list[tuple[int, ...]] = []  # values that one of its tensors views at once
+        named = list(model.named_modules(remove_duplicate=False))
+        self._name_modules(named)
+        self._name_tensors(named)
+        self.snapshot = Snapshot(model)
+
+    def _name_modules(self, named: Sequence[tuple[str, nn.Module]]) -> None:
+        paths: dict[str, list[str]] = {}
+        for path, module in named:
+            first = self.path_of.setdefault(id(module), path)
+            paths.setdefault(first, []).append(path)
+        self.paths = {first: tuple(names) for first, names in paths.items()}
+
+    def _name_tensors(self, named: Sequence[tuple[str, nn.Module]]) -> None:
+        names: dict[int, list[str]] = {}
+        attributes: dict[int, list[str]] = {}
+        plain = {id(module): [*_plain_attributes(module)] for module in self.modules.values()}
+        self.memory.divide(
+            tensor
+            for module in self.modules.values()
+            for tensor in (
+                *module._parameters.values(),
+                *module._buffers.values(),
+                *(tensor for _, tensor in plain[id(module)]),
+            )
+            if tensor is not None and not is_lazy(tensor)
+        )
+        for path, module in named:
+            prefix = f"{path}." if path else ""
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None:
+                    continue
+                if is_lazy(tensor):
+                    raise CaptureError(
+                        f"{prefix}{name} has no shape yet (lazy module): run the model once on "
+                        "real inputs before planning."
+                    )
+                names.setdefault(self._value_of(tensor), []).append(prefix + name)
+            for name, tensor in plain.pop(id(module), ()):
+                attributes.setdefault(self._value_of(tensor), []).append(prefix + name)
+        for index in {*names, *attributes}:
+            self.values[index] = Value(
+                index, "model", tuple(names.get(index, ())), tuple(attributes.get(index, ()))
+            )
+
+    def _value_of(self, tensor: Tensor) -> int:
+        value = self.memory.value_of(tensor, "model")
+        self.spanned += self.memory.spanned
+        self.memory.spanned.clear()
+        return value
 
 
 class _Recording:
@@ -132,82 +238,47 @@ class _Recording:
 
     def __init__(
         self,
-        model: nn.Module,
-        cases: Sequence[Case],
+        start: _Start,
+        cases: tuple[str, ...],
         questions: Questions | None,
         accept: Callable[[Any], bool] | None,
     ) -> None:
-        self.model = model
+        self.start = start
+        self.model = start.model
         self.questions = questions
         self.accept = accept
-        self.graph = Graph(type(model).__name__, tuple(map(str, cases)))
-        self.memory = MemoryBlocks(self.graph.values)
+        self.graph = Graph(type(start.model).__name__, cases, [*start.values], paths=start.paths)
+        self.memory = start.memory.copied(self.graph.values)
         self.case = 0
         self.before = 0  # so many values were known when this case began
         self.current: _Open | None = None
         self.running = False
         self.stack: list[int] = []  # open module calls
-        self.path_of: dict[int, str] = {}
-        self._name_modules()
-        self._name_tensors()
-
-    # The model's own modules and tensors
-
-    def _name_modules(self) -> None:
-        paths: dict[str, list[str]] = {}
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            first = self.path_of.setdefault(id(module), path)
-            paths.setdefault(first, []).append(path)
-        self.graph.paths = {first: tuple(names) for first, names in paths.items()}
-
-    def _name_tensors(self) -> None:
-        names: dict[int, list[str]] = {}
-        attributes: dict[int, list[str]] = {}
-        seen: set[int] = set()
-        self.memory.divide(
-            tensor
-            for module in self.model.modules()
-            for tensor in (
-                *module._parameters.values(),
-                *module._buffers.values(),
-                *(tensor for _, tensor in _plain_attributes(module)),
-            )
-            if tensor is not None and not is_lazy(tensor)
-        )
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            prefix = f"{path}." if path else ""
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if is_lazy(tensor):
-                    raise CaptureError(
-                        f"{prefix}{name} has no shape yet (lazy module): run the model once on "
-                        "real inputs before planning."
-                    )
-                if tensor is not None:
-                    names.setdefault(self.value_of(tensor, "model"), []).append(prefix + name)
-            if id(module) not in seen:
-                seen.add(id(module))
-                for name, tensor in _plain_attributes(module):
-                    index = self.value_of(tensor, "model")
-                    attributes.setdefault(index, []).append(prefix + name)
-        for index in {*names, *attributes}:
-            self.graph.values[index] = Value(
-                index, "model", tuple(names.get(index, ())), tuple(attributes.get(index, ()))
-            )
+        self.path_of = start.path_of
+        self.memory.spanned += start.spanned
+        self._note_spanning()
 
     # Values
 
     def value_of(self, tensor: Tensor, origin: str) -> int:
         """The value that `tensor` views; a new one, of the given origin, if it is not known."""
         value = self.memory.value_of(tensor, origin)
-        for values in self.memory.spanned:  # a view of several parameters reads each of them
+        if self.memory.spanned:
+            self._note_spanning()
+        return value
+
+    def _note_spanning(self) -> None:
+        # A view of several parameters reads each of them.
+        for values in self.memory.spanned:
             self.add("unseen", "a view of several parameters", values, self.module_path())
         self.memory.spanned.clear()
-        return value
 
     def operand(self, tensor: Tensor, origin: str) -> Operand:
         """`tensor` as a call sees it."""
-        self.value_of(tensor, origin)
-        return self.memory.operand(tensor, origin)
+        seen = self.memory.operand(tensor, origin)
+        if self.memory.spanned:
+            self._note_spanning()
+        return seen
 
     def answered(self, name: str, real: Any) -> Any:
         """What the code is told."""
@@ -240,7 +311,7 @@ class _Recording:
             self.value_of(tensor, "input")
         self.before = before = len(self.graph.values)
         mode = _Operators(self)
-        snapshot = Snapshot(self.model)
+        snapshot = self.start.snapshot
         with restored(self.model, mode, snapshot), _frozen(), ExitStack() as stack:
             stack.enter_context(_patched(self))
             stack.enter_context(_Functions(self))
@@ -313,9 +384,9 @@ class _Functions(TorchFunctionMode):
         recording = self.recording
         if recording.questions is not None:
             args, kwargs = recording.questions.plain(args), recording.questions.plain(kwargs)
-        name = name_of(func)
         if recording.current is not None:  # inside a function that is already recorded
             return func(*args, **kwargs)
+        name = name_of(func)
         if name in METADATA:
             recording.current = _Open(set(), ignored=True)
             try:
@@ -325,24 +396,21 @@ class _Functions(TorchFunctionMode):
                 if name not in HARMLESS and name not in SCOPE:
                     self._note_read("shape")
             return recording.answered(name, fact)
-        if recording.questions is not None:
-            recording.questions.called(name, sum(t.numel() for t in _tensors((args, kwargs))))
-        elif catches((frame := sys._getframe(1)).f_code):
+        if recording.questions is None and catches((frame := sys._getframe(1)).f_code):
             self._note_read("error", frame)
         known: set[int] = set()
-        operands: dict[str, Operand] = {}
-        seen_args = _replaced(args, recording, known, operands)
+        seen_args = _replaced(args, recording, known)
         positions = roles(func)
         attributes: dict[str, Any] = {}
         named: dict[str, Operand] = {}
         for position, value in enumerate(seen_args):
             role = positions[position] if position < len(positions) else str(position)
             _assign(role, value, named, attributes)
-        seen_kwargs = {
-            key: _replaced(value, recording, known, operands) for key, value in kwargs.items()
-        }
+        seen_kwargs = _replaced(kwargs, recording, known)
         for key, value in seen_kwargs.items():
             _assign(key, value, named, attributes)
+        if recording.questions is not None:
+            recording.questions.called(name, sum(operand.numel for operand in named.values()))
         current = recording.current = _Open(known)
         try:
             result = func(*args, **kwargs)
@@ -380,7 +448,7 @@ class _Functions(TorchFunctionMode):
                 within=recording.stack[-1] if recording.stack else None,
             )
         )
-        return recording.answered(name, result) if name in DATA_READS | COUNTABLE else result
+        return recording.answered(name, result) if name in _ANSWERED else result
 
     def _note_read(self, kind: str, frame: Any = None) -> None:
         frame = frame or sys._getframe(2)
@@ -406,9 +474,11 @@ class _Operators(CopyOnWrite):
         self, func: Any, classes: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         with torch._C.DisableTorchFunction():
-            self.back_up(func, args, kwargs)
+            writes = not is_functional(func)
+            if writes:
+                self.back_up(func, args, kwargs)
             result = func(*args, **(kwargs or {}))
-            self.note_fresh(args, result)
+            self.note_fresh(args if writes else (), result)
         recording = self.recording
         current = recording.current
         if current is None:
@@ -423,7 +493,7 @@ class _Operators(CopyOnWrite):
                     current.extra.append(recording.operand(tensor, "unknown"))
             for tensor in _tensors(result):
                 known.add(storage_key(tensor))
-            for tensor in self.written(func, args):
+            for tensor in self.written(func, args) if writes else ():
                 if storage_key(tensor) in known:
                     current.written.add(recording.value_of(tensor, "unknown"))
         return result
@@ -605,6 +675,8 @@ def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors in nested arguments or results."""
+    if type(value) is Tensor:
+        return [value]
     found: list[Tensor] = []
     _collect(value, found)
     return found
@@ -618,22 +690,26 @@ def _collect(value: Any, found: list[Tensor]) -> None:
         found.append(value)
     elif issubclass(kind, (list, tuple, set)):
         for entry in value:
-            _collect(entry, found)
+            if type(entry) not in _PLAIN:
+                _collect(entry, found)
     elif issubclass(kind, (dict, Mapping)):
         for entry in value.values():
             _collect(entry, found)
 
 
-def _replaced(value: Any, recording: _Recording, known: set[int], operands: dict[str, Any]) -> Any:
+def _replaced(value: Any, recording: _Recording, known: set[int]) -> Any:
     """`value` with operands in place of tensors; notes their memory in `known`."""
-    if isinstance(value, Tensor):
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if issubclass(kind, Tensor):
         known.add(storage_key(value))
         return recording.operand(value, "unknown")
-    if isinstance(value, (list, tuple)):
-        entries = [_replaced(entry, recording, known, operands) for entry in value]
-        return entries if isinstance(value, list) else tuple(entries)
-    if isinstance(value, dict):
-        return {key: _replaced(v, recording, known, operands) for key, v in value.items()}
+    if issubclass(kind, (list, tuple)):
+        entries = [_replaced(entry, recording, known) for entry in value]
+        return entries if issubclass(kind, list) else tuple(entries)
+    if issubclass(kind, dict):
+        return {key: _replaced(entry, recording, known) for key, entry in value.items()}
     return value
 
 

@@ -10,7 +10,7 @@ from support.fusing_checks import IMAGE, ConvBn, trained
 from torchfuse.cases import cases
 from torchfuse.graph import exploring
 from torchfuse.graph.exploring import explore
-from torchfuse.graph.recording import record
+from torchfuse.graph.recording import Recorder, record
 
 
 def paths_of(forward):
@@ -19,7 +19,8 @@ def paths_of(forward):
     model = trained(type("Model", (ConvBn,), {"forward": forward})(), IMAGE)
     given = cases(IMAGE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    paths = explore(model, given, record(model, given))
+    recorder = Recorder(model)
+    paths = explore(recorder, given, recorder.record(given))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     return paths
 
@@ -249,7 +250,8 @@ def test_state_that_a_run_changes_is_put_back():
 
     model.forward = forward
     given = cases(IMAGE)
-    explore(model, given, record(model, given))
+    recorder = Recorder(model)
+    explore(recorder, given, recorder.record(given))
     assert model.seen == []
 
 
@@ -261,7 +263,8 @@ class Twice(nn.Module):
 def test_each_case_is_explored():
     model = Twice()
     given = cases([torch.ones(2, 1), torch.ones(8, 1)])
-    assert len(explore(model, given, record(model, given)).paths) == 2
+    recorder = Recorder(model)
+    assert len(explore(recorder, given, recorder.record(given)).paths) == 2
 
 
 class FrozenNorm(nn.Module):
@@ -296,6 +299,8 @@ def test_what_is_called_lies_between_the_calls_that_were_recorded():
     recorded = record(model, given)
     model.mask = torch.ones_like(IMAGE)
     places = [
-        place for place, code in exploring.called(model, given, recorded) if code is seen.__code__
+        place
+        for place, code in exploring.called(Recorder(model), given, recorded)
+        if code is seen.__code__
     ]
     assert places == [call.index for call in recorded.calls if call.module_path == "conv"]

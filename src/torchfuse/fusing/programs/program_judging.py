@@ -14,6 +14,7 @@ from torch import fx
 from torchfuse.conditions.dataflow import origin
 from torchfuse.fusing.finding import not_after_a_layer
 from torchfuse.graph.exported_program import module_path, read
+from torchfuse.graph.recording import Recorder
 from torchfuse.planning import Skip
 from torchfuse.rules import RULES, Match, Refusal, Rule, Subject
 
@@ -63,7 +64,7 @@ def judge(
     not pass their proof, each with the reason.
     """
     reading = read(program, fx_graph, targets)
-    subject = Subject(program.graph_module, reading.graph, {})
+    subject = Subject(Recorder(program.graph_module), reading.graph, {})
     calls: dict[Node, list[Call]] = {}
     for call in reading.graph.calls:
         if call.kind == "batch_norm":

@@ -36,14 +36,12 @@ from torchfuse.graph.ambient import MODES, catches
 from torchfuse.graph.exploring.silenced_output import output_silenced
 from torchfuse.graph.exploring.sizes import counted, followed, listening, plain
 from torchfuse.graph.kinds import COUNTABLE
-from torchfuse.graph.recording import record
+from torchfuse.graph.recording import Recorder
 from torchfuse.isolation.snapshot import restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import CodeType
-
-    from torch import nn
 
     Site = tuple[CodeType, int]  # a function, and a place in its bytecode
     # Which answers of a run are false: all that a site gives, (a number) one of them, or all those
@@ -87,12 +85,12 @@ class ExecutionPaths:
     lost: str | None  # what could not be followed, as a clause; None: nothing
 
 
-def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> ExecutionPaths:
-    """The paths that `model` may take for inputs like the cases, on which `recorded` was recorded.
+def explore(recorder: Recorder, cases: Sequence[Case], recorded: Graph) -> ExecutionPaths:
+    """The paths that the model may take for inputs like the cases; `recorded` is that of these.
 
     The model is left as it was.
     """
-    explorer = _Explorer(model, recorded)
+    explorer = _Explorer(recorder, recorded)
     found: list[ExecutionPath] = []
     if any(read.code is None for read in recorded.reads):
         explorer.lost = "scripted code looks at values"
@@ -103,7 +101,7 @@ def explore(model: nn.Module, cases: Sequence[Case], recorded: Graph) -> Executi
 
 
 def called(
-    model: nn.Module, cases: Sequence[Case], recorded: Graph
+    recorder: Recorder, cases: Sequence[Case], recorded: Graph
 ) -> tuple[tuple[int, CodeType], ...] | None:
     """The user's functions that are called, each with how many recorded calls came before.
 
@@ -111,7 +109,7 @@ def called(
     """
     found: list[tuple[int, CodeType]] = []
     run: list[_Place] = []  # of all calls so far: norms as one call are made of them afterwards
-    explorer = _Explorer(model, Graph("", ()))
+    explorer = _Explorer(recorder, Graph("", ()))
 
     def note(frame: Any, event: str, _: Any) -> None:
         own = str(frame.f_globals.get("__name__", "")).partition(".")[0]
@@ -123,7 +121,7 @@ def called(
     with output_silenced():
         sys.settrace(note)  # (a profiler of C's could not be put back)
         try:
-            record(model, cases, explorer)
+            recorder.record(cases, explorer)
         except TorchfuseError:
             return None
         finally:
@@ -175,7 +173,7 @@ _TEXT: Site = (explore.__code__, -1)
 class _Explorer:
     """Runs of one model, and in each what its code asks and is answered."""
 
-    model: nn.Module
+    recorder: Recorder
     recorded: Graph
     lost: str | None = None
     runs: int = 0
@@ -190,6 +188,8 @@ class _Explorer:
     usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
     largest: Counter[str] = field(default_factory=Counter)  # elements in such a run, by function
     longest: int = 0  # the most calls in such a run
+    looked_at: int = 0  # so many functions, for whether one of them catches errors
+    catching: bool = False
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
     def paths_of(self, index: int, case: Case) -> Iterator[ExecutionPath]:
@@ -219,13 +219,16 @@ class _Explorer:
         """
         if not self.recorded.changed:
             return
-        with restored(self.model):
+        model, recorder = self.recorder.model, self.recorder
+        with restored(model):
             try:
-                case.method_of(self.model)(*case.args, **case.kwargs)
+                case.method_of(model)(*case.args, **case.kwargs)
             except Exception:  # noqa: BLE001  # whatever the user's code raises
                 self._lost_at(None, f"{case} cannot be called twice")
                 return
+            self.recorder = Recorder(model)  # as it is after that call
             graph = self._natural(case)
+            self.recorder = recorder
         yield from self._new(graph, f"the next call of {case}", seen)
         if graph is not None and graph.changed:
             self._lost_at(None, f"`{min(graph.changed)}` may be another at the next call")
@@ -318,7 +321,7 @@ class _Explorer:
         self.runs += 1
         self.lies, self.asked, self.visits, self.lied_after = lies, {}, Counter(), None
         try:
-            return record(self.model, [case], self)
+            return self.recorder.record([case], self)
         except TorchfuseError:
             raise
         except Exception as error:
@@ -343,7 +346,7 @@ class _Explorer:
 
     def begin(self, graph: Graph) -> None:
         """A run is recorded in `graph`."""
-        self.graph = graph
+        self.graph, self.looked_at, self.catching = graph, 0, False
 
     def answer(self, name: str, real: Any) -> Any:
         """What code is told that asked a tensor for `name`."""
@@ -393,8 +396,11 @@ class _Explorer:
         elif elements > _TIMES_AS_LARGE * self.largest[name] + _MORE_ELEMENTS:
             self._lost_at(None, f"another path gives `{name}` much more than at these inputs")
             raise _EndlessError
+        above = self._catches_above()
         frame: Any = _asking()
         while frame is not None and frame.f_code.co_name != "_torchfuse_run":
+            if frame.f_code.co_name == "_torchfuse_call" and not above:
+                break
             if (
                 catches(frame.f_code)
                 and not _is_torch(frame)
@@ -402,6 +408,16 @@ class _Explorer:
             ):
                 raise _FailedError
             frame = frame.f_back
+
+    def _catches_above(self) -> bool:
+        """Whether any function that was seen to call a module catches errors."""
+        if self.graph is None:
+            return True
+        codes = self.graph.codes
+        if self.looked_at != len(codes):
+            self.looked_at = len(codes)
+            self.catching = any(catches(code) for code, _ in codes)
+        return self.catching
 
     def _answered(self, site: Site, real: bool) -> bool:
         visit = self.visits[site]

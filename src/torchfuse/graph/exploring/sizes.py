@@ -137,6 +137,7 @@ class _Node:
 
 
 _FOLLOWED = (_Size, _Ratio)
+_SIMPLE = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
 
 
 class _Parts(tuple[Any, ...]):
@@ -157,6 +158,8 @@ def counted(parts: tuple[Any, ...]) -> tuple[Any, ...]:
 def plain(value: Any) -> Any:
     """`value`, as a plain number if it is one that is followed; also in tuples, lists, slices."""
     kind = type(value)
+    if kind in _SIMPLE:
+        return value
     if kind in _FOLLOWED:
         return value.plain
     if kind is slice:
