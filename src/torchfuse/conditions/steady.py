@@ -35,7 +35,7 @@ _WHOLE = (bool, int, float, str, bytes, type(None), type, Enum, nn.Module, Funct
 # Containers that change only where code names them.
 _ENTRIES = (dict, list, set, frozenset, tuple)
 # What torch's own modules give of what they hold.
-_CHILDREN = frozenset({"items", "keys", "values", "children", "named_children", "__iter__"})
+_CHILDREN = frozenset({"items", "keys", "values", "children", "named_children"})
 # What changes what they hold.
 _REGISTERING = frozenset({"add_module", "register_module", "_modules"})
 _CHANGING = frozenset(
@@ -281,7 +281,27 @@ def _filled(code: CodeType) -> frozenset[str]:
             found.add(node.value.attr)
         elif changes and isinstance(node.value, ast.Name) and node.value.id == owner:
             found.add("")
+        elif changes and isinstance(node.value, ast.Name):  # `body = self.body; del body["bn"]`
+            found |= _set_from(tree, node.value.id)
     return frozenset(found)
+
+
+def _set_from(tree: ast.AST, name: str) -> set[str]:
+    """The attributes in what a local name may be set from."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            value = node.value
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            value = node.iter
+        elif isinstance(node, ast.withitem):
+            value = node.context_expr
+        else:
+            continue
+        names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name]
+        if value is not None and any(isinstance(n.ctx, ast.Store) for n in names):
+            found |= {part.attr for part in ast.walk(value) if isinstance(part, ast.Attribute)}
+    return found
 
 
 def _is_whole(value: Any, names: Sequence[str]) -> bool:
