@@ -296,7 +296,7 @@ def _ran(subject: Subject, code: CodeType, path: str) -> bool:
         return True
     # A call past nn.Module.__call__ (a compiled wrapper) runs, for all we see, in its caller.
     unseen = not subject.graph.module_calls_of(path)
-    return unseen and any(known is code for known, _ in codes)
+    return unseen and code in subject.graph.functions
 
 
 def _on_its_own(

@@ -53,6 +53,9 @@ class Pair:
         mentions = mentions_of(function, owner)
         if mentions is None:
             return self.named_by(path, function)
+        both, leading = self._leading_from(path)
+        if both and leading is not None:  # most mentions lead to neither
+            mentions = tuple(m for m in mentions if not m.chain or m.chain[0] in leading)
         return frozenset(r for m in mentions if (r := self.split(path, m)) is not None)
 
     def named_by(self, path: str, function: FunctionType) -> frozenset[str]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from torchfuse.conditions.attached import functions_in
 from torchfuse.conditions.sources import functions_of, is_setup, names_in, syntax_of
+from torchfuse.isolation.held_modules import may_hold
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,6 +69,8 @@ class Steady:
         by_name: dict[str, list[CodeType]] = {}
         for module in modules.values():
             for name, value in vars(module).items():
+                if not may_hold(value):
+                    continue
                 held = [function.__code__ for function in self._add(value)]
                 by_name.setdefault(name, []).extend(c for c in held if c not in self.of_objects)
             class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
@@ -98,11 +101,11 @@ class Steady:
         """Notes the functions that a value is, holds or has as methods, and gives them."""
         kind: Any = type(value)
         found = [function for function, _ in functions_in(value)]
-        if not isinstance(value, (FunctionType, nn.Module)) and hasattr(kind, "__dict__"):
+        if not isinstance(value, (FunctionType, nn.Module)) and _is_users(kind):
             methods = [function for _, function in functions_of(kind)]
             self.of_objects |= {method.__code__ for method in methods}
             found += methods
-        found = [f for f in found if (f.__module__ or "").partition(".")[0] not in _NOT_THE_USERS]
+        found = list(filter(_is_users, found))
         self.functions |= {function.__code__: function for function in found}
         return found
 
@@ -222,6 +225,11 @@ class Steady:
                 for function in self._add(inspect.unwrap(value) if callable(value) else value):
                     if function.__code__ not in self.of_objects or function.__name__ in names:
                         waiting.append(function.__code__)
+
+
+def _is_users(defined: Any) -> bool:
+    """Whether a class or function is neither Python's own nor torch's."""
+    return (defined.__module__ or "").partition(".")[0] not in _NOT_THE_USERS
 
 
 def _asked(node: ast.AST, owner: str) -> Iterator[ast.AST]:

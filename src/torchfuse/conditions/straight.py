@@ -147,6 +147,7 @@ def picks(code: CodeType, containers: frozenset[str]) -> bool:
     )
 
 
+@lru_cache(maxsize=8192)
 def _calls(code: CodeType, first: int, second: int) -> bool:
     """Whether the function may call anything between the calls at these two places."""
     if first >= second:  # a loop

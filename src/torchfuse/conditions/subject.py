@@ -12,7 +12,7 @@ from torchfuse.conditions.dataflow import batch_norms
 from torchfuse.conditions.sources import edits_modules, functions_of, is_setup, names_in
 from torchfuse.conditions.steady import Steady
 from torchfuse.graph.exploring import called, explore
-from torchfuse.isolation.held_modules import modules_in
+from torchfuse.isolation.held_modules import may_hold, modules_in
 from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ __all__ = ["Match", "Refusal", "Rule", "Subject", "same_tensor"]
 
 
 _TABLES = frozenset({"_modules", "_parameters", "_buffers"})
-_PLAIN = frozenset({bool, int, float, str, type(None)})  # what most attributes are
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,7 @@ class Subject:
             if type(module).__module__.startswith("torch._dynamo."):
                 continue  # a compiled module holds the one that it was made from
             for name, value in vars(module).items():
-                if name not in _TABLES and type(value) not in _PLAIN:
+                if name not in _TABLES and may_hold(value):
                     inner = [paths[id(m)] for m in modules_in(value) if id(m) in paths]
                     if inner:
                         found[path, name] = tuple(dict.fromkeys(inner))

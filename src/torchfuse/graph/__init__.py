@@ -137,6 +137,11 @@ class Graph:
     # Cases that handed work to another thread: when so many calls had been made
     handed_over: dict[int, int] = field(default_factory=dict)
 
+    @cached_property
+    def functions(self) -> frozenset[CodeType]:
+        """The Python functions that were seen calling modules, in whichever module."""
+        return frozenset(code for code, _ in self.codes)
+
     @property
     def may_turn(self) -> bool:
         """Whether code asked for anything that a branch may depend on; else there is one path."""

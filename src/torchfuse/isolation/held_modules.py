@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["modules_in"]
+__all__ = ["may_hold", "modules_in"]
 
 _DEPTH = 3  # how deep containers, closures and plain objects are entered
+
+
+def may_hold(value: Any) -> bool:
+    """False for what most attributes are: plain values, and tables without an entry."""
+    kind = type(value)
+    return not (kind in _PLAIN or (kind in (dict, OrderedDict) and not value))
 
 
 def modules_in(value: Any, depth: int = _DEPTH) -> Iterator[nn.Module]:
@@ -41,5 +48,6 @@ def modules_in(value: Any, depth: int = _DEPTH) -> Iterator[nn.Module]:
                 level.append(entry)
 
 
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 # What refers to too much (a class to its module and all that is in it), or to nothing.
 _WITHOUT_MODULES = (str, bytes, int, float, type, Tensor, ModuleType, CodeType, FrameType)

@@ -220,7 +220,10 @@ def shell(class_: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
 
 def own_tables(attributes: dict[str, Any]) -> dict[str, Any]:
     """Return attributes with the dictionaries (parameters, hooks …) copied one level deep."""
-    return {
-        name: copy.copy(value) if isinstance(value, dict) else value
-        for name, value in attributes.items()
-    }
+
+    def own(value: Any) -> Any:
+        if type(value) in (dict, OrderedDict):  # copy.copy goes through pickle's protocol
+            return value.copy()
+        return copy.copy(value) if isinstance(value, dict) else value
+
+    return {name: own(value) for name, value in attributes.items()}
