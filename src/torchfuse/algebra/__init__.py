@@ -143,9 +143,12 @@ def compose(first: Layer, second: Layer) -> Layer | Refusal:
         return Refusal("Transposed convolutions are not composed.")
     if len(first.kernel) != len(second.kernel) or first.channels_out != second.channels_in:
         return Refusal("The two layers are of different kinds.")
+    # A 1×1 convolution makes zeros of zeros, so padding before it or after it is the same; its bias
+    # is the next question.
     one = all(k == s == 1 and p == 0 for k, s, p in zip(*_sizes(first), strict=True))
     if any(second.padding) and not one:
         return Refusal("The second convolution pads what the first one gives.")
+    # The bias of the first is a shift before the second, and as inexact where that pads.
     shifted = before(second, Affine(torch.ones(1).double(), _bias(first)))
     if isinstance(shifted, Refusal):
         return Refusal(
@@ -157,6 +160,9 @@ def compose(first: Layer, second: Layer) -> Layer | Refusal:
     for k1, k2, s1, d1, d2 in zip(
         first.kernel, second.kernel, first.stride, first.dilation, second.dilation, strict=True
     ):
+        # The taps of the result lie at s₁·d₂·β + d₁·α. If one kernel has a single tap, they are
+        # multiples of the other's distance, which is then the dilation: nothing is stored for the
+        # places in between.
         step = s1 * d2 if k1 == 1 else d1 if k2 == 1 else 1
         dilation.append(step)
         size.append((s1 * d2 * (k2 - 1) + d1 * (k1 - 1)) // step + 1)
@@ -209,6 +215,8 @@ def plus(a: Layer, b: Layer) -> Layer | Refusal:
         if geometry[0] != geometry[1]:
             return Refusal("Transposed convolutions are added only where all their sizes agree.")
     else:
+        # A layer in g groups is one in any divisor of g with zeros between them; the greatest
+        # divisor of both has the fewest zeros.
         groups = gcd(a.groups, b.groups)
         grid = [_grid(*sizes) for sizes in zip(*_places(a), *_places(b), strict=True)]
         if None in grid:
@@ -290,6 +298,7 @@ def trimmed(layer: Layer) -> tuple[Layer, tuple[int, ...], tuple[int, ...]]:
     for axis, (own, dilation) in enumerate(zip(layer.padding, layer.dilation, strict=True), 2):
         size = weight.shape[axis]
         used = weight.movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist() or [0]
+        # Only taps in the padding may go: one further in also decides how many places there are.
         first = min(used[0], own // dilation)
         last = max(used[-1], size - 1 - own // dilation)
         weight = weight.narrow(axis, first, last - first + 1)

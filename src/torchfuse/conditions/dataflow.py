@@ -54,6 +54,7 @@ def origin(graph: Graph, call: Call) -> tuple[Call | None, tuple[Call, ...]]:
     operand, before = call.operands.get("input"), call.index
     while operand is not None:
         maker = _maker(graph, operand, call.case, before)
+        # What changes its input in place computes, whatever it is called.
         if maker is None or maker.kind not in MOVES or maker.written:
             return maker, tuple(reversed(between))
         between.append(maker)
@@ -65,6 +66,7 @@ def _maker(graph: Graph, operand: Operand, case: int, before: int) -> Call | Non
     """The last call before `before` that wrote to `operand` or returned just this view of it."""
     for call in reversed(graph.writers(operand.value)):
         if call.index < before and call.case == case:
+            # One that returned another view of the same memory did not make what is read here.
             if operand.value in call.written or operand in call.results:
                 return call
             if call.kind == "unseen":
@@ -76,6 +78,7 @@ def other_readers(graph: Graph, path: Sequence[Call], last: Call) -> Iterator[Ca
     """Readers of anything that `path` (a layer, then moves) made, apart from `path` and `last`."""
     expected = {id(call) for call in (*path, last)}
     values = dict.fromkeys(result.value for call in path for result in call.results)
+    # Writers too: what is written into it afterwards is read by whoever reads it next.
     readers = [r for value in values for r in (*graph.readers(value), *graph.writers(value))]
     # A hook explains what it then calls.
     yield from sorted(
@@ -103,6 +106,7 @@ def _filled(value: Any, call: Call, current: dict[Operand, Tensor]) -> Any:
     if isinstance(value, Operand):
         if value in current:
             return current[value]
+        # Of the other tensor in `x.view_as(y)` only the sizes count.
         if call.target in SHAPE_ONLY:
             return torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="cpu")
         raise ValueError(f"{call.target} reads another tensor.")

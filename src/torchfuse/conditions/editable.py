@@ -54,6 +54,8 @@ def norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
         )
     if (held := _held_elsewhere(subject, match.second)) is not None:
         return held
+    # An identity stands where the norm was, and is given what the folded layer makes: a hook would
+    # see that in place of what the layer made.
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
         return Refusal(
             f"A hook of `{match.second}` sees its input, which folding changes.",
@@ -61,6 +63,7 @@ def norm_is_a_module(subject: Subject, match: Match) -> Refusal | None:
         )
     if _has_state_dict_hooks(norm):
         return Refusal(f"`{match.second}` has state_dict hooks, which would be lost.")
+    # What else it holds would go with it, and be missing in the state dict.
     added = [*norm._modules, *sorted({*norm._parameters, *norm._buffers} - NORM_TENSORS)]
     if type(norm).get_extra_state is not nn.Module.get_extra_state:
         added.append("extra state")
@@ -197,6 +200,8 @@ def _not_as_traced(
     for entry in graph.module_calls_of(match.second):
         index = graph.module_calls.index(entry)
         inside = graph.calls[entry.first : entry.last]
+        # Kinds in their order tell one path from another; what hooks and checks add does not
+        # compute.
         own = [call.kind for call in inside if call.within == index]
         ran = [kind for kind in own if kind not in ("hook", "held", "_assert")]
         called = [e.path for e in graph.module_calls if e.parent == index]
@@ -294,6 +299,8 @@ def _passes_bias(subject: Subject, layer: Any, call: Call) -> bool:
             return False
         names = subject.graph.values[operand.value].names
         return any(same_tensor(subject, name, layer, "bias") for name in names)
+    # The layer has no bias yet, so nothing recorded shows where one would go: that is read in the
+    # forwards that it went through.
     own = [frame.code for frame in call.frames if not frame.module.startswith("torch.")]
     handed = [_hands_bias_on(code) for code in own if "bias" in names_in(code)]
     if not all(handed):

@@ -29,6 +29,8 @@ __all__ = ["exact_in_graph", "exact_on_path", "foldable"]
 def foldable(subject: Subject, match: Match) -> Refusal | None:
     """None if the match can be folded exactly within what was recorded; otherwise why not."""
     for condition in (
+        # The first that refuses is the reason that is printed: what a user can change at once comes
+        # before what was followed through the graph.
         _no_threads,
         _norm_uses_statistics,
         norm_is_a_module,
@@ -120,12 +122,15 @@ def _parameters_are_stored(subject: Subject, match: Match) -> Refusal | None:
             value = graph.values[call.operands[role].value]
             if not value.names:
                 return Refusal(f"The {role} of `{path}` is computed, not stored.")
+            # The fold reads it once; what is written later would never arrive.
             if any(value.index in writer.written for writer in graph.writers(value.index)):
                 return Refusal(f"The {role} of `{path}` changes during the pass.")
     return None
 
 
 def _no_threads(subject: Subject, match: Match) -> Refusal | None:
+    # What was made before the work was handed over, and is held by nothing by then, no thread can
+    # read.
     since = subject.graph.handed_over
     if any(c.case in since and c.index >= since[c.case] for c in (*match.firsts, *match.seconds)):
         return Refusal(
@@ -155,6 +160,8 @@ def _channels_agree(_: Subject, match: Match) -> Refusal | None:
     for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
         made = first.results[0]
         kernel = first.operands["weight"].shape[2:]
+        # The channels come right before the kernel's axes, whether there is a batch or not; a
+        # linear layer's come last.
         axis = len(made.shape) - 1 - len(kernel)
         if not keeps_channels(first, between, second, axis):
             moved = f", moved by {', '.join(c.target for c in between)}," if between else ""
@@ -168,6 +175,8 @@ def _channels_agree(_: Subject, match: Match) -> Refusal | None:
 
 def _dtypes_agree(_: Subject, match: Match) -> Refusal | None:
     for first, between, second in zip(match.firsts, match.between, match.seconds, strict=True):
+        # The fold rounds once where the two rounded twice. In one dtype that is rounding as always;
+        # in two, the result would be of the other one.
         made, normed = first.results[0].dtype, second.results[0].dtype
         for call in between:
             if call.results[0].dtype != made:

@@ -109,6 +109,7 @@ def _as_entry(subject: Subject, method: str) -> Subject | None:
         except (TypeError, ValueError):
             return None
         entries.append(replace(case, method=method))
+    # Small inputs first: what is asked for is the path, and not the time.
     for given in ([resized(c, batch=True, spatial=True) for c in entries], entries):
         if (entry := _recorded(subject, tuple(given))) is not None:
             return entry
@@ -156,6 +157,7 @@ def _is_finished(value: Any) -> bool:
 
 
 def _holds(subject: Subject, match: Match) -> bool:
+    # Where the norm does not run, the layer must not run either: it would give normed values.
     if not subject.norms.get(match.second):
         return not _runs(subject, match)
     there = _as_there(subject, match)

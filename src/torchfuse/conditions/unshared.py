@@ -31,6 +31,7 @@ __all__ = [
 
 def always_together(subject: Subject, match: Match) -> Refusal | None:
     """Every call of the layer is followed by the norm, every call of the norm follows the layer."""
+    # By the weight and not by the module: `F.conv2d(x, self.conv.weight)` calls it as well.
     graph = subject.graph
     ours = {id(call) for call in match.firsts}
     for call in match.firsts:
@@ -129,6 +130,7 @@ def weight_is_its_own(subject: Subject, match: Match) -> Refusal | None:
                 f"The weight of `{match.first}` is computed, and may change, in training mode.",
                 "Call model.eval() first.",
             )
+        # What draws random numbers, or counts its calls, cannot be baked in as one weight.
         with restored(layer):
             if not torch.equal(computed_weight(layer), computed_weight(layer)):
                 return Refusal(
@@ -158,6 +160,8 @@ def nobody_else_reads_the_weight(subject: Subject, match: Match) -> Refusal | No
         if norm is not None and name.startswith(norm):
             continue  # (the norm's own are looked at as the norm's)
         value = subject.graph.value_named(f"{match.first}.{name}" if match.first else name)
+        # Tied parameters are one value with several names; only a fold of all of them would be
+        # right, and each has another norm behind it.
         outside = [n for n in value.names if id(_owner(subject, n)) not in inside]
         outside += [a for a in value.attributes if id(_owner(subject, a)) not in inside]
         twins = {n.rpartition(".")[2] for n in value.names}
@@ -206,6 +210,8 @@ def statistics_are_its_own(subject: Subject, match: Match) -> Refusal | None:
             value = graph.values[call.operands[role].value]
             if not any(same_tensor(subject, name, norm, role) for name in value.names):
                 return Refusal(f"The {role} of `{match.second}` is computed, not stored.")
+            # Another norm with these statistics keeps them; but who shares them may also load or
+            # retrain them, and the folded layer would not follow.
             shared = [n for n in value.names if not same_tensor(subject, n, norm, role)]
             if shared or value.attributes:
                 return Refusal(

@@ -68,6 +68,7 @@ def _load_unfused(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         if isinstance(own[key], Tensor):
             _check_shape(key, value, own[key])
     known = dict(state_dict)
+    # All are folded before the first is written: a checkpoint that does not fit changes nothing.
     loaded = [_loaded(model, entry, known) for entry in folded]
     model.load_state_dict(rest, strict=False)
     with torch.no_grad():
@@ -151,6 +152,7 @@ def _loaded(
 def key_map(old_keys: list[str], done: Fusions) -> dict[str, str | None]:
     """Old key → the new key that its value went into; None if it is gone."""
     new: dict[str, str | None] = {key: key for key in old_keys}
+    # β and μ went into the bias, γ and σ² into both; the weight is named for those.
     into = {"bias": "bias", "running_mean": "bias", "num_batches_tracked": None}
     for folded in done.folded:
         for path in folded.first:

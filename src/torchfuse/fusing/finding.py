@@ -216,6 +216,8 @@ def _judge(found: Found, rules: Sequence[Rule], second: str, calls: list[Call]) 
     rule = known[foldable[0].kind]
     paths = {owner_path(graph, maker) for maker in foldable}
     first = owner_path(graph, foldable[0])
+    # One norm after two layers could be folded into each, but a module has one norm to take out,
+    # and both would have to go at once.
     if len(foldable) < len(makers) or len(paths) > 1:
         others = sorted(paths - {first}) or sorted(str(k) for k in kinds - {foldable[0].kind})
         refusal = Refusal(

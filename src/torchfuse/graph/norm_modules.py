@@ -40,6 +40,7 @@ def is_norm_module(module: nn.Module) -> bool:
     }
     if not {"running_mean", "running_var"} <= tensors.keys() <= NORM_TENSORS:
         return False
+    # A tensor in a plain attribute is no part of a batch norm, and would be lost with the module.
     held = [value for value in vars(module).values() if isinstance(value, Tensor)]
     sizes = {tuple(t.shape) for name, t in tensors.items() if name != "num_batches_tracked"}
     return not held and len(sizes) == 1 and len(next(iter(sizes))) == 1
@@ -81,6 +82,7 @@ def _as_norm(graph: Graph, entry: ModuleCall, index: int, inside: Sequence[Call]
                     own.setdefault(attribute, operand)
                     constant.add(operand.value)
         read = [o for o in call.operands.values() if o.value not in constant]
+        # Computed of its own tensors alone: the scale and the shift.
         if not read:
             constant |= {result.value for result in call.results}
         elif len(read) != 1 or len(call.results) != 1 or len(call.operands) != 2:

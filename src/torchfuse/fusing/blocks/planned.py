@@ -49,6 +49,8 @@ def find_blocks(found: Found, rules: Sequence[str]) -> None:
     subject = found.subject
     paths = candidates(subject.graph)
     given = _arguments(subject.model, subject.cases, paths, values=False)
+    # The outermost ones are copied, with all that lies in them: a block is merged as it is after
+    # its inner ones were.
     for top in (p for p in paths if not any(_is_below(p, other) for other in paths if other)):
         inside = [path for path in paths if path == top or _is_below(path, top)]
         part = _folded_copy(found, top) if top else Refusal("")
@@ -141,6 +143,7 @@ def _as_it_is(block: nn.Module, path: str) -> nn.Module | Refusal:
     """The block, if it can be looked at."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in block.modules()):
         return Refusal(f"`{path}` is scripted.", ELSEWHERE)
+    # Whether branches merge depends on values too: an affine may be the identity, a tap zero.
     if any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers())):
         return Refusal("There are no values on the meta device, and they decide.", ELSEWHERE)
     if any(module.training for module in block.modules()):
@@ -155,6 +158,7 @@ def _finish(found: Found, paths: Sequence[str]) -> None:
             "fuse(…, graph=True) and fuse_exported merge them if they can be merged.",
         )
         found.skip(("",), refusal, "branches")
+    # A norm that no rule could fold is no skip once its whole block was merged.
     gone = {path for block in found.blocks for path in block.absorbed}
     found.skips = [skip for skip in found.skips if skip.modules[-1] not in gone]
 

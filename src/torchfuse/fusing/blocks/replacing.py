@@ -55,8 +55,11 @@ def replace_block(
     for below, names in merge.absorbed.items():
         module = block.get_submodule(below)
         if below and isinstance(module, _BatchNorm):
+            # A norm class that does more (an activation) goes on doing that.
             modules[below] = module
             put(block, (below,), without_norm(module))
+        # An identity keeps the path, so that keys, hooks and indices of what follows stay as they
+        # are.
         elif below and not module._modules:
             modules[below] = module
             put(block, (below,), nn.Identity().train(module.training))
@@ -98,6 +101,7 @@ def take_block_back(model: nn.Module, done: MergedBlock) -> None:
     trains = _trains(block, done.layers)
     for below, module in done.original_modules.items():
         today = block.get_submodule(below)
+        # What was set while it was fused (eval, hooks) is of the module at this place, and stays.
         module.training = today.training
         for name in HOOK_TABLES:
             vars(module)[name].update(vars(today)[name])
@@ -167,6 +171,7 @@ def _loaded(block: nn.Module, done: MergedBlock) -> Iterator[None]:
     if modules is None or tensors is None:
         modules = {p: on_meta(module).to_empty(device=device) for p, module in done.modules.items()}
         tensors = {key: _empty(tensor, device) for key, tensor in done.tensors.items()}
+    # Merged anew of the loaded weights, and not proved again: what is merged is the same.
     with _with(block, done, modules, tensors):
         yield
         args = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in done.args]

@@ -74,6 +74,8 @@ def prove(
         if open_ and wide is None and decided:
             wide = _widened(in_float64, cases, open_)
             decided = wide is not None
+        # In float64 a right fold agrees to the last digits, whatever the model amplifies in
+        # float32.
         if wide is not None:
             exact = wide.explained(wide.checks(kept, open_))
         else:
@@ -163,6 +165,7 @@ def _halved(
         if all(check.passed for check in checks.values()):
             kept.extend(group)
         elif len(group) > 1:
+            # With those kept so far: two folds may only together be wrong.
             search(group[: len(group) // 2])
             search(group[len(group) // 2 :])
         else:

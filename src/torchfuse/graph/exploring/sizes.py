@@ -54,6 +54,7 @@ def followed(value: Any) -> Any:
 
     A `bool` stays one (it has no subclasses): whoever has it to give is asked for it.
     """
+    # (by the exact type: a bool is an int, and a subclass may have a meaning of its own)
     kind = type(value)
     if kind is int:
         return _Size(value)
@@ -180,6 +181,7 @@ def _lose(what: str) -> None:
 
 def _comparing(compare: Callable[[Any, Any], Any]) -> Any:
     def compared(self: Any, other: Any) -> Any:
+        # An object that compares itself with numbers may branch inside, unseen.
         if not isinstance(other, (int, float)):
             if not isinstance(other, (torch.Tensor, type(None), str, tuple, list)):
                 _lose(f"compared with a {type(other).__name__}")

@@ -172,6 +172,7 @@ def _edit(reading: Reading, group: list[_Branch], terms: list[_Term], inner: lis
     nodes = {*inner, *(call.node for branch in group for call in branch.calls)}
     goes = tuple(sorted(nodes, key=position.__getitem__))
     layers = [call for b in group for call in b.calls if isinstance(call, LayerCall)]
+    # The merged layer is called as the largest of them, which users look for.
     largest = max(layers, key=lambda call: call.layer.weight.numel()).node
 
     def result() -> NewCall | Node | Refusal:
@@ -273,6 +274,7 @@ def _branches(reading: Reading, term: _Term, total: Node) -> list[_Branch]:
     current = term.node
     if not _is_like(current, total):
         return []
+    # What somebody else reads has to be computed anyway: nothing is gained by merging past it.
     while len(calls) < _LONGEST and len(current.users) == 1:
         call: _Call | None = reading.layer(current) or reading.affine(current) or _pool(current)
         if call is None and calls:
