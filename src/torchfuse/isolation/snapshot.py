@@ -384,10 +384,9 @@ class _Attributes:
             self.changed.add(name)  # whoever takes its next entry changes it
         elif value is os:
             self.environment = dict(os.environ)
-        elif not _is_atom(value) and _state_of(value) is not None:
-            self.keep(value, 0, name)
         elif isinstance(value, threading.local) or (
             not _is_atom(value)
+            and not self._keep_state(value, name)
             and type(getattr(value, "__dict__", None)) is dict
             and not kind.__module__.startswith(("torch.", "functools", "logging"))
         ):
@@ -407,8 +406,7 @@ class _Attributes:
         elif isinstance(value, set):
             children = ()
             self.sets.append((name, value, set(value)))
-        elif (state := _state_of(value)) is not None:
-            self.states.append((name, state, state.read()))
+        elif self._keep_state(value, name):
             children = ()
         elif isinstance(value, tuple):
             children = value
@@ -420,6 +418,14 @@ class _Attributes:
         for child in children:
             if not _is_atom(child):
                 self.keep(child, depth - 1, name)
+
+    def _keep_state(self, value: Any, name: str) -> bool:
+        """Keeps the state of a random generator or an array; False if it is neither."""
+        state = _state_of(value)
+        if state is not None and id(value) not in self.seen:
+            self.seen.add(id(value))
+            self.states.append((name, state, state.read()))
+        return state is not None
 
     def put_back(self) -> None:
         for name, mapping, entries in self.mappings:
