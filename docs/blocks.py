@@ -53,6 +53,7 @@ _STATUS = re.compile(r"#.*\bstatus (\d+)")
 # What differs between two runs or two machines, and what stands in its place for a comparison.
 _MASKED = (
     (r"\s+", " "),  # columns are as wide as what is in them, lines end where they are full
+    (r"─+", "─"),
     (r"\d+\.\d+×(?: \([\d.]+…[\d.]+\))?|not measurable", "RATIO"),
     (r"made it (?:slower, )?RATIO as fast,?|made no measurable difference", "made it RATIO"),
     (r"[\d.]+ (?:ns|µs|ms|s)\b", "TIME"),
@@ -64,7 +65,7 @@ _MASKED = (
     (r"[\d.]+ per second|per (?:iter|second): [\d.]+", "RATE"),
     (r"after \d+ warm-up", "after warm-up"),
     (r"On local: .*?; measured", "On local; measured"),
-    (r"(Accuracy is top-1\.).*?(?= \w+, \w+ \.pte: XNNPACK)", r"\1"),  # which answers changed
+    (r"(Accuracy is top-1\.).*?(?= (?:\w+, )?\w+ \.pte: XNNPACK)", r"\1"),  # which answers changed
     (r"operator +delegated.*?runs \d+ of \d+", "runs CALLS of CALLS"),  # by what was kept
     (r"kept|undone", "kept or undone"),
     (r"\d+\.\d+\.\d+(?:\+\w+)?", "VERSION"),

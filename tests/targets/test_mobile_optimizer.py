@@ -7,7 +7,6 @@ but for XNNPACK's prepacked operators.
 import copy
 import re
 import warnings
-from functools import partial
 
 import pytest
 import torch
@@ -87,7 +86,9 @@ class Auxiliary(nn.Module):
         return self.second(torch.relu(self.main(y)))
 
 
-assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+def assert_close(a, b):
+    """Within 1e-5 of the largest value, as fusions are judged: CPUs differ in how sums round."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
 
 
 def settled(model):

@@ -100,7 +100,8 @@ class Attention(nn.Module):
 
     def __init__(self, *, is_spelled_out: bool) -> None:
         super().__init__()
-        self.to_parts, self.is_spelled_out = nn.Linear(8, 24), is_spelled_out
+        torch.manual_seed(0)
+        self.to_parts, self.is_spelled_out = nn.Linear(32, 96), is_spelled_out
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_parts(x).chunk(3, -1)
@@ -112,8 +113,8 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     ("net", "shape", "kind"),
     [
-        (Attention(is_spelled_out=True), (1, 6, 8), nncf.ModelType.TRANSFORMER),
-        (Attention(is_spelled_out=False), (1, 6, 8), nncf.ModelType.TRANSFORMER),
+        (Attention(is_spelled_out=True), (1, 6, 32), nncf.ModelType.TRANSFORMER),
+        (Attention(is_spelled_out=False), (1, 6, 32), nncf.ModelType.TRANSFORMER),
         (nn.Sequential(nn.Linear(8, 4), nn.Softmax(-1)), (1, 8), None),
     ],
 )
