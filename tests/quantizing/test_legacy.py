@@ -12,7 +12,11 @@ from torchfuse.quantizing import quantize
 from torchfuse.quantizing.legacy import ENGINES
 
 # Torch's own: torch.ao.quantization and torch.jit are deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:Default qconfig of oneDNN:UserWarning",  # on a CPU without VNNI
+)
 
 
 class Residual(nn.Module):

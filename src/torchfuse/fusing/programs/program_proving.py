@@ -80,7 +80,8 @@ class _ProgramTrial:
 
     def outputs(self, matches: Sequence[str], cases: Sequence[Case]) -> list[dict[str, Any]]:
         """Return what it returns on each case."""
-        return outputs_of(_module(self.fused(matches) if matches else self.old), cases)
+        program = self.fused(matches) if matches else self.old
+        return outputs_of(_module(program), cases, watch=True)
 
 
 def _module(program: ExportedProgram) -> torch.nn.Module:

@@ -189,7 +189,7 @@ def _within(check: Equivalence, noise: Equivalence) -> Equivalence:
     )
 
 
-def outputs_of(model: nn.Module, cases: Sequence[Case], *, watch: bool = True) -> list[Outputs]:
+def outputs_of(model: nn.Module, cases: Sequence[Case], *, watch: bool) -> list[Outputs]:
     """What `model` returns on each case, from the same random state; nothing is left changed.
 
     But for what it writes to in place, if `watch` is not set.
