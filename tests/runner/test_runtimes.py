@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from torchfuse.runner.runtimes import decoded, runtime_for
 
@@ -86,3 +88,18 @@ def test_channels_last_stays_channels_last(tmp_path: Path) -> None:
     got = decoded(value, runtime_for("pt"), tmp_path)
     assert torch.equal(got, x)
     assert got.stride() == x.stride()
+
+
+def test_int8_weights_are_packed_for_the_engine_of_phones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    packed_for = []
+    before = torch.backends.quantized.engine
+    monkeypatch.setattr(
+        torch.jit,
+        "load",
+        lambda *_, **__: packed_for.append(torch.backends.quantized.engine) or nn.Identity(),
+    )
+    runtime_for("pt").load(str(tmp_path / "model.pt"), "pt")
+    assert packed_for == ["qnnpack"]
+    assert torch.backends.quantized.engine == before

@@ -71,11 +71,20 @@ class _Torch:
         return flat.as_strided(shape, strides).clone(memory_format=self._torch.preserve_format)
 
     def load(self, path: str, form: str) -> Any:
-        if form == "ptl":
-            from torch.jit.mobile import _load_for_lite_interpreter
+        quantized: Any = self._torch.backends.quantized  # its stub lacks what is set on it
+        before = quantized.engine
+        # int8 weights are packed for an engine as they are loaded: for the phone's, as torchfuse
+        # itself loads them. x86's own overflow where the CPU has no VNNI.
+        if "qnnpack" in quantized.supported_engines:
+            quantized.engine = "qnnpack"
+        try:
+            if form == "ptl":
+                from torch.jit.mobile import _load_for_lite_interpreter
 
-            return _load_for_lite_interpreter(path)
-        return self._torch.jit.load(path, map_location="cpu").eval()
+                return _load_for_lite_interpreter(path)
+            return self._torch.jit.load(path, map_location="cpu").eval()
+        finally:
+            quantized.engine = before
 
     def call(self, model: Any, args: list[Any], kwargs: dict[str, Any]) -> Callable[[], Any]:
         return functools.partial(model, *args, **kwargs)
