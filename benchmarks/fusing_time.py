@@ -129,6 +129,7 @@ def main() -> None:
 
 
 def _timm_entries() -> list[Entry]:
+    importlib.import_module("verdict_table.torchvision_without_cuda")  # or timm is not imported
     timm = importlib.import_module("timm")
 
     def made(name: str) -> Callable[[], nn.Module]:

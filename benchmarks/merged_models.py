@@ -64,7 +64,9 @@ def of_timm(name: str, size: int = 224) -> Callable[[], tuple[nn.Module, Tensor]
     """Return what makes a model of timm, and an image for it."""
 
     def make() -> tuple[nn.Module, Tensor]:
-        import timm
+        import verdict_table.torchvision_without_cuda  # noqa: F401  # or timm could not be imported
+
+        import timm  # isort: skip
 
         return timm.create_model(name), torch.randn(2, 3, size, size)
 

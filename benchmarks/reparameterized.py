@@ -22,12 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import timm
 import torch
-from timm.utils import reparameterize_model
+import verdict_table.torchvision_without_cuda  # noqa: F401  # or timm could not be imported
 from torch import Tensor, nn
 
-import torchfuse
+import timm  # isort: skip
+from timm.utils import reparameterize_model  # isort: skip
+
+import torchfuse  # isort: skip
 from torchfuse.fusing.programs.program_fusing import fold
 from torchfuse.lowering import capture as capturing
 from torchfuse.measuring.timing import measure_interleaved, ratio
