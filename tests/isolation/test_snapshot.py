@@ -51,6 +51,7 @@ WRITES = {
     "a buffer in place": lambda m: m.count.add_(1),
     "a parameter in place": lambda m: m.layer.weight.mul_(2),
     "a view of a parameter": lambda m: m.layer.weight[0].zero_(),
+    "a view that does not say so": lambda m: m.layer.weight.unsafe_chunk(2)[0].zero_(),
     "a plain tensor in place": lambda m: m.plain.add_(1),
     "running statistics": lambda m: m.norm.train()(torch.randn(4, 2)),
     "with out=": lambda m: torch.add(m.plain, 1, out=m.plain),

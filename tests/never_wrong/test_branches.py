@@ -24,6 +24,24 @@ def test_a_data_dependent_branch_after_the_conv_is_skipped() -> None:
         assert_skipped(model, inputs, because="(branch|bool|depend)", others=others)
 
 
+def test_an_error_in_a_layer_that_is_made_on_the_fly_is_a_branch() -> None:
+    class Model(ConvBn):
+        def pooled(self, x: Tensor) -> Tensor | None:
+            try:
+                return nn.MaxPool2d(4)(x)  # type: ignore[no-any-return]
+            except RuntimeError:  # the image is too small
+                return None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] != 4:
+                raise ValueError(x.shape)
+            pooled, y = self.pooled(x), self.conv(x)
+            return y if pooled is None else self.bn(y) + pooled.mean()
+
+    model = trained(Model(), IMAGE)
+    assert_skipped(model, IMAGE, because="(branch|path)", others=(IMAGE[..., :3, :3],))
+
+
 def test_item_is_a_branch_too() -> None:
     class Model(ConvBn):
         def forward(self, x: Tensor) -> Tensor:

@@ -40,7 +40,10 @@ _CHILDREN = frozenset({"items", "keys", "values", "children", "named_children"})
 # What changes what they hold.
 _REGISTERING = frozenset({"add_module", "register_module", "_modules"})
 _CHANGING = frozenset(
-    {"append", "clear", "extend", "insert", "pop", "popitem", "setdefault", "update"}
+    {
+        *("append", "clear", "extend", "insert", "pop", "popitem", "setdefault", "update"),
+        *("__setitem__", "__delitem__"),
+    }
 )
 # Builtins that answer from what they are given.
 _ANSWERING = frozenset({"isinstance", "hasattr", "callable", "enumerate", "zip", "range"})
@@ -101,11 +104,11 @@ class Steady:
         """Notes the functions that a value is, holds or has as methods, and gives them."""
         kind: Any = type(value)
         found = [function for function, _ in functions_in(value)]
-        if not isinstance(value, (FunctionType, nn.Module)) and _is_users(kind):
+        if not isinstance(value, (FunctionType, nn.Module)) and _is_of_users(kind):
             methods = [function for _, function in functions_of(kind)]
             self.of_objects |= {method.__code__ for method in methods}
             found += methods
-        found = list(filter(_is_users, found))
+        found = list(filter(_is_of_users, found))
         self.functions |= {function.__code__: function for function in found}
         return found
 
@@ -227,8 +230,8 @@ class Steady:
                         waiting.append(function.__code__)
 
 
-def _is_users(defined: Any) -> bool:
-    """Whether a class or function is neither Python's own nor torch's."""
+def _is_of_users(defined: Any) -> bool:
+    """Whether a class or a function is neither Python's own nor torch's."""
     return (defined.__module__ or "").partition(".")[0] not in _NOT_THE_USERS
 
 
@@ -294,8 +297,12 @@ def _filled(code: CodeType) -> frozenset[str]:
     return frozenset(found)
 
 
-def _set_from(tree: ast.AST, name: str) -> set[str]:
-    """The attributes in what a local name may be set from."""
+def _set_from(tree: ast.AST, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The attributes that a local name may stand for, by itself or by way of other local names.
+
+    (What a call gives is another object, but for `self.children()` and the like. A container that
+    is given to a function, which changes it there, is not followed.)
+    """
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
@@ -308,8 +315,25 @@ def _set_from(tree: ast.AST, name: str) -> set[str]:
             continue
         names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name]
         if value is not None and any(isinstance(n.ctx, ast.Store) for n in names):
-            found |= {part.attr for part in ast.walk(value) if isinstance(part, ast.Attribute)}
+            for part in _without_calls(value):
+                if isinstance(part, ast.Attribute):
+                    found.add(part.attr)
+                elif isinstance(part, ast.Name) and part.id not in {name, *seen}:
+                    found |= _set_from(tree, part.id, seen | {name})
     return found
+
+
+def _without_calls(value: ast.expr) -> Iterator[ast.AST]:
+    """The parts of an expression that are no calls, nor in one."""
+    waiting: list[ast.AST] = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, ast.Call):
+            if isinstance(part.func, ast.Attribute) and part.func.attr in _CHILDREN:
+                waiting.append(part.func.value)
+            continue
+        yield part
+        waiting += ast.iter_child_nodes(part)
 
 
 def _is_whole(value: Any, names: Sequence[str]) -> bool:

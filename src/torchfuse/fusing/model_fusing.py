@@ -131,9 +131,9 @@ def fuse(
     tried: list[Case] = []
     if verify:
         proof = PairProof(model, found.matches, keep=keep_originals)
-        tried, expected = proof.reference(given, found.subject.recorder.snapshot)
+        tried, expected = proof.reference(given)
         found.drop_unproved(proof.found)
-    found.subject.recorder.let_go()  # of the original weights
+    found.subject.recorder.let_go()  # the model may be edited in place, and block after block
     target = model if inplace else _copy(model)
     check: Equivalence | None = None
     scope: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from torchfuse.fusing.proving.pairs import PairDifference, decided, normed, wors
 from torchfuse.fusing.proving.variations import variations
 from torchfuse.fusing.proving.whole import outputs_of, prove, widened
 from torchfuse.isolation.model_copy import copied
-from torchfuse.isolation.snapshot import restored
+from torchfuse.isolation.snapshot import Snapshot, restored
 from torchfuse.verifying.outputs import copied_leaves, copy_tensors, is_finite, run
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torchfuse.fusing.finding import Found
     from torchfuse.fusing.module_edits import Fusions
     from torchfuse.graph import Graph
-    from torchfuse.isolation.snapshot import Snapshot
     from torchfuse.rules import Match, Rule
     from torchfuse.verifying.equivalence import Equivalence
 
@@ -76,14 +75,12 @@ class PairProof:
             self.found[path] = worse(self.found.get(path), difference)
         return output
 
-    def reference(
-        self, given: Sequence[Case], snapshot: Snapshot
-    ) -> tuple[list[Case], list[dict[str, Any]]]:
+    def reference(self, given: Sequence[Case]) -> tuple[list[Case], list[dict[str, Any]]]:
         """The cases to compare on (given ones first), and what the original returns on them.
 
-        On the given ones, and on other values, each pair is compared as well. The snapshot of the
-        model is not kept: it holds the original weights.
+        On the given ones, and on other values, each pair is compared as well.
         """
+        snapshot = Snapshot(self.model)  # not kept: it holds the original weights
         tried, expected = list(given), [self._run(case, snapshot) for case in given]
         for one in given:
             for case in variations(one):

@@ -45,7 +45,7 @@ class MemoryBlocks:
         """The same blocks, for a copy of their values."""
         other = MemoryBlocks(values)
         other._ids = {**self._ids}
-        other._parts = self._parts  # all of them are known before
+        other._parts = self._parts  # (`divide` is done, and nothing else adds to them)
         other._weak, other._ranges = [*self._weak], [*self._ranges]
         other._twins, other._kept = [*self._twins], [*self._kept]
         return other

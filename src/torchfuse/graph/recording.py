@@ -101,11 +101,16 @@ def record(
 
 
 class Recorder:
-    """Records one model, as it is now, as often as is asked for."""
+    """Records one model as often as is asked for.
+
+    What its modules and tensors are called is found once, for as long as the model is not edited:
+    who is about to edit it says so before, by `let_go`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._start: _Start | None = None
+        self._keeps = True
+        self._names: _Names | None = None
 
     def record(
         self,
@@ -127,7 +132,7 @@ class Recorder:
                 torch._dynamo.reset()
                 recording = self._recorded(cases, questions, accept)
         graph = recording.graph
-        with_norms_as_calls(graph, recording.start.modules)
+        with_norms_as_calls(graph, recording.names.modules)
         graph.reads += [
             Read(
                 "error",
@@ -149,30 +154,23 @@ class Recorder:
         questions: Questions | None,
         accept: Callable[[Any], bool] | None,
     ) -> _Recording:
-        recording = _Recording(self._begun(), tuple(map(str, cases)), questions, accept)
+        names = self._names or _Names(self.model)
+        if self._keeps:
+            self._names = names
+        recording = _Recording(names, tuple(map(str, cases)), questions, accept)
         if questions is not None:
             questions.begin(recording.graph)
         for index, case in enumerate(cases):
             recording._torchfuse_run(index, case)
         return recording
 
-    @property
-    def snapshot(self) -> Snapshot:
-        """What puts the model back after a run."""
-        return self._begun().snapshot
-
-    def _begun(self) -> _Start:
-        if self._start is None:
-            self._start = _Start(self.model)
-        return self._start
-
     def let_go(self) -> None:
-        """Holds the model's weights and attributes no longer, until it records again."""
-        self._start = None
+        """From now on the model may be another at each recording."""
+        self._keeps, self._names = False, None
 
 
-class _Start:
-    """The model as every recording of it finds it: modules, what its tensors are called, state."""
+class _Names:
+    """What a model's modules and tensors are called, as every recording of it begins."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -185,7 +183,6 @@ class _Start:
         named = list(model.named_modules(remove_duplicate=False))
         self._name_modules(named)
         self._name_tensors(named)
-        self.snapshot = Snapshot(model)
 
     def _name_modules(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         paths: dict[str, list[str]] = {}
@@ -238,24 +235,24 @@ class _Recording:
 
     def __init__(
         self,
-        start: _Start,
+        names: _Names,
         cases: tuple[str, ...],
         questions: Questions | None,
         accept: Callable[[Any], bool] | None,
     ) -> None:
-        self.start = start
-        self.model = start.model
+        self.names = names
+        self.model = names.model
         self.questions = questions
         self.accept = accept
-        self.graph = Graph(type(start.model).__name__, cases, [*start.values], paths=start.paths)
-        self.memory = start.memory.copied(self.graph.values)
+        self.graph = Graph(type(names.model).__name__, cases, [*names.values], paths=names.paths)
+        self.memory = names.memory.copied(self.graph.values)
         self.case = 0
         self.before = 0  # so many values were known when this case began
         self.current: _Open | None = None
         self.running = False
         self.stack: list[int] = []  # open module calls
-        self.path_of = start.path_of
-        self.memory.spanned += start.spanned
+        self.path_of = names.path_of
+        self.memory.spanned += names.spanned
         self._note_spanning()
 
     # Values
@@ -311,7 +308,7 @@ class _Recording:
             self.value_of(tensor, "input")
         self.before = before = len(self.graph.values)
         mode = _Operators(self)
-        snapshot = self.start.snapshot
+        snapshot = Snapshot(self.model)
         with restored(self.model, mode, snapshot), _frozen(), ExitStack() as stack:
             stack.enter_context(_patched(self))
             stack.enter_context(_Functions(self))
@@ -478,7 +475,7 @@ class _Operators(CopyOnWrite):
             if writes:
                 self.back_up(func, args, kwargs)
             result = func(*args, **(kwargs or {}))
-            self.note_fresh(args if writes else (), result)
+            self.note_fresh(args, result)
         recording = self.recording
         current = recording.current
         if current is None:

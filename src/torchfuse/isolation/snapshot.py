@@ -65,11 +65,8 @@ class CopyOnWrite(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, classes: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if is_functional(func):
-            result = func(*args, **(kwargs or {}))
-            self.note_fresh((), result)
-            return result
-        self.back_up(func, args, kwargs)
+        if not is_functional(func):
+            self.back_up(func, args, kwargs)
         result = func(*args, **(kwargs or {}))
         self.note_fresh(args, result)
         return result
@@ -126,27 +123,21 @@ class Snapshot:
         self.watch = watch
         self.wrote = False  # whether a run was seen to write to such memory
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
-        self._undo = _tensors(modules)
+        self._undo = _random_state()
+        self._undo += _tensors(modules)
         self._undo += _script_tensors([m for m in modules if isinstance(m, torch.jit.ScriptModule)])
         kept = _Attributes()
         for module in modules:
             if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
                 kept.keep_module(module)
         kept.keep_globals(modules)
+        self.changed = kept.changed  # names of attributes and entries that a run changed
         self._undo.append(kept.put_back)
-        self._always = set(kept.changed)
-        self.changed = kept.changed  # names of attributes and entries that the last run changed
-        self._random: list[Callable[[], object]] = []
-
-    def begin(self) -> None:
-        """A run is about to begin, as random as it finds things."""
-        self.changed.clear()
-        self.changed |= self._always
-        self._random = [*_random_state(), _noting_draws(self.changed)]
+        self._undo.append(_noting_draws(kept.changed))
 
     def put_back(self) -> None:
         """Undo what a run did to attributes, flags, hooks and random states."""
-        for step in (*reversed(self._random), *reversed(self._undo)):
+        for step in reversed(self._undo):
             step()
 
     def changed_by(self, run: Callable[[], object]) -> set[str]:
@@ -176,7 +167,6 @@ def restored(
     snapshot = Snapshot(model) if snapshot is None else snapshot
     try:
         with ExitStack() as stack:
-            snapshot.begin()
             stack.enter_context(torch.no_grad())
             if snapshot.watch:
                 stack.enter_context(mode)
@@ -594,7 +584,10 @@ def _refill_sequence(sequence: Any, items: list[Any]) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_functional(func: Any) -> bool:
-    """Whether an operator of torch writes nothing and returns only what it made, as most do."""
+    """Whether an operator of torch says that it writes nothing and gives no views, as most do.
+
+    (Some give views without saying so: `unsafe_split`.)
+    """
     schema = getattr(func, "_schema", None)
     return (
         schema is not None

@@ -512,6 +512,43 @@ def test_it_stays_and_says_why(name: str) -> None:
     assert same(result.model, net)
 
 
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)  # type: ignore[no-any-return]
+
+
+class Pair(nn.Module):
+    """Two blocks, each with a method that runs it alone, which is asked for before it is merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Added(), Added()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.one(x)  # type: ignore[no-any-return]
+
+    def second(self, x: Tensor) -> Tensor:
+        return self.two(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_in_place_what_is_asked_of_one_block_leaves_those_before_it_merged(verify: bool) -> None:
+    net = Pair().eval()
+    expected = net(X)
+    fused = torchfuse.fuse(net, X, inplace=True, verify=verify).model
+    assert [type(m).__name__ for m in (net.one.b, net.two.b)] == ["Identity", "Identity"]
+    torch.testing.assert_close(fused(X), expected)
+    torchfuse.unfuse(fused, inplace=True)
+    assert torch.equal(net(X), expected)
+
+
 def test_a_method_of_the_model_that_uses_a_branch_keeps_the_block_as_it_is() -> None:
     class Penalized(Net):
         def penalty(self, x: Tensor) -> Tensor:

@@ -188,8 +188,6 @@ class _Explorer:
     usual: Counter[Site] = field(default_factory=Counter)  # the most visits in a run without lies
     largest: Counter[str] = field(default_factory=Counter)  # elements in such a run, by function
     longest: int = 0  # the most calls in such a run
-    looked_at: int = 0  # so many functions, for whether one of them catches errors
-    catching: bool = False
     lied_after: int | None = None  # so many calls were recorded when the last false answer came
 
     def paths_of(self, index: int, case: Case) -> Iterator[ExecutionPath]:
@@ -346,7 +344,7 @@ class _Explorer:
 
     def begin(self, graph: Graph) -> None:
         """A run is recorded in `graph`."""
-        self.graph, self.looked_at, self.catching = graph, 0, False
+        self.graph = graph
 
     def answer(self, name: str, real: Any) -> Any:
         """What code is told that asked a tensor for `name`."""
@@ -396,11 +394,8 @@ class _Explorer:
         elif elements > _TIMES_AS_LARGE * self.largest[name] + _MORE_ELEMENTS:
             self._lost_at(None, f"another path gives `{name}` much more than at these inputs")
             raise _EndlessError
-        above = self._catches_above()
         frame: Any = _asking()
         while frame is not None and frame.f_code.co_name != "_torchfuse_run":
-            if frame.f_code.co_name == "_torchfuse_call" and not above:
-                break
             if (
                 catches(frame.f_code)
                 and not _is_torch(frame)
@@ -408,16 +403,6 @@ class _Explorer:
             ):
                 raise _FailedError
             frame = frame.f_back
-
-    def _catches_above(self) -> bool:
-        """Whether any function that was seen to call a module catches errors."""
-        if self.graph is None:
-            return True
-        codes = self.graph.codes
-        if self.looked_at != len(codes):
-            self.looked_at = len(codes)
-            self.catching = any(catches(code) for code, _ in codes)
-        return self.catching
 
     def _answered(self, site: Site, real: bool) -> bool:
         visit = self.visits[site]
