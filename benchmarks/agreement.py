@@ -5,7 +5,8 @@
 On the models of benchmarks/coverage.py and, with `--timm`, on the smallest model with batch norms
 of each of timm's families. A batch norm that only one of the two folds is shown with the reason
 that the other gives. Nothing is verified unless `--verify` is given: that is what `fuse` itself and
-the coverage are for. Ends with status 1 if the two do not agree somewhere.
+the coverage are for. What the other rules merge in a program is left out. Ends with status 1 if the
+two do not agree somewhere.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,12 +27,16 @@ from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+if find_spec("torchvision"):  # timm and transformers import it
+    import verdict_table.torchvision_without_cuda  # noqa: F401
 
 import torchfuse
 from support.zoo import FAMILIES, HAND_WRITTEN, Entry
 from support.zoo.more_families import MORE_FAMILIES
 from torchfuse.planning import FusionPlan
+from torchfuse.rules import RULES
 
+_FOLDS = tuple(rule.name for rule in RULES)
 # The smallest model with batch norms of each of timm's families, and the side of its images
 _TIMM = Path(__file__).with_name("verdict_table") / "timm_families.tsv"
 
@@ -83,7 +89,6 @@ def main() -> None:
 
 
 def _of_timm() -> list[Entry]:
-    importlib.import_module("verdict_table.torchvision_without_cuda")  # or timm is not imported
     timm = importlib.import_module("timm")
 
     def made(name: str) -> Callable[[], nn.Module]:
@@ -97,9 +102,9 @@ def _row(entry: Entry, *, verify: bool) -> Row:
     try:
         model, inputs = entry.model(), (entry.inputs(),)
         plans = {
-            "fuse": torchfuse.fuse(model, inputs, verify=verify).plan,
+            "fuse": torchfuse.fuse(model, inputs, rules=_FOLDS, verify=verify).plan,
             "fuse_exported": torchfuse.fuse_exported(
-                torch.export.export(model, inputs), verify=verify
+                torch.export.export(model, inputs), rules=_FOLDS, verify=verify
             ).plan,
         }
     except Exception as error:  # noqa: BLE001 - one model that fails must not hide the others

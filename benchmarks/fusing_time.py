@@ -20,6 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,8 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+if find_spec("torchvision"):  # timm and transformers import it
+    import verdict_table.torchvision_without_cuda  # noqa: F401
 
 import torchfuse
 from support.zoo import FAMILIES, Entry
@@ -129,7 +132,6 @@ def main() -> None:
 
 
 def _timm_entries() -> list[Entry]:
-    importlib.import_module("verdict_table.torchvision_without_cuda")  # or timm is not imported
     timm = importlib.import_module("timm")
 
     def made(name: str) -> Callable[[], nn.Module]:
