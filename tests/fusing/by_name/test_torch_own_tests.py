@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),
     pytest.mark.filterwarnings("ignore:_aminmax is deprecated:UserWarning"),
     pytest.mark.filterwarnings("ignore:must run observer before calling:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Default qconfig of oneDNN:UserWarning"),  # no VNNI here
+    pytest.mark.filterwarnings("ignore:Default qconfig of oneDNN:UserWarning"),  # no VNNI
 ]
 
 INPUT_1D = torch.rand(2, 3, 10, generator=torch.Generator().manual_seed(0))

@@ -58,9 +58,8 @@ def replace_block(
             # A norm class that does more (an activation) goes on doing that.
             modules[below] = module
             put(block, (below,), without_norm(module))
-        # An identity keeps the path, so that keys, hooks and indices of what follows stay as they
-        # are.
         elif below and not module._modules:
+            # An identity keeps the path, so that keys and indices of what follows stay as they are.
             modules[below] = module
             put(block, (below,), nn.Identity().train(module.training))
         else:
