@@ -165,10 +165,44 @@ class DropsItByAThirdName(Backbone):
         return super().forward(x, extra)
 
 
+class DropsItByGetattr(Backbone):
+    def forward(self, x, extra=None):
+        if plain_size(x) < 3:
+            del getattr(self, "bo" + "dy")["bn"]
+        return super().forward(x, extra)
+
+
+class DropsItFromAChild(Backbone):
+    def forward(self, x, extra=None):
+        if plain_size(x) < 3:
+            for child in self.children():
+                del child["bn"]
+        return super().forward(x, extra)
+
+
+def drop(layers, name):
+    del layers[name]
+
+
+class DropsItInAFunction(Backbone):
+    def forward(self, x, extra=None):
+        if plain_size(x) < 3:
+            drop(self.body, "bn")
+        return super().forward(x, extra)
+
+
+class DropsItFromTheModel(Backbone):
+    def forward(self, x, extra=None):
+        if plain_size(x) < 3:
+            drop(self, "body")
+        return super().forward(x, extra)
+
+
 class KeepsMore(Backbone):
     def forward(self, x, extra=None):
         kept = self.body(F.pad(x, (0, plain_size(x) % 2)))
         kept["pooled"] = kept["features"].mean()  # of what it returned, not of the container
+        drop(kept, "unused") if "unused" in kept else None
         return kept["features"] + kept["pooled"]
 
 
@@ -176,7 +210,13 @@ def test_what_a_container_returned_may_be_changed():
     assert_fuses(trained(KeepsMore(), IMAGE), IMAGE)
 
 
-@pytest.mark.parametrize("model", [DropsItsLayer, DropsItByAnotherName, DropsItByAThirdName])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(DropsItsLayer, DropsItByAnotherName, DropsItByAThirdName, DropsItByGetattr),
+        *(DropsItFromAChild, DropsItInAFunction, DropsItFromTheModel),
+    ],
+)
 def test_a_container_that_another_module_takes_a_layer_out_of_is_not(model):
     assert_skipped(trained(model(), IMAGE), IMAGE, "branches")
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,27 @@ def test_an_error_in_a_layer_that_is_made_on_the_fly_is_a_branch() -> None:
 
     model = trained(Model(), IMAGE)
     assert_skipped(model, IMAGE, because="(branch|path)", others=(IMAGE[..., :3, :3],))
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(4), partial(F.max_pool2d, kernel_size=4)])
+def test_an_error_in_what_code_calls_is_a_branch_where_nothing_asks_for_sizes(pool: Any) -> None:
+    def pooled(x: Tensor) -> Tensor:
+        return pool(x)  # type: ignore[no-any-return]
+
+    class Model(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            mean = self.mean(x)
+            return y if mean is None else self.bn(y) + mean
+
+        def mean(self, x: Tensor) -> Tensor | None:
+            try:
+                return pooled(x).mean()
+            except RuntimeError:  # the image is too small
+                return None
+
+    model = trained(Model(), IMAGE)
+    assert_skipped(model, IMAGE, because="path", others=(IMAGE[..., :3, :3],))
 
 
 def test_item_is_a_branch_too() -> None:

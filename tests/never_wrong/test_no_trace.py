@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -99,3 +100,12 @@ def test_planning_leaves_generators_arrays_and_containers_in_attributes_as_they_
     assert model.draw() == untouched.draw()
     assert model.counts.tolist() == [0, 0, 0]
     assert model.nested == {"history": [deque([1]), {2}]}
+
+
+def test_threads_that_fuse_one_model_do_not_see_each_others_work() -> None:
+    model = nn.Sequential(*(trained(ConvBn(), IMAGE) for _ in range(8)))
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: torchfuse.fuse(model, IMAGE), range(4)))
+    for result in results:
+        assert len(result.plan.fusions) == 8
+        torch.testing.assert_close(result.model(IMAGE), model(IMAGE))

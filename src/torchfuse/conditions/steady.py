@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from enum import Enum
 from functools import lru_cache
-from itertools import chain
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ _CHANGING = frozenset(
         *("__setitem__", "__delitem__"),
     }
 )
+_ANY_CHILD = frozenset({"*"})
 # Builtins that answer from what they are given.
 _ANSWERING = frozenset({"isinstance", "hasattr", "callable", "enumerate", "zip", "range"})
 # What writes an attribute of a module whose name no instruction tells: past the recording, or as
@@ -87,12 +87,20 @@ class Steady:
         self.filled: set[str] = set()  # what a call may put something into, or take it out of
         self.names: dict[int, set[str]] = {}  # of each module
         for path, module in modules.items():
-            self.names.setdefault(id(module), set()).add(path.rpartition(".")[2])
+            self.names.setdefault(id(module), {*_ANY_CHILD}).add(f".{path.rpartition('.')[2]}")
         recorded = {code for graph in graphs for code, _ in graph.codes}
-        for code in self._may_run(recorded, by_name):
+        running = list(self._may_run(recorded, by_name))
+        filling = {  # functions that do so to what they are given
+            code.co_name
+            for code in running
+            if not _filled(code).isdisjoint(code.co_varnames[: code.co_argcount])
+        }
+        for code in running:
+            self.filled |= _filled(code)
+            for callee, given in _handed(code):
+                self.filled |= given if callee in filling else set()
             self.written |= _stored(code)
             self.naming.update(names_in(code))
-            self.filled |= _filled(code)
             if not {"train", "eval"}.isdisjoint(code.co_names):
                 self.written.add("training")
             if code in self.functions and code not in self.of_objects:
@@ -171,7 +179,10 @@ class Steady:
             and self.filled.isdisjoint(*(self.names[id(module)] for module in owners))
             and all(
                 getattr(class_, method.attr).__module__.startswith("torch.nn.")
-                and "" not in {*chain(*(_filled(f.__code__) for _, f in functions_of(class_)))}
+                and not any(
+                    _owner_of(function.__code__) in _filled(function.__code__)
+                    for _, function in functions_of(class_)
+                )
                 for class_ in classes
             )
         )
@@ -270,40 +281,73 @@ def _looped_over(code: CodeType, name: str) -> ast.expr | None:
 
 @lru_cache(maxsize=8192)
 def _filled(code: CodeType) -> frozenset[str]:
-    """Attributes that a function puts something into, or takes it out of: `self.layers[0] = …`.
+    """What a function puts something into, or takes it out of.
 
-    The empty name is its own module. Where there is no source, it is every name that it mentions.
+    `.layers` is an attribute of that name (`self.layers[0] = …`), `layers` a name of the function's
+    own, `*` any child of a module. Where there is no source, it is every name that it mentions.
     """
     tree = syntax_of(code)
     if tree is None:
-        return names_in(code) | {""}
-    if is_setup(tree.name):
-        return frozenset()
-    owner = tree.args.args[0].arg if tree.args.args else None
-    found = set()
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.Attribute, ast.Subscript)):
-            continue
+        return frozenset({*code.co_varnames, *(f".{name}" for name in names_in(code))})
+    found = set[str]()
+    for node in ast.walk(tree) if not is_setup(tree.name) else ():
         if isinstance(node, ast.Attribute):
             changes = node.attr in _CHANGING
         else:
-            changes = not isinstance(node.ctx, ast.Load)
-        if changes and isinstance(node.value, ast.Attribute):
-            found.add(node.value.attr)
-        elif changes and isinstance(node.value, ast.Name) and node.value.id == owner:
-            found.add("")
-        elif changes and isinstance(node.value, ast.Name):  # `body = self.body; del body["bn"]`
-            found |= _set_from(tree, node.value.id)
+            changes = isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load)
+        if changes and isinstance(node, (ast.Attribute, ast.Subscript)):
+            found |= _stands_for(tree, node.value)
     return frozenset(found)
 
 
-def _set_from(tree: ast.AST, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """The attributes that a local name may stand for, by itself or by way of other local names.
+@lru_cache(maxsize=8192)
+def _handed(code: CodeType) -> tuple[tuple[str, frozenset[str]], ...]:
+    """The functions that a function calls, by name, and what it hands to them, named as above."""
+    tree = syntax_of(code)
+    found = list[tuple[str, frozenset[str]]]()
+    if tree is None:
+        return ()
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, (ast.Name, ast.Attribute)):
+            given = (*call.args, *(keyword.value for keyword in call.keywords))
+            names = frozenset[str]().union(*(_stands_for(tree, value) for value in given))
+            callee = call.func.id if isinstance(call.func, ast.Name) else call.func.attr
+            found.append((callee, _ANY_CHILD | names if _owner_of(code) in names else names))
+    return tuple(found)
 
-    (What a call gives is another object, but for `self.children()` and the like. A container that
-    is given to a function, which changes it there, is not followed.)
+
+def _owner_of(code: CodeType) -> str | None:
+    return code.co_varnames[0] if code.co_argcount else None
+
+
+def _stands_for(tree: ast.AST, value: ast.expr, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The names, as above, of what an expression may be, by itself or by way of local names.
+
+    (What a call gives is another object, but for `getattr(self, "body")` and `self.children()`.)
     """
-    found = set()
+    found = set[str]()
+    waiting: list[ast.AST] = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, ast.Attribute):
+            found.add(f".{part.attr}")
+        elif isinstance(part, ast.Name):
+            found.add(part.id)
+            for source in _sources(tree, part.id) if part.id not in seen else ():
+                found |= _stands_for(tree, source, seen | {part.id})
+        elif not isinstance(part, ast.Call):
+            waiting += ast.iter_child_nodes(part)
+        elif isinstance(part.func, ast.Name) and part.func.id == "getattr":
+            named = [arg.value for arg in part.args[1:2] if isinstance(arg, ast.Constant)]
+            found |= {f".{name!s}" for name in named} or _ANY_CHILD
+        elif isinstance(part.func, ast.Attribute) and part.func.attr in _CHILDREN:
+            found |= _stands_for(tree, part.func.value, seen)
+            found |= _ANY_CHILD if "children" in part.func.attr else set()
+    return found
+
+
+def _sources(tree: ast.AST, name: str) -> Iterator[ast.expr]:
+    """What a local name is set from."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
             value = node.value
@@ -315,25 +359,7 @@ def _set_from(tree: ast.AST, name: str, seen: frozenset[str] = frozenset()) -> s
             continue
         names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name]
         if value is not None and any(isinstance(n.ctx, ast.Store) for n in names):
-            for part in _without_calls(value):
-                if isinstance(part, ast.Attribute):
-                    found.add(part.attr)
-                elif isinstance(part, ast.Name) and part.id not in {name, *seen}:
-                    found |= _set_from(tree, part.id, seen | {name})
-    return found
-
-
-def _without_calls(value: ast.expr) -> Iterator[ast.AST]:
-    """The parts of an expression that are no calls, nor in one."""
-    waiting: list[ast.AST] = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, ast.Call):
-            if isinstance(part.func, ast.Attribute) and part.func.attr in _CHILDREN:
-                waiting.append(part.func.value)
-            continue
-        yield part
-        waiting += ast.iter_child_nodes(part)
+            yield value
 
 
 def _is_whole(value: Any, names: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,18 @@ __all__ = [
 ]
 
 
-@traced_once()
+# While a model is looked at, it has hooks, and classes of torch have other methods.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """A context that no other thread is in: two that fuse one model would see each other's work."""
+    with _ONE_AT_A_TIME, traced_once():
+        yield
+
+
+@_by_itself()
 def plan(
     model: nn.Module,
     example_inputs: Any,
@@ -80,7 +92,7 @@ def plan(
     return found.plan()
 
 
-@traced_once()
+@_by_itself()
 def fuse(
     model: nn.Module,
     example_inputs: Any,
@@ -259,6 +271,7 @@ def _has_no_values(model: nn.Module) -> bool:
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
+@_by_itself()
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model as it was before `fuse`, bit for bit.
 

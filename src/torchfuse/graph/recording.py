@@ -393,8 +393,10 @@ class _Functions(TorchFunctionMode):
                 if name not in HARMLESS and name not in SCOPE:
                     self._note_read("shape")
             return recording.answered(name, fact)
-        if recording.questions is None and catches((frame := sys._getframe(1)).f_code):
-            self._note_read("error", frame)
+        if recording.questions is None:
+            for frame in _around(sys._getframe(1)):
+                if catches(frame.f_code) and not _is_torch(frame):
+                    self._note_read("error", frame)
         known: set[int] = set()
         seen_args = _replaced(args, recording, known)
         positions = roles(func)
@@ -451,7 +453,7 @@ class _Functions(TorchFunctionMode):
         frame = frame or sys._getframe(2)
         while frame.f_globals.get("__name__") in ("torch._tensor", "torch.overrides"):
             frame = frame.f_back  # a method of Tensor that is written in Python
-        if kind == "shape" and frame.f_globals.get("__name__", "").startswith("torch."):
+        if kind == "shape" and _is_torch(frame):
             return  # torch's own layers do not hand sizes on to anyone's branch
         where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         recording = self.recording
@@ -553,7 +555,7 @@ def _patched(recording: _Recording) -> Iterator[None]:
             return original(module, *args, **kwargs)
         if path is None or recording.current is not None:
             return original(module, *args, **kwargs)
-        return _module_call(recording, original, module, path, args, kwargs)
+        return _torchfuse_module_call(recording, original, module, path, args, kwargs)
 
     def to_thread() -> None:
         graph = recording.graph
@@ -590,7 +592,7 @@ def _patched(recording: _Recording) -> Iterator[None]:
             nn.Module.__setattr__ = setting  # type: ignore[method-assign]  # too
 
 
-def _module_call(
+def _torchfuse_module_call(
     recording: _Recording,
     original: Any,
     module: nn.Module,
@@ -648,12 +650,23 @@ def _frame(frame: Any) -> Frame:
 
 def _frames(frame: Any) -> tuple[Frame, ...]:
     """The functions from `frame` out to the module call around, innermost first; not our own."""
-    frames = []
-    while frame is not None and frame.f_code.co_name not in ("_torchfuse_call", "_torchfuse_run"):
-        if frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl", "_module_call"):
-            frames.append(_frame(frame))
+    return tuple(map(_frame, _around(frame)))
+
+
+def _around(frame: Any) -> Iterator[Any]:
+    """The same, as Python's frames. A module that is none of the model's is a function like any."""
+    while frame is not None and (name := frame.f_code.co_name) not in _RECORDED:
+        if name not in _CALLING:
+            yield frame
         frame = frame.f_back
-    return tuple(frames)
+
+
+def _is_torch(frame: Any) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("torch.")
+
+
+_RECORDED = frozenset({"_torchfuse_module_call", "_torchfuse_run"})
+_CALLING = frozenset({"_call_impl", "_wrapped_call_impl", "_torchfuse_call"})
 
 
 # What most arguments and attributes are, and what certainly holds no tensor.
