@@ -163,6 +163,18 @@ class Graph:
         """The value that the parameter or buffer of this dotted name lives in."""
         return self._named[name]
 
+    def values_of(self, path: str) -> tuple[Value, ...]:
+        """The values in which the tensors of the module at `path` live (by any of its names)."""
+        return tuple(self._owned[path])
+
+    @cached_property
+    def _owned(self) -> dict[str, list[Value]]:
+        table: dict[str, list[Value]] = defaultdict(list)
+        for value in self.values:
+            for path in {name.rpartition(".")[0] for name in value.names}:
+                table[path].append(value)
+        return table
+
     @cached_property
     def _named(self) -> dict[str, Value]:
         return {name: value for value in self.values for name in value.names}

@@ -41,6 +41,7 @@ __all__ = [
     "operations",
     "recipe_of",
     "retraced_class",
+    "settings_of",
     "traced",
     "traced_once",
     "without_batch_norm",
@@ -178,7 +179,7 @@ def traced(norm: nn.Module) -> Traced:
             out of it; the message says what it does.
     """
     seen = _SEEN.get()
-    key = None if seen is None else _settings(norm)
+    key = None if seen is None else settings_of(norm)
     if seen is not None and key in seen:
         return seen[key]
     graph, _ = _traced(shell(type(norm), vars(norm)), norm)
@@ -241,10 +242,10 @@ def _traced(stand_in: nn.Module, norm: nn.Module) -> tuple[fx.Graph, bool]:
     return graph, tracer.reads_width
 
 
-def _settings(module: nn.Module) -> Hashable | None:
+def settings_of(module: nn.Module) -> Hashable | None:
     """All that a module's code can ask of it but values and sizes; None if that is not plain."""
     try:
-        return _settings_of(module)
+        return _plain_settings(module)
     except _NotPlainError:
         return None
 
@@ -253,7 +254,7 @@ class _NotPlainError(Exception):
     pass
 
 
-def _settings_of(value: Any) -> Hashable:
+def _plain_settings(value: Any) -> Hashable:
     if isinstance(value, nn.Module):
         class_: Any = type(value)  # mypy takes nn.Module's own __hash__ for its class's
         asked = (class_.__getattr__, class_.__getattribute__)
@@ -262,9 +263,9 @@ def _settings_of(value: Any) -> Hashable:
         own = {name: entry for name, entry in vars(value).items() if name != _WIDTH}
         return class_, tuple((name, _entry(name, entry)) for name, entry in own.items())
     if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_settings_of, value))
+        return type(value), tuple(map(_plain_settings, value))
     if isinstance(value, set):
-        return set, frozenset(map(_settings_of, value))
+        return set, frozenset(map(_plain_settings, value))
     if isinstance(value, float):
         return float, repr(value)  # 0.0 is equal to -0.0
     if not isinstance(value, _PLAIN):
@@ -276,12 +277,12 @@ def _entry(name: str, value: Any) -> Hashable:
     if name in ("_parameters", "_buffers"):
         return tuple((key, tensor is None or tensor.dim()) for key, tensor in value.items())
     if name == "_modules":
-        return tuple((key, child and _settings_of(child)) for key, child in value.items())
+        return tuple((key, child and _plain_settings(child)) for key, child in value.items())
     if name in MODULE_TABLES:
         if value:
             raise _NotPlainError  # a hook
         return None
-    return _settings_of(value)
+    return _plain_settings(value)
 
 
 # Functions stand for themselves.

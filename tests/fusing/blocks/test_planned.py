@@ -88,6 +88,49 @@ def identical(a: nn.Module, b: nn.Module) -> bool:
     return list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
 
 
+class Scaled(Block):
+    """A block whose code goes by a number of its own, in a layer that a trace does not enter."""
+
+    class Factor(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.by
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.point.append(self.Factor(by))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "exports"),
+    [
+        ([Block(), Block(), Block()], 1),  # they differ in values alone
+        ([Block(), Block(4, 4), Block()], 2),
+        ([Scaled(2.0), Scaled(2.0), Scaled(3.0)], 2),
+    ],
+)
+def test_blocks_that_differ_in_values_alone_are_exported_once(
+    blocks: list[nn.Module], exports: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    export = torch.export.export
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        return export(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    net = make(*blocks)
+    result = torchfuse.fuse(net, X)
+    assert len(calls) == exports
+    assert convolutions(result.model) == 4  # the first layer, and one of each block
+    assert same(result.model, net)
+    assert identical(torchfuse.unfuse(result.model), net)
+
+
 # ── what is merged ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -179,14 +179,12 @@ def _used_elsewhere(
             for inside in inner
             for c in graph.module_calls_of(inside)
         ]
-        for value in graph.values:
-            owners = [name.rpartition(".")[0] for name in value.names]
-            used += [
-                (owner, call.case, call.index, call.index + 1)
-                for owner in owners
-                if owner in paths
-                for call in (*graph.readers(value.index), *graph.writers(value.index))
-            ]
+        used += [
+            (owner, call.case, call.index, call.index + 1)
+            for owner in paths
+            for value in graph.values_of(owner)
+            for call in (*graph.readers(value.index), *graph.writers(value.index))
+        ]
         for inside, case, first, last in used:
             if not any(case == c and a <= first and last <= z for c, a, z in ranges):
                 return Refusal(f"`{inside}` is also used without `{path}`.")
@@ -213,8 +211,8 @@ def _shared(subject: Subject, paths: list[str]) -> Refusal | None:
             if where is not None and subject.modules[where] is not module:
                 return Refusal(f"A tensor of `{where}` is also one of `{path}`.")
     for path in paths:
-        for value in subject.graph.values:
-            if value.attributes and any(name.rpartition(".")[0] == path for name in value.names):
+        for value in subject.graph.values_of(path):
+            if value.attributes:
                 return Refusal(f"A tensor of `{path}` is also in `{value.attributes[0]}`.")
     return None
 

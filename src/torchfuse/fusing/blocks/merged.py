@@ -20,18 +20,20 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torchfuse.errors import first_line
 from torchfuse.fusing.programs.edited_program import copied_graph
 from torchfuse.fusing.programs.rewriting import rewrite
-from torchfuse.graph.retracing import code_of
+from torchfuse.graph.retracing import code_of, settings_of
 from torchfuse.isolation.model_copy import shell
 from torchfuse.isolation.snapshot import restored
 from torchfuse.isolation.warning_filters import known_warnings_ignored
 from torchfuse.planning import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Hashable, Sequence
 
     from torchfuse.planning import Fusion
 
-__all__ = ["ELSEWHERE", "Merge", "merged"]
+    Exports = dict[Hashable, ExportedProgram]  # of blocks that differ in values alone
+
+__all__ = ["ELSEWHERE", "Exports", "Merge", "merged"]
 
 aten = torch.ops.aten
 
@@ -77,17 +79,24 @@ class _PartlyLeftError(Exception):
 
 
 def merged(
-    block: nn.Module, args: Sequence[Tensor], *, rules: Collection[str], prove: bool
+    block: nn.Module,
+    args: Sequence[Tensor],
+    *,
+    rules: Collection[str],
+    prove: bool,
+    exports: Exports,
 ) -> Merge | Refusal | None:
     """Return what becomes of `block`, called with `args`; None if there is nothing to merge.
 
-    With `prove`, each edit is compared on `args`; otherwise only their shapes matter.
+    With `prove`, each edit is compared on `args`; otherwise only their shapes matter. `exports` are
+    what blocks before were exported to, and takes up what this one is: exporting takes the most of
+    the time, and a net repeats its blocks.
     """
     inlined: set[str] = set()
     for _ in range(_DEEPEST):
         try:
             trace = _traced(block, len(args), inlined)
-            return _Merging(block, trace, args, rules, prove, inlined).merge()
+            return _Merging(block, trace, args, rules, prove, inlined, exports).merge()
         except _PartlyLeftError as left:
             inlined.add(str(left))
         except _NotCarriedError as why:
@@ -144,6 +153,7 @@ class _Merging:
     rules: Collection[str]
     prove: bool
     inlined: set[str]
+    exports: Exports
     value: dict[fx.Node, fx.Node] = field(default_factory=dict)  # of the trace → of the program
     new: dict[fx.Node, fx.Node] = field(default_factory=dict)  # of the trace → written anew
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -213,18 +223,25 @@ class _Merging:
             raise _NotCarriedError("It returns a tensor twice.")
         watched.output(tuple(marked[node] for node in order))
         args = tuple(_examples(self.args))
-        sizes = [_declared(arg) for arg in args]
-        with known_warnings_ignored(), torch.no_grad():
-            try:
-                program = torch.export.export(
-                    fx.GraphModule(self.block, watched),
-                    args,
-                    dynamic_shapes=(tuple(sizes),) if _takes_star(watched) else tuple(sizes),
-                    strict=False,
-                )
-            except Exception as error:
-                raise _NotCarriedError(f"It cannot be exported ({first_line(error)}).") from error
-        return self._with_outputs(program, order)
+        alike = _alike(self.block, watched, args)
+        program = self.exports.get(alike)
+        if program is None:
+            sizes = [_declared(arg) for arg in args]
+            with known_warnings_ignored(), torch.no_grad():
+                try:
+                    program = torch.export.export(
+                        fx.GraphModule(self.block, watched),
+                        args,
+                        dynamic_shapes=(tuple(sizes),) if _takes_star(watched) else tuple(sizes),
+                        strict=False,
+                    )
+                except Exception as error:
+                    raise _NotCarriedError(
+                        f"It cannot be exported ({first_line(error)})."
+                    ) from error
+            if alike is not None and not program.constants:  # (which are values)
+                self.exports[alike] = program
+        return self._with_outputs(program, order, args)
 
     def _tensors(self) -> set[fx.Node]:
         """The nodes of the trace that give tensors."""
@@ -243,8 +260,13 @@ class _Merging:
             )
         return found
 
-    def _with_outputs(self, program: ExportedProgram, order: list[fx.Node]) -> ExportedProgram:
-        """The program with the block's outputs alone, having noted where the others are."""
+    def _with_outputs(
+        self, program: ExportedProgram, order: list[fx.Node], args: tuple[Tensor, ...]
+    ) -> ExportedProgram:
+        """The program with the block's outputs alone, having noted where the others are.
+
+        It may be that of another block which differs in values alone.
+        """
         signature = program.graph_signature
         kinds = {spec.kind for spec in signature.output_specs}
         if kinds - {OutputKind.USER_OUTPUT}:
@@ -274,10 +296,10 @@ class _Merging:
             fx.GraphModule(program.graph_module, graph),
             graph,
             replace_outputs(signature, kept),
-            program.state_dict,
+            {key: tensor for key, tensor in _named(self.block) if key in program.state_dict},
             program.range_constraints,
             program.module_call_graph,
-            program.example_inputs,
+            (args, {}),
             program.constants,
             verifiers=program.verifiers,
         )
@@ -458,6 +480,27 @@ class _Merging:
             else:
                 found[key] = key
         return found
+
+
+def _alike(block: nn.Module, graph: fx.Graph, args: tuple[Tensor, ...]) -> Hashable:
+    """What two blocks must have in common that differ in values alone; None: it cannot be told."""
+    settings = settings_of(block)
+    if settings is None:
+        return None
+    first: dict[int, str] = {}  # a tensor of two names is one
+    stored = tuple((key, first.setdefault(id(t), key), _kind(t)) for key, t in _named(block))
+    widths = tuple(vars(module).get("num_features") for module in block.modules())
+    return settings, widths, stored, code_of(graph)[0], tuple(map(_kind, args))
+
+
+def _named(block: nn.Module) -> list[tuple[str, Tensor]]:
+    named = (block.named_parameters, block.named_buffers)
+    return [entry for tensors in named for entry in tensors(remove_duplicate=False)]
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    kind = (tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad, type(tensor))
+    return (*kind, tuple(tensor.shape), tensor.stride() if tensor.layout is torch.strided else None)
 
 
 _DEFAULTS = (None, None, None, (1,), (0,), (1,), 1)  # of a convolution's arguments

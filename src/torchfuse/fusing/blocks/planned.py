@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchfuse.cases import Case
+    from torchfuse.fusing.blocks.merged import Exports
     from torchfuse.fusing.finding import Found
     from torchfuse.fusing.module_edits import MergedBlock
     from torchfuse.verifying.equivalence import Equivalence
@@ -49,6 +50,7 @@ def find_blocks(found: Found, rules: Sequence[str]) -> None:
     subject = found.subject
     paths = candidates(subject.graph)
     given = _arguments(subject.model, subject.cases, paths, values=False)
+    exports: Exports = {}
     # The outermost ones are copied, with all that lies in them: a block is merged as it is after
     # its inner ones were.
     for top in (p for p in paths if not any(_is_below(p, other) for other in paths if other)):
@@ -59,7 +61,7 @@ def find_blocks(found: Found, rules: Sequence[str]) -> None:
                 found.skip((path,), part, "branches")
                 continue
             below = path[len(top) + 1 :]
-            _merge(found, part, below, path, given.get(path), rules, prove=False)
+            _merge(found, part, below, path, given.get(path), rules, exports, prove=False)
     _finish(found, paths)
 
 
@@ -82,7 +84,9 @@ def merge_blocks(
             if isinstance(part, Refusal):
                 found.skip((path,), part, "branches")
                 continue
-            done = _merge(found, target, path, path, args.get(path), rules, prove=verify)
+            done = _merge(
+                found, target, path, path, args.get(path), rules, merging.exports, prove=verify
+            )
             if done is not None:
                 merging.done.append(done)
         merging.asked = list(found.blocks)
@@ -100,6 +104,7 @@ def _merge(
     path: str,
     given: list[Tensor] | None,
     rules: Sequence[str],
+    exports: Exports,
     *,
     prove: bool,
 ) -> MergedBlock | None:
@@ -109,7 +114,7 @@ def _merge(
         return None
     block = model.get_submodule(below)
     args = _zeros(given, _device(block)) if given[0].is_meta else given
-    merge = merged(block, args, rules=rules, prove=prove)
+    merge = merged(block, args, rules=rules, prove=prove, exports=exports)
     refusal = merge if isinstance(merge, Refusal) else None
     if isinstance(merge, Merge):
         refusal = may_be_edited(found.subject, path, merge)
@@ -254,6 +259,7 @@ class Merging:
     def __init__(self, model: nn.Module, args: dict[str, list[Tensor]], *, prove: bool) -> None:
         self.model, self.args, self.prove = model, args, prove
         self.watch = True
+        self.exports: Exports = {}
         self.asked: list[Block] | None = None
         self.done: list[MergedBlock] = []
 
@@ -275,7 +281,7 @@ class Merging:
         for block in blocks:
             args = self.args[block.path]
             found = self.model.get_submodule(block.path)
-            merge = merged(found, args, rules=block.rules, prove=self.prove)
+            merge = merged(found, args, rules=block.rules, prove=self.prove, exports=self.exports)
             if not isinstance(merge, Merge):
                 raise FusionError(f"`{block.path}` can be merged only with what is inside of it.")
             self.done.append(replace_block(self.model, block.path, merge, args, block.rules))

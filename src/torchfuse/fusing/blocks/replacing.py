@@ -27,7 +27,7 @@ from torchfuse.planning import Refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torchfuse.fusing.blocks.merged import Merge
+    from torchfuse.fusing.blocks.merged import Exports, Merge
 
 __all__ = [
     "blocks_checked",
@@ -149,9 +149,10 @@ def blocks_loaded(model: nn.Module) -> Iterator[None]:
     Where originals were not kept, modules without values stand for them. If the context raises,
     all is as it was.
     """
+    exports: Exports = {}
     with ExitStack() as stack:
         for done in _last_first(model):
-            stack.enter_context(_loaded(model.get_submodule(done.path), done))
+            stack.enter_context(_loaded(model.get_submodule(done.path), done, exports))
         yield
 
 
@@ -161,7 +162,7 @@ def _last_first(model: nn.Module) -> Iterator[MergedBlock]:
 
 
 @contextmanager
-def _loaded(block: nn.Module, done: MergedBlock) -> Iterator[None]:
+def _loaded(block: nn.Module, done: MergedBlock, exports: Exports) -> Iterator[None]:
     # Imported here: most models have no such blocks, and torch.export takes a while.
     from torchfuse.fusing.blocks.merged import merged
 
@@ -174,7 +175,7 @@ def _loaded(block: nn.Module, done: MergedBlock) -> Iterator[None]:
     with _with(block, done, modules, tensors):
         yield
         args = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in done.args]
-        merge = merged(block, args, rules=done.rules, prove=False)
+        merge = merged(block, args, rules=done.rules, prove=False, exports=exports)
     now = {below: block.get_submodule(below) for below in done.layers}
     if merge is None or isinstance(merge, Refusal) or not _fits(merge, done, now):
         raise FusionError(
