@@ -133,7 +133,7 @@ def test_skipped_where_something_else_lies_between(between, reason):
 def test_skipped_where_another_axis_is_normalised():
     torch.manual_seed(0)
     model = trained(Between(Turned()), images(2))  # 4 channels, 4 rows
-    assert_skipped(model, images(2), because="axis 1 of its input, which is not the channel axis")
+    assert_skipped(model, images(2), because="not the channels of `conv` in their order")
 
 
 def test_skipped_where_the_dropout_between_is_active():
@@ -222,4 +222,4 @@ def test_skipped_where_a_reshape_keeps_the_channels_only_at_one_size():
     pixels = torch.randn(3, 4, 1, 1)
     model = Model(nn.Conv2d(4, 4, 1), nn.BatchNorm1d(4)).eval()
     (skip,) = torchfuse.plan(model, pixels).skips
-    assert "not the channel axis" in skip.reason
+    assert "not the channels of `conv` in their order, moved by" in skip.reason

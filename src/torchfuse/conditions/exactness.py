@@ -164,7 +164,13 @@ def _channels_agree(_: Subject, match: Match) -> Refusal | None:
         # linear layer's come last.
         axis = len(made.shape) - 1 - len(kernel)
         if not keeps_channels(first, between, second, axis):
-            moved = f", moved by {', '.join(c.target for c in between)}," if between else ""
+            moves = ", ".join(call.target for call in between)
+            if moves and axis == 1:  # `axis 1, which is not axis 1` would be no help
+                return Refusal(
+                    f"Axis 1 of the input of `{match.second}` is not the channels of "
+                    f"`{match.first}` in their order, moved by {moves}."
+                )
+            moved = f", moved by {moves}," if moves else ""
             return Refusal(
                 f"`{match.second}` normalises axis 1 of its input, which is not the channel axis "
                 f"({axis}) of the {len(made.shape)}-D output of `{match.first}`{moved} element "
