@@ -79,6 +79,8 @@ bench: $(VENV)/installed-bench $(VENV)/models/installed
 		PYTHONPATH=$(VENV)/models $(BIN)/python $$script \
 			--json out/$$(basename $$script .py).json || exit 1; \
 	done
+	PYTHONPATH=$(VENV)/models $(BIN)/python benchmarks/coverage.py --groups timm torchvision \
+		--brief --json out/coverage_of_others.json
 
 # make verdicts ARGS='--only timm --write'
 verdicts: $(VENV)/models/installed

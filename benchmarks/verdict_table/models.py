@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,20 +39,32 @@ _FRAMES = 16
 Models = dict[str, Callable[[], Verdicts]]  # by name, how to come to the verdicts on one
 
 
-def coverage() -> Models:
-    """Return the models of benchmarks/coverage.py."""
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A model in evaluation mode, its statistics those of four examples."""
+
+    name: str
+    model: nn.Module
+    inputs: Callable[[int], tuple[Any, ...]]  # so many examples, of eight
+
+
+Builders = dict[str, Callable[[], Built]]
+
+
+def coverage() -> Builders:
+    """Return the tests' own models, and those of transformers."""
     entries = (*HAND_WRITTEN, *FAMILIES, *MORE_FAMILIES)
     return {entry.name: partial(_of_entry, entry) for entry in entries}
 
 
-def _of_entry(entry: Entry) -> Verdicts:
+def _of_entry(entry: Entry) -> Built:
     if entry not in HAND_WRITTEN and find_spec("torchvision"):
         # transformers imports it where it finds it.
         import verdict_table.torchvision_without_cuda  # noqa: F401
     return _built(entry.name, entry.build, lambda batch: (entry.inputs(8)[:batch],))
 
 
-def timm_families() -> Models:
+def timm_families() -> Builders:
     """Return the smallest model with batch norms of each of timm's families."""
     return {name: partial(_of_timm, name, side) for name, side in _listed(TIMM_FAMILIES)}
 
@@ -62,7 +75,7 @@ def _listed(path: Path) -> list[tuple[str, int]]:
     return [(name, int(side)) for name, side in rows]
 
 
-def _of_timm(name: str, side: int) -> Verdicts:
+def _of_timm(name: str, side: int) -> Built:
     import verdict_table.torchvision_without_cuda  # noqa: F401  # or timm could not be imported
 
     import timm  # isort: skip
@@ -70,13 +83,13 @@ def _of_timm(name: str, side: int) -> Verdicts:
     return _built(name, lambda: timm.create_model(name), lambda batch: (_noise(batch, 3, side),))
 
 
-def torchvision_models() -> Models:
+def torchvision_models() -> Builders:
     """Return the models of torchvision's list; those made to be quantized, as they are before."""
     listed = _listed(TORCHVISION_MODELS)
     return {name: partial(_of_torchvision, name, side) for name, side in listed}
 
 
-def _of_torchvision(name: str, side: int) -> Verdicts:
+def _of_torchvision(name: str, side: int) -> Built:
     from verdict_table.torchvision_without_cuda import torchvision
 
     builder = torchvision.models.get_model_builder(name)
@@ -113,10 +126,9 @@ def _built(
     build: Callable[[], nn.Module],
     inputs: Callable[[int], tuple[Any, ...]],
     dtype: torch.dtype = torch.float64,
-) -> Verdicts:
-    """Return the verdicts on a new model, with statistics of four examples, fused with one of them.
+) -> Built:
+    """Return a new model, with statistics of four examples.
 
-    With one they had not seen, a deep model would amplify rounding beyond what float32 can prove.
     They are computed in float64 and without dropout: else they would be others on another
     processor, by as much as a deep model amplifies, and so would be the outputs.
     """
@@ -134,7 +146,7 @@ def _built(
     if norms:
         keep_scale(model)
         model = as_if_trained(model.to(dtype), run).float()
-    return verdicts_of(name, model, inputs(1), in_float64=nn.Module.double)  # no second copy
+    return Built(name, model, inputs)
 
 
 def _in(dtype: torch.dtype, value: Any) -> Any:
@@ -163,9 +175,24 @@ def _of_random(seed: int) -> Verdicts:
     )
 
 
-GROUPS = {
-    "coverage": coverage,
-    "timm": timm_families,
-    "torchvision": torchvision_models,
+BUILDERS = {"coverage": coverage, "timm": timm_families, "torchvision": torchvision_models}
+
+
+def _verdicts_on(builders: Callable[[], Builders]) -> Models:
+    return {name: partial(_judged, build) for name, build in builders().items()}
+
+
+def _judged(build: Callable[[], Built]) -> Verdicts:
+    """Return the verdicts on a model, fused with one of the examples that its statistics are of.
+
+    With one they had not seen, a deep model would amplify rounding beyond what float32 can prove.
+    """
+    built = build()
+    # No second copy in float64: nobody else has the model.
+    return verdicts_of(built.name, built.model, built.inputs(1), in_float64=nn.Module.double)
+
+
+GROUPS: dict[str, Callable[[], Models]] = {
+    **{group: partial(_verdicts_on, builders) for group, builders in BUILDERS.items()},
     "random": random_networks,
 }

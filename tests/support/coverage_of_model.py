@@ -1,13 +1,39 @@
-"""What fusing does to one model of the zoo, beside what the exported graph says is possible."""
+"""What fusing does to one model, beside what the exported graph says is possible."""
 
+import copy
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
 import torchfuse
-from support.foldable import count
+from support.foldable import count_in
 from support.zoo import Entry
+from torchfuse.errors import first_line
+
+ROUNDING = 1e-4  # max|a − b| / max|a| in float32; what is beyond is decided in float64
+EXACT = 1e-9  # likewise, in float64
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What `fuse` or `fuse_exported` did."""
+
+    norms: int  # batch norms that are gone
+    max_rel: float | None  # worst output, on inputs not planned on; None: not comparable
+    dtype: str  # in which that was decided: "float32", "float64"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the outputs are the same but for rounding."""
+        allowed = EXACT if self.dtype == "float64" else ROUNDING
+        return self.max_rel is not None and self.max_rel <= allowed
 
 
 @dataclass(frozen=True)
@@ -15,40 +41,121 @@ class Coverage:
     """One row of the coverage table."""
 
     model: str
-    batch_norms: int  # called in one pass
-    expected: int  # foldable, by the exported graph
-    folded: int
-    max_rel: float | None  # worst output, inputs other than those planned on; None: not comparable
+    batch_norms: int | None  # called in one pass; None: torch.export cannot take the model
+    expected: int | None  # foldable, by the exported graph
+    fuse: Folded
     fuse_s: float  # planning, fusing and proving
+    fuse_exported: Folded | None
     skips: tuple[str, ...]  # "modules: reason"
+    not_exported: str = ""  # why
+
+    @property
+    def falls_short(self) -> str:
+        """What is less than it should be; empty if nothing is."""
+        sides = [("fuse", self.fuse), ("fuse_exported", self.fuse_exported)]
+        return ", ".join(
+            name
+            for name, folded in sides
+            if folded is not None and (folded.norms < (self.expected or 0) or not folded.agrees)
+        )
 
 
 def coverage(entry: Entry) -> Coverage:
-    """Return the row of `entry`: planned on one batch, compared on another of another size."""
-    model = entry.model()
-    counted = count(model, entry.inputs())
+    """Return the row of `entry` by `fuse`: planned on one batch, compared on others."""
+    others = [(entry.inputs(3, seed=3),), (entry.inputs(1),)]
+    return _row(entry.name, entry.model(), (entry.inputs(),), others, exported=False)
+
+
+def coverage_of(name: str, model: nn.Module, inputs: Callable[[int], tuple[Any, ...]]) -> Coverage:
+    """Return the row of a model, by `fuse` and `fuse_exported`; `inputs` gives so many examples."""
+    return _row(name, model, inputs(2), [tuple(value[2:4] for value in inputs(4))], exported=True)
+
+
+def _row(
+    name: str, model: nn.Module, given: tuple[Any, ...], others: list[Any], *, exported: bool
+) -> Coverage:
+    program, why_not = None, ""
+    try:
+        program = _exported(model, given)
+    except Exception as error:  # noqa: BLE001  # whatever torch.export raises
+        why_not = first_line(error)
+    counted = None if program is None else count_in(program)
     began = time.perf_counter()
-    result = torchfuse.fuse(model, entry.inputs())
+    result = torchfuse.fuse(model, given)
     seconds = time.perf_counter() - began
-    with torch.no_grad():
-        check = torchfuse.verify(model, result.model, [entry.inputs(3, seed=3), entry.inputs(1)])
-    before, after = _batch_norms(model), _batch_norms(result.model)
+    skips = tuple(f"{' + '.join(skip.modules)}: {skip.reason}" for skip in result.plan.skips)
     return Coverage(
-        entry.name,
-        counted.batch_norms,
-        counted.foldable,
-        before - after,
-        check.max_rel,
+        name,
+        None if counted is None else counted.batch_norms,
+        None if counted is None else counted.foldable,
+        _folded_in_module(model, result.model, given, others),
         round(seconds, 3),
-        tuple(f"{' + '.join(skip.modules)}: {skip.reason}" for skip in result.plan.skips),
+        _folded_in_program(model, program, given, others) if program and exported else None,
+        skips,
+        why_not,
     )
 
 
-def _batch_norms(model: torch.nn.Module) -> int:
-    kinds = torch.nn.modules.batchnorm._BatchNorm
+def _exported(model: nn.Module, given: tuple[Any, ...]) -> ExportedProgram:
+    with warnings.catch_warnings():
+        # nn.LSTM keeps its weights in a list too, LeViT caches its attention biases: on a copy
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+        return torch.export.export(copy.deepcopy(model), given, strict=False)
+
+
+def _folded_in_module(
+    model: nn.Module, fused: nn.Module, given: tuple[Any, ...], others: list[Any]
+) -> Folded:
+    norms = _batch_norms(model) - _batch_norms(fused)
+
+    def in_float64() -> tuple[nn.Module, nn.Module]:
+        wide = copy.deepcopy(model).double()
+        return wide, torchfuse.fuse(wide, _widened(given)).model
+
+    return _decided(norms, (model, fused), others, in_float64)
+
+
+def _folded_in_program(
+    model: nn.Module, program: ExportedProgram, given: tuple[Any, ...], others: list[Any]
+) -> Folded:
+    fused = torchfuse.fuse_exported(program).model
+    norms = count_in(program).batch_norms - count_in(fused).batch_norms
+
+    def in_float64() -> tuple[nn.Module, nn.Module]:
+        wide = copy.deepcopy(model).double()
+        return wide, torchfuse.fuse_exported(_exported(wide, _widened(given))).model.module()
+
+    return _decided(norms, (model, fused.module()), others, in_float64)
+
+
+def _decided(
+    norms: int,
+    models: tuple[nn.Module, nn.Module],
+    others: list[Any],
+    in_float64: Callable[[], tuple[nn.Module, nn.Module]],
+) -> Folded:
+    """Compare on the other inputs; a model that amplifies rounding is compared in float64."""
+    with torch.no_grad():
+        found = Folded(norms, torchfuse.verify(*models, others).max_rel, "float32")
+        if found.agrees:
+            return found
+        return Folded(norms, torchfuse.verify(*in_float64(), _widened(others)).max_rel, "float64")
+
+
+def _widened(value: Any) -> Any:
+    return tree_map(
+        lambda leaf: (
+            leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        ),
+        value,
+    )
+
+
+def _batch_norms(model: nn.Module) -> int:
+    kinds = nn.modules.batchnorm._BatchNorm
     return sum(isinstance(module, kinds) or _is_frozen(module) for module in model.modules())
 
 
-def _is_frozen(module: torch.nn.Module) -> bool:
+def _is_frozen(module: nn.Module) -> bool:
     """Return whether it is a frozen batch norm, as detectors hold them: no nn.BatchNorm2d."""
     return "BatchNorm" in type(module).__name__ and hasattr(module, "running_var")

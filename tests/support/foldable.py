@@ -66,7 +66,12 @@ def count(model: nn.Module, *args: torch.Tensor) -> Count:
     with warnings.catch_warnings():
         # nn.LSTM keeps its weights in a list too, LeViT caches its attention biases: on a copy
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        graph = torch.export.export(copy.deepcopy(model), args, strict=False).graph
+        return count_in(torch.export.export(copy.deepcopy(model), args, strict=False))
+
+
+def count_in(program: torch.export.ExportedProgram) -> Count:
+    """Return the count for an exported program."""
+    graph = program.graph
     called = [node for node in graph.nodes if node.target in _BATCH_NORMS]
     return Count(len(called), sum(map(_can_be_folded, called)))
 
