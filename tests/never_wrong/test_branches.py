@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchfuse
-from support.fusing_checks import IMAGE, ConvBn, assert_skipped, check, trained
+from support.fusing_checks import IMAGE, ConvBn, assert_fuses, assert_skipped, check, trained
 
 
 def test_a_data_dependent_branch_after_the_conv_is_skipped() -> None:
@@ -63,6 +63,36 @@ def test_an_error_in_what_code_calls_is_a_branch_where_nothing_asks_for_sizes(po
 
     model = trained(Model(), IMAGE)
     assert_skipped(model, IMAGE, because="path", others=(IMAGE[..., :3, :3],))
+
+
+def test_an_operator_that_fails_raises_what_the_code_catches() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        return x * 2
+
+    class Falls(ConvBn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings = {"norm": True}
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                x = scaled(x)
+            except RuntimeError:
+                x = scaled(x.float())
+            y = self.conv(x)
+            return self.bn(y) if self.settings["norm"] else y
+
+    class Leaves(Falls):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            try:
+                x = scaled(x)
+            except RuntimeError:
+                return y
+            return self.bn(y) + x
+
+    assert_fuses(trained(Falls(), IMAGE), IMAGE)
+    assert_skipped(trained(Leaves(), IMAGE), IMAGE, because="path")
 
 
 def test_item_is_a_branch_too() -> None:

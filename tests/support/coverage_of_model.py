@@ -152,10 +152,13 @@ def _widened(value: Any) -> Any:
 
 
 def _batch_norms(model: nn.Module) -> int:
-    kinds = nn.modules.batchnorm._BatchNorm
-    return sum(isinstance(module, kinds) or _is_frozen(module) for module in model.modules())
+    """How many norms have statistics; a class that does more than the norm stays without them."""
+    return sum(
+        getattr(module, "running_var", None) is not None and "BatchNorm" in _names(module)
+        for module in model.modules()
+    )
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Return whether it is a frozen batch norm, as detectors hold them: no nn.BatchNorm2d."""
-    return "BatchNorm" in type(module).__name__ and hasattr(module, "running_var")
+def _names(module: nn.Module) -> str:
+    """The names of its classes: a frozen batch norm, as detectors hold them, is none of torch's."""
+    return " ".join(base.__name__ for base in type(module).__mro__)

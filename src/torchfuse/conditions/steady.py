@@ -11,7 +11,7 @@ import builtins
 import dis
 import inspect
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from enum import Enum
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
@@ -45,6 +45,11 @@ _CHANGING = frozenset(
     }
 )
 _ANY_CHILD = frozenset({"*"})
+_BELOW = frozenset({"children", "named_children", "modules", "named_modules", "get_submodule"})
+# Builtins that give what they are given, or a part of it.
+_PICKING = frozenset(
+    {"enumerate", "iter", "list", "next", "reversed", "sorted", "tuple", "zip", "filter"}
+)
 # Builtins that answer from what they are given.
 _ANSWERING = frozenset({"isinstance", "hasattr", "callable", "enumerate", "zip", "range"})
 # What writes an attribute of a module whose name no instruction tells: past the recording, or as
@@ -87,18 +92,19 @@ class Steady:
         self.filled: set[str] = set()  # what a call may put something into, or take it out of
         self.names: dict[int, set[str]] = {}  # of each module
         for path, module in modules.items():
-            self.names.setdefault(id(module), {*_ANY_CHILD}).add(f".{path.rpartition('.')[2]}")
+            # (of `self.stages[0]` no more is known than that it is of `stages`)
+            around = {f".{name}" for name in path.split(".")}
+            self.names.setdefault(id(module), {*_ANY_CHILD}).update(around)
         recorded = {code for graph in graphs for code, _ in graph.codes}
         running = list(self._may_run(recorded, by_name))
-        filling = {  # functions that do so to what they are given
-            code.co_name
-            for code in running
-            if not _filled(code).isdisjoint(code.co_varnames[: code.co_argcount])
-        }
+        filling = defaultdict[str, set[int | str]](set)  # arguments of functions, by their names
+        for code in running:
+            for number, name in enumerate(_arguments_of(code)):
+                filling[code.co_name] |= {number, name} if name in _filled(code) else set()
         for code in running:
             self.filled |= _filled(code)
-            for callee, given in _handed(code):
-                self.filled |= given if callee in filling else set()
+            for callee, place, given in _handed(code):
+                self.filled |= given if place in filling[callee] else set()
             self.written |= _stored(code)
             self.naming.update(names_in(code))
             if not {"train", "eval"}.isdisjoint(code.co_names):
@@ -176,11 +182,11 @@ class Steady:
         return (
             method.attr in _CHILDREN
             and not self.children_written
-            and self.filled.isdisjoint(*(self.names[id(module)] for module in owners))
+            and all(self.filled.isdisjoint(self.names[id(module)]) for module in owners)
             and all(
                 getattr(class_, method.attr).__module__.startswith("torch.nn.")
                 and not any(
-                    _owner_of(function.__code__) in _filled(function.__code__)
+                    not _filled(function.__code__).isdisjoint(_arguments_of(function.__code__)[:1])
                     for _, function in functions_of(class_)
                 )
                 for class_ in classes
@@ -301,23 +307,31 @@ def _filled(code: CodeType) -> frozenset[str]:
 
 
 @lru_cache(maxsize=8192)
-def _handed(code: CodeType) -> tuple[tuple[str, frozenset[str]], ...]:
-    """The functions that a function calls, by name, and what it hands to them, named as above."""
+def _handed(code: CodeType) -> tuple[tuple[str, int | str, frozenset[str]], ...]:
+    """What a function hands to those that it calls: by their name, as which argument, what."""
     tree = syntax_of(code)
-    found = list[tuple[str, frozenset[str]]]()
-    if tree is None:
-        return ()
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and isinstance(call.func, (ast.Name, ast.Attribute)):
-            given = (*call.args, *(keyword.value for keyword in call.keywords))
-            names = frozenset[str]().union(*(_stands_for(tree, value) for value in given))
-            callee = call.func.id if isinstance(call.func, ast.Name) else call.func.attr
-            found.append((callee, _ANY_CHILD | names if _owner_of(code) in names else names))
+    found = list[tuple[str, int | str, frozenset[str]]]()
+    owner = _arguments_of(code)[:1]
+    for call in ast.walk(tree) if tree is not None else ():
+        if not isinstance(call, ast.Call) or not isinstance(call.func, (ast.Name, ast.Attribute)):
+            continue
+        first = [arg.id for arg in call.args[:1] if isinstance(arg, ast.Name)]
+        is_bound = isinstance(call.func, ast.Attribute) and first != owner  # `Base.forward(self)`
+        callee = call.func.id if isinstance(call.func, ast.Name) else call.func.attr
+        given: list[tuple[int | str, ast.expr]] = [
+            *enumerate(call.args, int(is_bound)),
+            *((keyword.arg or "", keyword.value) for keyword in call.keywords),
+        ]
+        for place, value in given:
+            names = _stands_for(tree, value) if tree is not None else set()
+            if not names.isdisjoint(owner):
+                names |= _ANY_CHILD
+            found.append((callee, place, frozenset(names)))
     return tuple(found)
 
 
-def _owner_of(code: CodeType) -> str | None:
-    return code.co_varnames[0] if code.co_argcount else None
+def _arguments_of(code: CodeType) -> list[str]:
+    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 def _stands_for(tree: ast.AST, value: ast.expr, seen: frozenset[str] = frozenset()) -> set[str]:
@@ -340,25 +354,37 @@ def _stands_for(tree: ast.AST, value: ast.expr, seen: frozenset[str] = frozenset
         elif isinstance(part.func, ast.Name) and part.func.id == "getattr":
             named = [arg.value for arg in part.args[1:2] if isinstance(arg, ast.Constant)]
             found |= {f".{name!s}" for name in named} or _ANY_CHILD
+        elif isinstance(part.func, ast.Name) and part.func.id in _PICKING:
+            waiting += part.args
+        elif isinstance(part.func, ast.Attribute) and part.func.attr in _BELOW:
+            found |= _ANY_CHILD
         elif isinstance(part.func, ast.Attribute) and part.func.attr in _CHILDREN:
-            found |= _stands_for(tree, part.func.value, seen)
-            found |= _ANY_CHILD if "children" in part.func.attr else set()
+            waiting.append(part.func.value)
     return found
 
 
 def _sources(tree: ast.AST, name: str) -> Iterator[ast.expr]:
     """What a local name is set from."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-            value = node.value
+        targets: list[ast.expr | None]
+        value: ast.expr | None
+        if isinstance(node, ast.Assign):
+            targets, value = [*node.targets], node.value
+        elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)):
+            targets, value = [node.target], node.value
         elif isinstance(node, (ast.For, ast.comprehension)):
-            value = node.iter
+            targets, value = [node.target], node.iter
         elif isinstance(node, ast.withitem):
-            value = node.context_expr
+            targets, value = [node.optional_vars], node.context_expr
         else:
             continue
-        names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name]
-        if value is not None and any(isinstance(n.ctx, ast.Store) for n in names):
+        set_here = {
+            part.id
+            for target in targets
+            for part in (ast.walk(target) if target is not None else ())
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        }
+        if value is not None and name in set_here:
             yield value
 
 

@@ -656,13 +656,13 @@ def _frames(frame: Any) -> tuple[Frame, ...]:
 def _around(frame: Any) -> Iterator[Any]:
     """The same, as Python's frames. A module that is none of the model's is a function like any."""
     while frame is not None and (name := frame.f_code.co_name) not in _RECORDED:
-        if name not in _CALLING:
+        if name not in _CALLING or not _is_torch(frame):
             yield frame
         frame = frame.f_back
 
 
 def _is_torch(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("torch.")
+    return str(frame.f_globals.get("__name__", "")).startswith(("torch.", "torchfuse."))
 
 
 _RECORDED = frozenset({"_torchfuse_module_call", "_torchfuse_run"})

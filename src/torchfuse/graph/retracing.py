@@ -13,6 +13,7 @@ import linecache
 import re
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import Enum
 from functools import lru_cache
 from itertools import count
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -245,8 +246,8 @@ def _traced(stand_in: nn.Module, norm: nn.Module) -> tuple[fx.Graph, bool]:
 def settings_of(module: nn.Module) -> Hashable | None:
     """All that a module's code can ask of it but values and sizes; None if that is not plain."""
     try:
-        return _plain_settings(module)
-    except _NotPlainError:
+        return _of_module(module)
+    except (_NotPlainError, RecursionError):
         return None
 
 
@@ -254,30 +255,35 @@ class _NotPlainError(Exception):
     pass
 
 
-def _plain_settings(value: Any) -> Hashable:
-    if isinstance(value, nn.Module):
-        class_: Any = type(value)  # mypy takes nn.Module's own __hash__ for its class's
-        asked = (class_.__getattr__, class_.__getattribute__)
-        if asked != (nn.Module.__getattr__, nn.Module.__getattribute__):
-            raise _NotPlainError
-        own = {name: entry for name, entry in vars(value).items() if name != _WIDTH}
-        return class_, tuple((name, _entry(name, entry)) for name, entry in own.items())
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_plain_settings, value))
-    if isinstance(value, set):
-        return set, frozenset(map(_plain_settings, value))
-    if isinstance(value, float):
-        return float, repr(value)  # 0.0 is equal to -0.0
-    if not isinstance(value, _PLAIN):
+def _of_module(module: nn.Module) -> Hashable:
+    class_: Any = type(module)  # mypy takes nn.Module's own __hash__ for its class's
+    asked = (class_.__getattr__, class_.__getattribute__)
+    if asked != (nn.Module.__getattr__, nn.Module.__getattribute__):
         raise _NotPlainError
-    return type(value), value
+    own = {name: entry for name, entry in vars(module).items() if name != _WIDTH}
+    return class_, tuple((name, _entry(name, entry)) for name, entry in own.items())
+
+
+def _plain_settings(value: Any) -> Hashable:
+    kind = type(value)  # (one of a subclass may have attributes of its own)
+    if kind in (tuple, list, torch.Size):
+        return kind, tuple(map(_plain_settings, value))
+    if kind is set:
+        return set, frozenset(map(_plain_settings, value))
+    if kind is float:
+        return float, repr(value)  # 0.0 is equal to -0.0
+    if kind not in _PLAIN and not isinstance(value, (type, Enum)):
+        raise _NotPlainError
+    return kind, value
 
 
 def _entry(name: str, value: Any) -> Hashable:
     if name in ("_parameters", "_buffers"):
         return tuple((key, tensor is None or tensor.dim()) for key, tensor in value.items())
     if name == "_modules":
-        return tuple((key, child and _plain_settings(child)) for key, child in value.items())
+        return tuple(
+            (key, None if child is None else _of_module(child)) for key, child in value.items()
+        )
     if name in MODULE_TABLES:
         if value:
             raise _NotPlainError  # a hook
@@ -286,8 +292,12 @@ def _entry(name: str, value: Any) -> Hashable:
 
 
 # Functions stand for themselves.
-_PLAIN: tuple[type, ...] = (int, str, bytes, type(None), type, torch.dtype, torch.device)
-_PLAIN += (FunctionType, BuiltinFunctionType)
+_PLAIN: frozenset[Any] = frozenset(
+    {
+        *(int, bool, str, bytes, complex, type(None), FunctionType, BuiltinFunctionType),
+        *(torch.dtype, torch.device),
+    }
+)
 
 
 def _holds_symbols(value: Any) -> bool:

@@ -3,7 +3,8 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -104,12 +105,41 @@ class Scaled(Block):
         self.point.append(self.Factor(by))
 
 
+class KnowsItsBlock(Block):
+    """A layer of it holds the block, beside the tree; it names its tensors its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense[0].owner = [self]
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
+        return ((f"own.{name}", tensor) for name, tensor in super().named_parameters())
+
+
+class Offset(Block):
+    """A block whose code goes by where in memory a tensor begins."""
+
+    class Where(nn.Module):
+        def __init__(self, first: int) -> None:
+            super().__init__()
+            self.register_buffer("ones", torch.ones(10)[first:])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + self.ones.storage_offset())
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.point.append(self.Where(first))
+
+
 @pytest.mark.parametrize(
     ("blocks", "exports"),
     [
         ([Block(), Block(), Block()], 1),  # they differ in values alone
         ([Block(), Block(4, 4), Block()], 2),
         ([Scaled(2.0), Scaled(2.0), Scaled(3.0)], 2),
+        ([Offset(0), Offset(1), Offset(2)], 3),
+        ([KnowsItsBlock(), KnowsItsBlock(), Block()], 3),
     ],
 )
 def test_blocks_that_differ_in_values_alone_are_exported_once(

@@ -494,13 +494,21 @@ def _alike(block: nn.Module, graph: fx.Graph, args: tuple[Tensor, ...]) -> Hasha
 
 
 def _named(block: nn.Module) -> list[tuple[str, Tensor]]:
-    named = (block.named_parameters, block.named_buffers)
-    return [entry for tensors in named for entry in tensors(remove_duplicate=False)]
+    """All parameters and buffers, by each of their names; a class may give them others itself."""
+    return [
+        (f"{path}.{name}" if path else name, tensor)
+        for path, module in block.named_modules(remove_duplicate=False)
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
 
 
 def _kind(tensor: Tensor) -> Hashable:
-    kind = (tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad, type(tensor))
-    return (*kind, tuple(tensor.shape), tensor.stride() if tensor.layout is torch.strided else None)
+    kind = (type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad)
+    if tensor.layout is not torch.strided:
+        return (*kind, tuple(tensor.shape))
+    return (*kind, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
 
 
 _DEFAULTS = (None, None, None, (1,), (0,), (1,), 1)  # of a convolution's arguments

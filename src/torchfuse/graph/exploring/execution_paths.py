@@ -401,7 +401,7 @@ class _Explorer:
                 and not _is_torch(frame)
                 and not self._answered((frame.f_code, frame.f_lasti), True)
             ):
-                raise _FailedError
+                raise _FailedError if name in _OPERATORS or name[:2] == "__" else _FailedCallError
             frame = frame.f_back
 
     def _answered(self, site: Site, real: bool) -> bool:
@@ -460,8 +460,25 @@ class _EndlessError(Exception):
     """Ends a run that would not end."""
 
 
-class _FailedError(RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
-    """What a function of torch raises for other inputs, whichever of these it is."""
+class _FailedError(RuntimeError, ValueError, IndexError, KeyError, AssertionError):
+    """What an operator of torch raises for other inputs, whichever of these it is.
+
+    No TypeError: Python would take that for `NotImplemented`, and raise another in its place.
+    """
+
+
+class _FailedCallError(_FailedError, TypeError):
+    """What a function of torch raises."""
+
+
+# What torch calls `x + y` and the like; the rest have names such as `__radd__`.
+_OPERATORS = frozenset(
+    {
+        *("add", "sub", "mul", "div", "true_divide", "floor_divide", "matmul", "pow", "remainder"),
+        *("add_", "sub_", "mul_", "div_", "eq", "ne", "lt", "le", "gt", "ge"),
+        *("bitwise_and", "bitwise_or", "bitwise_xor", "neg", "bitwise_not"),
+    }
+)
 
 
 def _asking() -> Any:
