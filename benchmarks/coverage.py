@@ -86,23 +86,19 @@ def main() -> None:
 
 
 def _sum(group: str, rows: list[Coverage]) -> str:
-    counted = [row for row in rows if row.expected is not None]
-    expected = sum(row.expected or 0 for row in counted)
-    both = [(row.fuse, row.fuse_exported) for row in counted]
-    ours, programs = (
-        sum(side.norms for side in sides if side) for sides in zip(*both, strict=True)
-    )
-    others = [row for row in rows if row.expected is None]
-    rest = (
-        f" {len(others)} more cannot be exported, and so not be counted: fuse folds "
-        f"{sum(row.fuse.norms for row in others)} batch norms there."
-        if others
-        else ""
-    )
-    return (
-        f"{group}: of {expected} foldable batch norms in {len(counted)} models, fuse folds {ours} "
-        f"and fuse_exported {programs}, those counted that are merged with a whole branch.{rest}"
-    )
+    counted = [(row.expected, row) for row in rows if row.expected is not None]
+    text = f"{group}: {sum(n for n, _ in counted)} foldable batch norms in {len(counted)} models"
+    for name in ("fuse", "fuse_exported"):
+        sides = [(n, getattr(row, name).norms) for n, row in counted if getattr(row, name)]
+        folded = sum(min(n, norms) for n, norms in sides)
+        merged = sum(max(0, norms - n) for n, norms in sides)
+        text += f"; {name} folds {folded}" + (
+            f", and {merged} with whole branches" if merged else ""
+        )
+    others = [row.fuse.norms for row in rows if row.expected is None]
+    if others:
+        text += f". {len(others)} models torch.export cannot take: fuse folds {sum(others)} there"
+    return f"{text}."
 
 
 def _table(rows: list[Coverage]) -> Table:

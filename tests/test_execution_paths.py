@@ -1,6 +1,7 @@
 """Ways through the code of a model that the recorded run did not take."""
 
 import itertools
+from functools import lru_cache
 
 import pytest
 import torch
@@ -328,6 +329,35 @@ def test_the_conditions_alone_see_what_another_call_could_do(model, reason):
     plan = torchfuse.plan(model.eval(), IMAGE)
     assert plan.fusions == ()
     assert any(reason in skip.reason for skip in plan.skips), plan.skips
+
+
+@lru_cache
+def half(sizes):
+    return sizes[-1] // 2
+
+
+def cached(sizes):
+    """By a cache, and without it where a size has no hash, as einops does for symbolic sizes."""
+    try:
+        return half(sizes)
+    except TypeError:
+        return half.__wrapped__(sizes)
+
+
+class BesideACache(ConvBn):
+    def __init__(self, halved):
+        super().__init__()
+        self.halved = halved
+        self.settings = {"norm": True}
+
+    def forward(self, x):
+        y = self.conv(x[..., : self.halved(tuple(x.shape))])
+        return self.bn(y) if self.settings["norm"] else y
+
+
+def test_a_cache_that_is_gone_past_where_sizes_have_no_hash_loses_nothing():
+    assert_fuses(trained(BesideACache(cached), IMAGE), IMAGE)
+    assert_skipped(trained(BesideACache(half), IMAGE), IMAGE, "looked up by its hash")
 
 
 def test_the_number_of_dimensions_is_part_of_the_scope():

@@ -106,7 +106,8 @@ def reached_apart(subject: Subject, match: Match, *, outside: str | None = None)
                 f"{type(module).__name__}.{function.__name__}, {how}, uses `{min(reached)}` on its "
                 "own.",
                 "If it is needed, record it too: example_inputs=[…, Case(args, "
-                f'method="{caller.rpartition(".")[2]}")]; otherwise remove it.',
+                f'method="{caller.rpartition(".")[2]}")]; otherwise remove it, or pass '
+                "graph=True to fuse, where forward alone is kept.",
             )
     return None
 

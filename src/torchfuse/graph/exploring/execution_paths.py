@@ -34,7 +34,7 @@ from torchfuse.errors import TorchfuseError
 from torchfuse.graph import Call, Graph
 from torchfuse.graph.ambient import MODES, catches
 from torchfuse.graph.exploring.silenced_output import output_silenced
-from torchfuse.graph.exploring.sizes import counted, followed, listening, plain
+from torchfuse.graph.exploring.sizes import BY_HASH, counted, followed, listening, plain
 from torchfuse.graph.kinds import COUNTABLE
 from torchfuse.graph.recording import Recorder
 from torchfuse.isolation.snapshot import restored
@@ -431,7 +431,8 @@ class _Explorer:
     def lose(self, what: str) -> None:
         """A number that is followed is no more."""
         frame = _asking()
-        if not _is_torch(frame):
+        # (who looks it up by its hash, and catches that it has none, goes on without the cache)
+        if not _is_torch(frame) and not (what == BY_HASH and catches(frame.f_code)):
             self._lost_at((frame.f_code, frame.f_lasti), f"a size or value is {what}")
 
     def _lost_at(self, site: Site | None, what: str) -> None:

@@ -19,7 +19,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Listener", "counted", "followed", "listening", "plain"]
+__all__ = ["BY_HASH", "Listener", "counted", "followed", "listening", "plain"]
 
 
 class Listener(Protocol):
@@ -35,6 +35,7 @@ class Listener(Protocol):
         """A number becomes a text, mostly for a message."""
 
 
+BY_HASH = "looked up by its hash"  # what becomes of a number that is the key of a cache
 _listener: Listener | None = None
 
 
@@ -252,7 +253,7 @@ def _unhashable(self: Any) -> int:
     """What remembers results by their arguments (`lru_cache`) must not remember made-up ones."""
     if _listener is None:
         return hash(plain(self))
-    _lose("looked up by its hash")
+    _lose(BY_HASH)
     raise TypeError("A size that is followed has no hash.")
 
 
