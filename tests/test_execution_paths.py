@@ -424,7 +424,28 @@ class Whole(nn.Module):
         return self.block.conv.weight.dtype
 
 
-@pytest.mark.parametrize("model", [Direct, Setup, Whole])
+def in_pairs(model, names):
+    for name in names:
+        getattr(model, name).requires_grad_(False)
+
+
+class FusesItself(ConvBn):
+    """As the models of torchvision that are made to be quantized."""
+
+    def fuse_model(self, is_qat=None):
+        in_pairs(self, ["conv", "bn"])
+
+
+def weighed(model, names):
+    return [getattr(model, name).weight for name in names]
+
+
+class GivesItsWeights(ConvBn):
+    def weights(self, squared=False):
+        return weighed(self, ["conv", "bn"])
+
+
+@pytest.mark.parametrize("model", [Direct, Setup, Whole, FusesItself])
 def test_methods_that_do_not_separate_the_two_are_no_obstacle(model):
     torch.manual_seed(0)
     assert_fuses(trained(model(), IMAGE), IMAGE)
@@ -505,6 +526,7 @@ class Tapping(nn.Module):
         (ReturnsTheConv(), "hidden"),
         (NormAlone(), "normed"),
         (ReadsTheWeight(), "penalty"),
+        (GivesItsWeights(), "weights"),
         (ByIndex(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), "stem"),
         (Tapping(), "taps"),
         (Decorated(), "features"),

@@ -217,7 +217,8 @@ def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
         return False
     mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
     if _changes_the_model(function):
-        return all(mention.usage != "called" for mention in mentions)
+        # (or it hands the whole of itself to a function that does: torch.ao's `fuse_modules`)
+        return all(mention.usage != "called" or mention.chain == (None,) for mention in mentions)
     return (
         sorted(str(pair.split(path, m)) for m in mentions) == sorted((pair.first, pair.second))
         and all(m.usage == "read" and not TENSORS & {*m.chain} for m in mentions)
