@@ -182,7 +182,7 @@ LEFT_ALONE = {
         lambda m, x: m.bn1d(m.linear(x[:, 0].repeat(1, 2, 1)[:, :8])),
     ),
     "a reshape that mixes channels": (
-        "not the channel axis .* moved by transpose, reshape",
+        "not the channels of `conv` in their order, moved by transpose, reshape",
         lambda m, x: m.bn(m.conv(x).transpose(1, 2).reshape(-1, 4, 8, 8)),
     ),
     "a dtype change": (
