@@ -92,9 +92,12 @@ def _sum(group: str, rows: list[Coverage]) -> str:
         sides = [(n, getattr(row, name).norms) for n, row in counted if getattr(row, name)]
         folded = sum(min(n, norms) for n, norms in sides)
         merged = sum(max(0, norms - n) for n, norms in sides)
-        text += f"; {name} folds {folded}" + (
-            f", and {merged} with whole branches" if merged else ""
-        )
+        text += f"; {name} folds {folded}"
+        text += f", and {merged} with whole branches" if merged else ""
+        if name == "fuse":
+            left = [row.model for n, row in counted if row.fuse.norms < n and not row.falls_short]
+            said = "the rest with graph=True, by what it says of them"
+            text += f" ({said}: {', '.join(left)})" if left else ""
     others = [row.fuse.norms for row in rows if row.expected is None]
     if others:
         text += f". {len(others)} models torch.export cannot take: fuse folds {sum(others)} there"

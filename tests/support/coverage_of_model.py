@@ -2,20 +2,19 @@
 
 import copy
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
 
 import torchfuse
-from support.foldable import count_in
+from support import foldable
 from support.zoo import Entry
 from torchfuse.errors import first_line
+from torchfuse.fusing.proving.whole import widened
 
 ROUNDING = 1e-4  # max|a − b| / max|a| in float32; what is beyond is decided in float64
 EXACT = 1e-9  # likewise, in float64
@@ -81,10 +80,10 @@ def _row(
 ) -> Coverage:
     program, why_not = None, ""
     try:
-        program = _exported(model, given)
+        program = foldable.exported(model, given)
     except Exception as error:  # noqa: BLE001  # whatever torch.export raises
         why_not = first_line(error)
-    counted = None if program is None else count_in(program)
+    counted = None if program is None else foldable.count_in(program)
     began = time.perf_counter()
     result = torchfuse.fuse(model, given)
     seconds = time.perf_counter() - began
@@ -102,13 +101,6 @@ def _row(
     )
 
 
-def _exported(model: nn.Module, given: tuple[Any, ...]) -> ExportedProgram:
-    with warnings.catch_warnings():
-        # nn.LSTM keeps its weights in a list too, LeViT caches its attention biases: on a copy
-        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        return torch.export.export(copy.deepcopy(model), given, strict=False)
-
-
 def _folded_in_module(
     model: nn.Module, fused: nn.Module, given: tuple[Any, ...], others: list[Any]
 ) -> Folded:
@@ -116,7 +108,7 @@ def _folded_in_module(
 
     def in_float64() -> tuple[nn.Module, nn.Module]:
         wide = copy.deepcopy(model).double()
-        return wide, torchfuse.fuse(wide, _widened(given)).model
+        return wide, torchfuse.fuse(wide, widened(given)).model
 
     return _decided(norms, (model, fused), others, in_float64)
 
@@ -125,11 +117,11 @@ def _folded_in_program(
     model: nn.Module, program: ExportedProgram, given: tuple[Any, ...], others: list[Any]
 ) -> Folded:
     fused = torchfuse.fuse_exported(program).model
-    norms = count_in(program).batch_norms - count_in(fused).batch_norms
+    norms = foldable.count_in(program).batch_norms - foldable.count_in(fused).batch_norms
 
     def in_float64() -> tuple[nn.Module, nn.Module]:
         wide = copy.deepcopy(model).double()
-        return wide, torchfuse.fuse_exported(_exported(wide, _widened(given))).model.module()
+        return wide, torchfuse.fuse_exported(foldable.exported(wide, widened(given))).model.module()
 
     return _decided(norms, (model, fused.module()), others, in_float64)
 
@@ -145,16 +137,7 @@ def _decided(
         found = Folded(norms, torchfuse.verify(*models, others).max_rel, "float32")
         if found.agrees:
             return found
-        return Folded(norms, torchfuse.verify(*in_float64(), _widened(others)).max_rel, "float64")
-
-
-def _widened(value: Any) -> Any:
-    return tree_map(
-        lambda leaf: (
-            leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-        ),
-        value,
-    )
+        return Folded(norms, torchfuse.verify(*in_float64(), widened(others)).max_rel, "float64")
 
 
 def _batch_norms(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ import copy
 import warnings
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,10 +64,15 @@ class Count:
 
 def count(model: nn.Module, *args: torch.Tensor) -> Count:
     """Return the count for one pass of `model`, in eval mode, over `args`."""
+    return count_in(exported(model, args))
+
+
+def exported(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """Return the program of a copy of `model`."""
     with warnings.catch_warnings():
         # nn.LSTM keeps its weights in a list too, LeViT caches its attention biases: on a copy
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        return count_in(torch.export.export(copy.deepcopy(model), args, strict=False))
+        return torch.export.export(copy.deepcopy(model), args, strict=False)
 
 
 def count_in(program: torch.export.ExportedProgram) -> Count:

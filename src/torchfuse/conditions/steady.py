@@ -310,9 +310,11 @@ def _filled(code: CodeType) -> frozenset[str]:
 def _handed(code: CodeType) -> tuple[tuple[str, int | str, frozenset[str]], ...]:
     """What a function hands to those that it calls: by their name, as which argument, what."""
     tree = syntax_of(code)
+    if tree is None:
+        return ()
     found = list[tuple[str, int | str, frozenset[str]]]()
     owner = _arguments_of(code)[:1]
-    for call in ast.walk(tree) if tree is not None else ():
+    for call in ast.walk(tree):
         if not isinstance(call, ast.Call) or not isinstance(call.func, (ast.Name, ast.Attribute)):
             continue
         first = [arg.id for arg in call.args[:1] if isinstance(arg, ast.Name)]
@@ -323,7 +325,7 @@ def _handed(code: CodeType) -> tuple[tuple[str, int | str, frozenset[str]], ...]
             *((keyword.arg or "", keyword.value) for keyword in call.keywords),
         ]
         for place, value in given:
-            names = _stands_for(tree, value) if tree is not None else set()
+            names = _stands_for(tree, value)
             if not names.isdisjoint(owner):
                 names |= _ANY_CHILD
             found.append((callee, place, frozenset(names)))

@@ -656,17 +656,17 @@ def _frames(frame: Any) -> tuple[Frame, ...]:
 def _around(frame: Any) -> Iterator[Any]:
     """The same, as Python's frames. A module that is none of the model's is a function like any."""
     while frame is not None and (name := frame.f_code.co_name) not in _RECORDED:
-        if name not in _CALLING or not _is_torch(frame):
+        if name != "_torchfuse_call" and not (name in _CALLING and _is_torch(frame)):
             yield frame
         frame = frame.f_back
 
 
 def _is_torch(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith(("torch.", "torchfuse."))
+    return str(frame.f_globals.get("__name__", "")).startswith("torch.")
 
 
 _RECORDED = frozenset({"_torchfuse_module_call", "_torchfuse_run"})
-_CALLING = frozenset({"_call_impl", "_wrapped_call_impl", "_torchfuse_call"})
+_CALLING = frozenset({"_call_impl", "_wrapped_call_impl"})
 
 
 # What most arguments and attributes are, and what certainly holds no tensor.
