@@ -232,6 +232,18 @@ def test_a_model_that_ends_its_workers_is_named_and_the_others_go_on(
     assert "worker processes ended while at it: out of memory, or a crash" in failure.reason
 
 
+def test_a_model_that_shares_its_worker_with_one_that_ends_it_is_not_blamed(
+    tmp_path_factory: pytest.TempPathFactory, folder: Path
+) -> None:
+    """It is done, and lost before it is fetched, as often as its worker ends."""
+    models = '[models.a]\nsource = "net.py:net"\n[models.b]\nsource = "net.py:crashing"\n'
+    with started(tmp_path_factory.mktemp("one_worker"), workers=1) as dask:
+        slow = suite_of(folder, dask, models, on_step=lambda _: time.sleep(1))
+        a, b = slow.run().results
+    assert a.is_whole
+    assert len(b.failures) == 1
+
+
 async def give_board(*, dask_worker: Worker, count: int) -> None:
     await dask_worker.set_resources(**{"ssh:board": count})
 

@@ -40,7 +40,7 @@ MACHINE = "machine"  # the resource of workers on whose machine times are taken
 
 _TOPIC = "torchfuse"
 _MOST_ATTEMPTS = 3  # of a job for which another one may help
-_MOST_DEATHS = 3  # of workers at a job, after which the job is what ends them
+_MOST_DEATHS = 3  # of workers at a job, the last with nothing else running: the job ends them
 _LOOK_EVERY_S = 0.5
 _FETCH_S = 5.0  # for an outcome, which is small
 _PATIENCE_S = 30.0  # until a worker that is gone is not waited for any more
@@ -56,7 +56,8 @@ class _Running:
     job: Job
     future: Future
     attempt: int
-    deaths: int = 0  # workers that ended while Dask had it there
+    deaths: int = 0  # workers that ended at it before Dask was given it this time
+    alone: bool = False  # nothing else of the suite runs
     began: int = 0  # times
     worker: str | None = None  # where it began last
     unplaced_since_s: float | None = None
@@ -135,6 +136,7 @@ class Suite:
         self.resource = f"torchfuse-{hashlib.sha256(versions.encode()).hexdigest()[:12]}"
         self.states = {entry.name: _state(entry, earlier) for entry in entries}
         self.running: dict[str, _Running] = {}
+        self.suspects: list[_Running] = []  # jobs whose workers ended, to run again one by one
         self.outcomes: list[tuple[Job, Outcome]] = []
         self.refused: dict[str, str] = {}  # by the worker's address
         self.machines: dict[str, str] = {}  # likewise, of admitted workers
@@ -185,7 +187,7 @@ class Suite:
             refused=tuple(self.refused.values()),
             command=self.command,
             took_s=self.took_s,
-            unfinished=bool(self.running),
+            unfinished=self._left() > 0,
         )
 
     # ── jobs ─────────────────────────────────────────────────────────────────────────────────────
@@ -202,14 +204,17 @@ class Suite:
         for part in range(state.wanted_parts):
             self._submit(self._job(state, part=part, parts=state.wanted_parts, known=known))
 
+    def _left(self) -> int:
+        return len(self.running) + len(self.suspects)
+
     def _is_running(self, state: _State, device: str | None) -> bool:
-        jobs = (running.job for running in self.running.values())
+        jobs = (running.job for running in (*self.running.values(), *self.suspects))
         return any(job.entry.name == state.entry.name and job.device == device for job in jobs)
 
     def _job(self, state: _State, **more: Any) -> Job:
         return Job(run=self.run_id, entry=state.entry, store=self.store, salt=self.salt, **more)
 
-    def _submit(self, job: Job, attempt: int = 1, deaths: int = 0) -> None:
+    def _submit(self, job: Job, attempt: int = 1, deaths: int = 0, *, alone: bool = False) -> None:
         """Give a job to Dask, to be done after those that were given before.
 
         That takes a priority: among equals Dask may begin with any. A worker is not preferred,
@@ -228,7 +233,7 @@ class Suite:
             resources=self._needs(job),
             priority=(_THEN if job.device is None else _FIRST) - number,
         )
-        self._wait_for(key, _Running(job, future, attempt, deaths))
+        self._wait_for(key, _Running(job, future, attempt, deaths, alone))
 
     def _wait_for(self, key: str, running: _Running) -> None:
         self.running[key] = running
@@ -247,7 +252,10 @@ class Suite:
 
     def _until_done(self) -> None:
         looked_s = time.monotonic()
-        while self.running:
+        while self._left():
+            if not self.running:
+                suspect = self.suspects.pop(0)
+                self._submit(suspect.job, suspect.attempt, suspect.deaths, alone=True)
             with contextlib.suppress(queue.Empty):
                 kind, what = self._events.get(timeout=_LOOK_EVERY_S)
                 if kind == "done":
@@ -272,17 +280,21 @@ class Suite:
             return
         where = f"{running.job.entry.name}: {message['text']}, on {message['machine']}"
         if message["kind"] == "began":
+            deaths = running.deaths + running.began
+            if running.alone and running.began and deaths >= _MOST_DEATHS:
+                self._drop(message["key"])
+                self._ends_workers(running.job, deaths)
+                return
             running.began += 1
             running.worker = message["worker"]
         if message["kind"] == "outran":
             self._end_worker(message["key"], running, message["worker"])
             return
-        self.on_step(f"{self.done} of {self.done + len(self.running)} jobs; {where}")
+        self.on_step(f"{self.done} of {self.done + self._left()} jobs; {where}")
 
     def _end_worker(self, key: str, running: _Running, worker: str) -> None:
         """End the worker of a job that takes too long: nothing less ends one."""
-        del self.running[key]
-        running.future.cancel()
+        self._drop(key)
         limit_s = running.job.entry.time_limit_s
         self._failed(running.job, f"it took longer than its time-limit-s, {limit_s:g}")
 
@@ -344,7 +356,7 @@ class Suite:
         what = "the same as before, looked at in" if is_same else f"{job.what}:"
         self.on_line(
             f"{job.entry.name}: {what} {took_s:.1f} s on {outcome.machine} "
-            f"({self.done} of {self.done + len(self.running)} jobs)"
+            f"({self.done} of {self.done + self._left()} jobs)"
         )
         if isinstance(outcome.value, MadeFiles):
             state.parts[job.part] = outcome.value
@@ -381,21 +393,35 @@ class Suite:
         self.on_result()
 
     def _submit_again(self, running: _Running, more_deaths: int) -> None:
-        """Give a job to Dask once more, unless it is what ends workers."""
+        """Have a job done once more, unless it is what ends workers.
+
+        Whoever was there when a worker ended is suspected, and the others of that worker lose what
+        they had just made as well: only a job that ends one while nothing else runs is at fault.
+        """
         deaths = running.deaths + more_deaths
-        if deaths < _MOST_DEATHS:
-            self._submit(running.job, running.attempt, deaths)
-            return
+        if not more_deaths:
+            self._submit(running.job, running.attempt, deaths, alone=running.alone)
+        elif running.alone and deaths >= _MOST_DEATHS:
+            self._ends_workers(running.job, deaths)
+        else:
+            self.suspects.append(replace(running, deaths=deaths))
+
+    def _ends_workers(self, job: Job, deaths: int) -> None:
         self._failed(
-            running.job,
+            job,
             f"{deaths} worker processes ended while at it: out of memory, or a crash in a library; "
             "the workers' logs say more",
         )
 
+    def _drop(self, key: str) -> None:
+        """Have Dask forget a job."""
+        self.running.pop(key).future.cancel()
+
     def _lost(self, reason: str) -> None:
-        for running in self.running.values():
+        for running in (*self.running.values(), *self.suspects):
             self._failed(running.job, reason)
         self.running.clear()
+        self.suspects.clear()
 
     # ── workers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -487,12 +513,10 @@ class Suite:
                 continue
             needs = self._needs(running.job).keys()
             if any(needs <= resources for resources in found):
-                del self.running[key]
-                running.future.cancel()
+                self._drop(key)
                 self._submit_again(running, running.began)
             elif now_s - running.unplaced_since_s > self.patience_s:
-                del self.running[key]
-                running.future.cancel()
+                self._drop(key)
                 lacking = sorted(needs - {self.resource})
                 what = f"with the resource '{lacking[0]}'" if lacking else "left that can be used"
                 self._failed(running.job, f"there is no worker {what} any more")
