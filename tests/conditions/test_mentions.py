@@ -25,6 +25,14 @@ class Methods:
             x = layer(x)
         return x
 
+    def loops_over_a_part(self, x):
+        for layer in reversed(self.layers[1:]):
+            x = layer(x)
+        return x
+
+    def calls_a_part(self, x):
+        return self.layers[1:](x)
+
     def searches(self, name, x):
         return dict(self.named_modules())[name](x)
 
@@ -66,6 +74,8 @@ class Methods:
         ("compares", [(("conv",), "compared")]),
         ("picks_any", [(("layers", None), "called")]),
         ("loops", [(("layers", None), "called")]),
+        ("loops_over_a_part", [(("layers", None), "called")]),
+        ("calls_a_part", [(("layers", None), "called")]),
         ("searches", [((BELOW,), "called")]),
         ("takes_a_child", [((None,), "called")]),
         ("by_constant_name", [(("conv",), "called")]),

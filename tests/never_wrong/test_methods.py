@@ -363,3 +363,42 @@ def test_a_method_that_only_the_forward_of_its_block_calls_is_named_in_the_scope
     model = nn.Sequential(nn.ReLU(), Layer())
     scope = assert_fuses(trained(model, IMAGE), IMAGE).plan.scope
     assert any("called from outside, 1.bn_function would see a folded" in line for line in scope)
+
+
+class _Sized(ConvBn):
+    def size_of_map(self, side: int) -> int:
+        return side // self.conv.stride[0]
+
+
+class LoopsOverTheFirstBlocks(nn.Module):
+    """nnU-Net's way to foresee how much memory a net takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(_Sized(), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+    def size_of_maps(self, side: int) -> int:
+        return sum(block.size_of_map(side) for block in self.blocks[:1])
+
+
+class LoopsOverTheFirstLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:1]:
+            x = layer(x)
+        return x
+
+
+def test_a_method_that_loops_over_a_part_of_a_sequence_reaches_its_children() -> None:
+    assert_fuses(trained(LoopsOverTheFirstBlocks(), IMAGE), IMAGE)
+    model = trained(LoopsOverTheFirstLayers(), IMAGE)
+    assert_skipped(model, IMAGE, because="features", methods=("features",))

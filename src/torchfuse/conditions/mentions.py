@@ -93,6 +93,9 @@ def _mention(
             chain.append(parent.attr)
         elif isinstance(parent, ast.Subscript) and parent.value is node:
             index = parent.slice
+            if isinstance(index, ast.Slice) and _is_iterated(parent, parents[parent]):
+                node = parent  # over children of the same container
+                continue
             chain.append(str(index.value) if isinstance(index, ast.Constant) else None)
             if chain[-1] is None and isinstance(parents[parent], ast.Call):
                 return Mention(tuple(chain), "called")
@@ -116,7 +119,7 @@ def _mention(
             return _dynamic(parent, parents, (*chain, None), called_names)
         if name in ("isinstance", "hasattr", "len", "type", "id", "super") or "init" in name:
             return None
-        if name in ("enumerate", "zip", "iter", "reversed", "list", "tuple", "next"):
+        if name in _ITERATING:
             return Mention((*chain, None), "called") if called_names else None
     if isinstance(parent, ast.Compare):
         return Mention(tuple(chain), "compared")
@@ -125,6 +128,12 @@ def _mention(
     if isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
         return Mention((*chain, None), "called") if called_names else None
     return Mention(tuple(chain), "read")
+
+
+def _is_iterated(node: ast.AST, parent: ast.AST) -> bool:
+    if isinstance(parent, (ast.For, ast.comprehension)):
+        return parent.iter is node
+    return isinstance(parent, ast.Call) and ast.unparse(parent.func) in _ITERATING
 
 
 def _is_unpacked(node: ast.AST, parent: ast.AST) -> bool:
@@ -188,10 +197,10 @@ TENSORS = frozenset(
 )
 FACTS = frozenset({"dtype", "device", "shape", "size", "dim", "numel", "ndim", "requires_grad"})
 _HOLDING = (ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Starred, ast.arguments)
-_HARMLESS = frozenset(
+_ITERATING = frozenset({"enumerate", "zip", "iter", "reversed", "list", "tuple", "next"})
+_HARMLESS = _ITERATING | frozenset(
     {
         *("isinstance", "hasattr", "len", "type", "id", "super", "getattr", "setattr", "print"),
-        *("str", "repr", "callable", "enumerate", "zip", "iter", "reversed", "list", "tuple"),
-        *("next", "ValueError", "TypeError", "RuntimeError"),
+        *("str", "repr", "callable", "ValueError", "TypeError", "RuntimeError"),
     }
 )

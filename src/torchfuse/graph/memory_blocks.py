@@ -26,6 +26,10 @@ def storage_key(tensor: Tensor) -> int:
         return -id(tensor)
 
 
+# So many blocks are looked through without asking which of them were freed.
+_FEW = 512
+
+
 class MemoryBlocks:
     """The blocks of memory that were seen, each with the index of its value in `values`."""
 
@@ -37,7 +41,10 @@ class MemoryBlocks:
         self._parts: dict[int, list[tuple[int, int, int]]] = {}
         # A weak reference frees the memory but keeps the address from being used again.
         self._weak: list[StorageWeakRef | None] = []
-        self._ranges: list[tuple[int, int]] = []
+        # Addresses of blocks that may be held by something, each with its value. Most of a loop's
+        # thousands are freed: they are dropped when there are twice as many as after last time.
+        self._ranges: list[tuple[int, int, int]] = []
+        self._enough = _FEW
         self._twins: list[StorageWeakRef] = []
         self._kept: list[Tensor] = []  # tensors without storage, identified as objects
 
@@ -47,6 +54,7 @@ class MemoryBlocks:
         other._ids = {**self._ids}
         other._parts = self._parts  # (`divide` is done, and nothing else adds to them)
         other._weak, other._ranges = [*self._weak], [*self._ranges]
+        other._enough = self._enough
         other._twins, other._kept = [*self._twins], [*self._kept]
         return other
 
@@ -110,11 +118,7 @@ class MemoryBlocks:
 
     def alive(self, since: int) -> list[int]:
         """The values from index `since` on whose memory is still held by something."""
-        return [
-            index
-            for index in range(since, len(self._weak))
-            if (weak := self._weak[index]) is not None and not weak.expired()
-        ]
+        return [index for index in range(since, len(self._weak)) if self._is_held(index)]
 
     def forget_objects(self) -> None:
         """Lets go of tensors without storage."""
@@ -134,7 +138,8 @@ class MemoryBlocks:
         if key is not None:
             self._ids[key] = index
         self._weak.append(weak)
-        self._ranges.append((start + low, start + high) if start else (0, 0))
+        if start:
+            self._ranges.append((start + low, start + high, index))
         self.values.append(Value(index, origin))
         return index
 
@@ -151,12 +156,17 @@ class MemoryBlocks:
     def _overlapping(self, start: int, end: int) -> int | None:
         if start == 0:
             return None
-        for index in range(len(self._ranges) - 1, -1, -1):
-            low, high = self._ranges[index]
-            weak = self._weak[index]
-            if start < high and low < end and weak is not None and not weak.expired():
+        if len(self._ranges) > self._enough:
+            self._ranges = [block for block in self._ranges if self._is_held(block[2])]
+            self._enough = max(_FEW, 2 * len(self._ranges))
+        for low, high, index in reversed(self._ranges):
+            if start < high and low < end and self._is_held(index):
                 return index
         return None
+
+    def _is_held(self, index: int) -> bool:
+        weak = self._weak[index]
+        return weak is not None and not weak.expired()
 
 
 @cache
