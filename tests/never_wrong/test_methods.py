@@ -402,3 +402,40 @@ def test_a_method_that_loops_over_a_part_of_a_sequence_reaches_its_children() ->
     assert_fuses(trained(LoopsOverTheFirstBlocks(), IMAGE), IMAGE)
     model = trained(LoopsOverTheFirstLayers(), IMAGE)
     assert_skipped(model, IMAGE, because="features", methods=("features",))
+
+
+def _load(model: nn.Module, path: str) -> None:
+    model.load_state_dict(torch.load(path, weights_only=True))
+
+
+class Loading(ConvBn):
+    """docTR's way to weights."""
+
+    def from_pretrained(self, path: str, **options: Any) -> None:
+        _load(self, path, **options)
+
+
+def _collect(model: ConvBn, x: Tensor, into: list[Tensor]) -> None:
+    into.append(model.conv(x))
+
+
+class Collecting(ConvBn):
+    def collect(self, x: Tensor, into: list[Tensor]) -> None:
+        _collect(self, x, into)
+
+    def features(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        self.collect(x, into=found)
+        return found[0]
+
+
+def test_a_method_that_loads_weights_is_no_obstacle_and_one_that_fills_an_argument_is() -> None:
+    assert_fuses(trained(Loading(), IMAGE), IMAGE)
+    attached = trained(ConvBn(), IMAGE)
+    attached.from_pretrained = MethodType(Loading.from_pretrained, attached)
+    assert_fuses(attached, IMAGE)
+    model = trained(Collecting(), IMAGE)
+    assert_skipped(model, IMAGE, because="collect", methods=("features",))
+    attached = trained(ConvBn(), IMAGE)
+    attached.collect = MethodType(Collecting.collect, attached)
+    assert_skipped(attached, IMAGE, because="`collect`")

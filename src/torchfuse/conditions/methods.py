@@ -209,12 +209,12 @@ def _takes_one_input(function: FunctionType) -> bool:
 
 
 def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
-    """Whether a method that takes nothing only makes a sequence of the two, or changes the model.
+    """Whether a method only makes a sequence of the two, or changes the model.
 
-    `as_sequential()`, `fuse()`: what takes nothing is never tried out.
+    `as_sequential()`, `fuse()`: what takes nothing is never tried out; `from_pretrained(url)`.
     """
     if not _takes_nothing(function):
-        return False
+        return _loads_weights(function)
     mentions = [m for m in mentions_of(function) or () if pair.split(path, m) is not None]
     if _changes_the_model(function):
         # (or it hands the whole of itself to a function that does: torch.ao's `fuse_modules`)
@@ -229,8 +229,21 @@ def _only_hands_on(path: str, function: FunctionType, pair: Pair) -> bool:
     )
 
 
+def _loads_weights(function: FunctionType) -> bool:
+    """Whether a method loads weights: it hands itself on, with their place, and gives nothing back.
+
+    docTR's `from_pretrained`. Another method of that kind may put outputs into an argument.
+    """
+    mentions = mentions_of(function) or ()
+    return (
+        "pretrained" in function.__name__.split("_")
+        and _changes_the_model(function)
+        and all(mention.chain == (None,) for mention in mentions)
+    )
+
+
 def _changes_the_model(function: FunctionType) -> bool:
-    """Whether a method that takes nothing gives nothing back, or its own module: `fuse()`."""
+    """Whether a method gives nothing back, or its own module: `fuse()`."""
     returned = results_of(function.__code__)
     return returned is not None and returned <= {None, *function.__code__.co_varnames[:1]}
 
@@ -282,7 +295,7 @@ def _reached_by_attached(subject: Subject, pair: Pair) -> Refusal | None:
     """Hooks, and functions in attributes, can be called without a trace in the recorded pass."""
     for entry in subject.attached:
         reached = pair.reached_by(entry.path, entry.function, entry.owner)
-        if reached:
+        if reached and (entry.is_hook or entry.owner or not _loads_weights(entry.function)):
             what = "A hook" if entry.is_hook else "The function"
             return Refusal(
                 f"{what} in `{entry.where}` uses `{min(reached)}` on its own.",
