@@ -145,11 +145,11 @@ class Offset(Block):
 def test_blocks_that_differ_in_values_alone_are_exported_once(
     blocks: list[nn.Module], exports: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[object] = []  # one for each export for all sizes: the blocks take one tensor
     export = torch.export.export
 
     def counted(*args: object, **kwargs: object) -> object:
-        calls.append(args)
+        calls.extend(kwargs.get("dynamic_shapes", ()))
         return export(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.export, "export", counted)
@@ -710,3 +710,44 @@ def test_a_block_that_a_wrong_merge_would_change_is_left_as_it_is(
     assert result.check.passed
     assert type(result.model.blocks[0]) is Block
     assert same(result.model, net)
+
+
+class Parted(nn.Module):
+    """What it adds is a convolution of its input in another shape, whose sizes it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, channels, height, width = x.shape
+        pairs = x.reshape(count, channels // 2, 2 * height, width)
+        return x + self.conv(pairs).reshape(count, channels, height, width)
+
+
+def test_a_block_that_computes_with_sizes_is_exported_for_all_of_them_only_if_it_merges_at_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Simplifying what it computes may take seconds."""
+    exported: list[bool] = []
+    export = torch.export.export
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        exported.append("dynamic_shapes" in kwargs)
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", watched)
+    assert not [f for f in torchfuse.fuse(make(Parted()), X).plan.fusions if is_branches(f)]
+    assert exported == [False]
+    exported.clear()
+
+    class Sized(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(x.shape[0], x.shape[1], x.shape[2], -1))
+
+    assert [f for f in torchfuse.fuse(make(Sized()), X).plan.fusions if is_branches(f)]
+    assert exported == [False, True]
+
+
+def is_branches(fusion: torchfuse.Fusion) -> bool:
+    return fusion.rule == "branches"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Exports = dict[Hashable, ExportedProgram]  # of blocks that differ in values alone
 
-__all__ = ["ELSEWHERE", "Exports", "Merge", "merged"]
+__all__ = ["ELSEWHERE", "Exports", "Merge", "merged", "merges_at_one_size"]
 
 aten = torch.ops.aten
 
@@ -102,6 +102,21 @@ def merged(
         except _NotCarriedError as why:
             return Refusal(str(why), ELSEWHERE)
     return Refusal("Too much of it would be written anew.", ELSEWHERE)
+
+
+def merges_at_one_size(block: nn.Module, args: Sequence[Tensor], rules: Collection[str]) -> bool:
+    """Whether anything is to be merged in `block` at the sizes of `args`, or that cannot be told.
+
+    Where code computes with sizes, an export for all of them takes seconds to simplify what it
+    computes, and one for these alone does not.
+    """
+    with known_warnings_ignored(), torch.no_grad(), restored(block):
+        try:
+            program = torch.export.export(block, tuple(_examples(args)), strict=False)
+        except Exception:  # noqa: BLE001  # whoever exports it for all sizes says why
+            return True
+    fusions = rewrite(program, prove=False, rules=rules, at_example=True).fusions
+    return any(fusion.rule == "branches" for fusion in fusions)
 
 
 class _Tracer(fx.Tracer):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchfuse.errors import FusionError, UnsupportedError
 from torchfuse.fusing.blocks.candidates import candidates, may_be_edited
-from torchfuse.fusing.blocks.merged import ELSEWHERE, Merge, merged
+from torchfuse.fusing.blocks.merged import ELSEWHERE, Merge, merged, merges_at_one_size
 from torchfuse.fusing.blocks.replacing import replace_block, take_block_back
 from torchfuse.fusing.module_edits import fold_in
 from torchfuse.fusing.proving import outputs_of, prove
@@ -114,6 +114,12 @@ def _merge(
         return None
     block = model.get_submodule(below)
     args = _zeros(given, _device(block)) if given[0].is_meta else given
+    sized = any(
+        read.kind == "shape" and _is_below(f"{read.module_path}.", path)
+        for read in found.subject.graph.reads
+    )
+    if sized and not merges_at_one_size(block, args, rules):
+        return None
     merge = merged(block, args, rules=rules, prove=prove, exports=exports)
     refusal = merge if isinstance(merge, Refusal) else None
     if isinstance(merge, Merge):
