@@ -58,6 +58,7 @@ class _Running:
     attempt: int
     deaths: int = 0  # workers that ended at it before Dask was given it this time
     alone: bool = False  # nothing else of the suite runs
+    placed: bool = False  # Dask had it at a worker: it may have begun there, unheard
     began: int = 0  # times
     worker: str | None = None  # where it began last
     unplaced_since_s: float | None = None
@@ -506,6 +507,7 @@ class Suite:
         now_s = time.monotonic()
         for key, running in list(self.running.items()):
             if key in placed or running.future.done():
+                running.placed |= key in placed
                 running.unplaced_since_s = None
                 continue
             if running.unplaced_since_s is None:  # it may be on its way to the scheduler
@@ -514,7 +516,7 @@ class Suite:
             needs = self._needs(running.job).keys()
             if any(needs <= resources for resources in found):
                 self._drop(key)
-                self._submit_again(running, running.began)
+                self._submit_again(running, max(running.began, int(running.placed)))
             elif now_s - running.unplaced_since_s > self.patience_s:
                 self._drop(key)
                 lacking = sorted(needs - {self.resource})
