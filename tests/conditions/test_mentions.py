@@ -26,8 +26,16 @@ class Methods:
         return x
 
     def loops_over_a_part(self, x):
-        for layer in reversed(self.layers[1:]):
+        for layer in self.layers[1:]:
             x = layer(x)
+        return x
+
+    def asks_a_part(self):
+        return sum(layer.size() for layer in self.layers[1:])
+
+    def goes_into_a_part(self, x):
+        for layer in self.layers[1:]:
+            x = layer[0](x)
         return x
 
     def calls_a_part(self, x):
@@ -75,6 +83,8 @@ class Methods:
         ("picks_any", [(("layers", None), "called")]),
         ("loops", [(("layers", None), "called")]),
         ("loops_over_a_part", [(("layers", None), "called")]),
+        ("asks_a_part", [(("layers", None, "size"), "called")]),
+        ("goes_into_a_part", [(("layers", None, None), "called")]),
         ("calls_a_part", [(("layers", None), "called")]),
         ("searches", [((BELOW,), "called")]),
         ("takes_a_child", [((None,), "called")]),

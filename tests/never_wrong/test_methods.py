@@ -398,10 +398,36 @@ class LoopsOverTheFirstLayers(nn.Module):
         return x
 
 
+class LoopsOverAFirstBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(ConvBn(), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        for block in self.layers[:1]:
+            x = F.relu(block.conv(x))
+        return x
+
+
+class GoesIntoAFirstBlock(LoopsOverTheFirstLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Sequential(*self.layers), nn.ReLU())
+
+    def features(self, x: Tensor) -> Tensor:
+        for block in self.layers[:1]:
+            x = F.relu(block[0](x))
+        return x
+
+
 def test_a_method_that_loops_over_a_part_of_a_sequence_reaches_its_children() -> None:
     assert_fuses(trained(LoopsOverTheFirstBlocks(), IMAGE), IMAGE)
-    model = trained(LoopsOverTheFirstLayers(), IMAGE)
-    assert_skipped(model, IMAGE, because="features", methods=("features",))
+    for class_ in (LoopsOverTheFirstLayers, LoopsOverAFirstBlock, GoesIntoAFirstBlock):
+        model = trained(class_(), IMAGE)
+        assert_skipped(model, IMAGE, because="features", methods=("features",))
 
 
 def _load(model: nn.Module, path: str) -> None:
@@ -429,13 +455,24 @@ class Collecting(ConvBn):
         return found[0]
 
 
+class Keeping(ConvBn):
+    """It only is named as if it loaded weights."""
+
+    def load_pretrained(self, x: Tensor) -> None:
+        self.found = next(child(x) for child in self.children())
+
+    def features(self, x: Tensor) -> Tensor:
+        self.load_pretrained(x)
+        return self.found
+
+
 def test_a_method_that_loads_weights_is_no_obstacle_and_one_that_fills_an_argument_is() -> None:
     assert_fuses(trained(Loading(), IMAGE), IMAGE)
     attached = trained(ConvBn(), IMAGE)
     attached.from_pretrained = MethodType(Loading.from_pretrained, attached)
     assert_fuses(attached, IMAGE)
-    model = trained(Collecting(), IMAGE)
-    assert_skipped(model, IMAGE, because="collect", methods=("features",))
+    for model, name in ((Collecting(), "collect"), (Keeping(), "load_pretrained")):
+        assert_skipped(trained(model, IMAGE), IMAGE, because=name, methods=("features",))
     attached = trained(ConvBn(), IMAGE)
     attached.collect = MethodType(Collecting.collect, attached)
     assert_skipped(attached, IMAGE, because="`collect`")

@@ -12,7 +12,7 @@ from torchfuse.conditions.sources import syntax_of
 if TYPE_CHECKING:
     from types import FunctionType
 
-__all__ = ["BELOW", "FACTS", "TENSORS", "Mention", "mentions_of"]
+__all__ = ["BELOW", "FACTS", "TENSORS", "Mention", "mentions_of", "only_hands_itself_on"]
 
 
 BELOW = "**"  # in a chain: anything below, however deep
@@ -24,6 +24,18 @@ class Mention:
 
     chain: tuple[str | None, ...]  # ("layers", "0", "conv"); None: any child; BELOW: any module
     usage: str  # "called", "compared", "read"
+
+
+@lru_cache(maxsize=4096)
+def only_hands_itself_on(function: FunctionType) -> bool:
+    """Whether all that a method does with its module is to hand it to functions, for no result."""
+    tree = syntax_of(function.__code__)
+    if tree is None or not tree.args.args:
+        return False
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    owner = tree.args.args[0].arg
+    calls = [parents[n] for n in parents if isinstance(n, ast.Name) and n.id == owner]
+    return all(isinstance(c, ast.Call) and isinstance(parents[c], ast.Expr) for c in calls)
 
 
 @lru_cache(maxsize=4096)
@@ -93,9 +105,10 @@ def _mention(
             chain.append(parent.attr)
         elif isinstance(parent, ast.Subscript) and parent.value is node:
             index = parent.slice
-            if isinstance(index, ast.Slice) and _is_iterated(parent, parents[parent]):
-                node = parent  # over children of the same container
-                continue
+            if isinstance(index, ast.Slice):
+                loop = parents[parent]
+                if isinstance(loop, (ast.For, ast.comprehension)) and loop.iter is parent:
+                    return Mention((*chain, None, *_done_with_each(loop, parents)), "called")
             chain.append(str(index.value) if isinstance(index, ast.Constant) else None)
             if chain[-1] is None and isinstance(parents[parent], ast.Call):
                 return Mention(tuple(chain), "called")
@@ -119,7 +132,7 @@ def _mention(
             return _dynamic(parent, parents, (*chain, None), called_names)
         if name in ("isinstance", "hasattr", "len", "type", "id", "super") or "init" in name:
             return None
-        if name in _ITERATING:
+        if name in ("enumerate", "zip", "iter", "reversed", "list", "tuple", "next"):
             return Mention((*chain, None), "called") if called_names else None
     if isinstance(parent, ast.Compare):
         return Mention(tuple(chain), "compared")
@@ -130,10 +143,26 @@ def _mention(
     return Mention(tuple(chain), "read")
 
 
-def _is_iterated(node: ast.AST, parent: ast.AST) -> bool:
-    if isinstance(parent, (ast.For, ast.comprehension)):
-        return parent.iter is node
-    return isinstance(parent, ast.Call) and ast.unparse(parent.func) in _ITERATING
+def _done_with_each(
+    loop: ast.For | ast.comprehension, parents: dict[ast.AST, ast.AST]
+) -> tuple[str | None, ...]:
+    """What a loop reaches of each item: nothing of it where it calls the items themselves.
+
+    Else the one method that it calls of them, or anything.
+    """
+    found: set[tuple[str | None, ...]] = set()
+    for node, parent in parents.items():
+        if not isinstance(node, ast.Name) or node is loop.target:
+            continue
+        if not isinstance(loop.target, ast.Name) or node.id != loop.target.id:
+            continue
+        used: ast.AST = node
+        reached: tuple[str | None, ...] = ()
+        if isinstance(parent, ast.Attribute):
+            used, reached = parent, (parent.attr,)
+        around = parents[used]
+        found.add(reached if isinstance(around, ast.Call) and around.func is used else (None,))
+    return found.pop() if len(found) == 1 else (None,)
 
 
 def _is_unpacked(node: ast.AST, parent: ast.AST) -> bool:
@@ -197,10 +226,10 @@ TENSORS = frozenset(
 )
 FACTS = frozenset({"dtype", "device", "shape", "size", "dim", "numel", "ndim", "requires_grad"})
 _HOLDING = (ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Starred, ast.arguments)
-_ITERATING = frozenset({"enumerate", "zip", "iter", "reversed", "list", "tuple", "next"})
-_HARMLESS = _ITERATING | frozenset(
+_HARMLESS = frozenset(
     {
         *("isinstance", "hasattr", "len", "type", "id", "super", "getattr", "setattr", "print"),
-        *("str", "repr", "callable", "ValueError", "TypeError", "RuntimeError"),
+        *("str", "repr", "callable", "enumerate", "zip", "iter", "reversed", "list", "tuple"),
+        *("next", "ValueError", "TypeError", "RuntimeError"),
     }
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchfuse.conditions.mentions import BELOW, TENSORS, mentions_of
+from torchfuse.conditions.mentions import BELOW, TENSORS, mentions_of, only_hands_itself_on
 from torchfuse.conditions.other_paths import (
     holds_on_every_path,
     holds_where_called_itself,
@@ -234,12 +234,8 @@ def _loads_weights(function: FunctionType) -> bool:
 
     docTR's `from_pretrained`. Another method of that kind may put outputs into an argument.
     """
-    mentions = mentions_of(function) or ()
-    return (
-        "pretrained" in function.__name__.split("_")
-        and _changes_the_model(function)
-        and all(mention.chain == (None,) for mention in mentions)
-    )
+    named = {"from_pretrained", "load_pretrained"} & {function.__name__}
+    return bool(named) and only_hands_itself_on(function) and _changes_the_model(function)
 
 
 def _changes_the_model(function: FunctionType) -> bool:

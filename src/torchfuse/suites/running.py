@@ -40,7 +40,7 @@ MACHINE = "machine"  # the resource of workers on whose machine times are taken
 
 _TOPIC = "torchfuse"
 _MOST_ATTEMPTS = 3  # of a job for which another one may help
-_MOST_DEATHS = 3  # of workers at a job, the last with nothing else running: the job ends them
+_MOST_DEATHS = 2  # of workers at a job while nothing else runs: it is what ends them
 _LOOK_EVERY_S = 0.5
 _FETCH_S = 5.0  # for an outcome, which is small
 _PATIENCE_S = 30.0  # until a worker that is gone is not waited for any more
@@ -56,9 +56,8 @@ class _Running:
     job: Job
     future: Future
     attempt: int
-    deaths: int = 0  # workers that ended at it before Dask was given it this time
+    deaths: int = 0  # workers that ended at it alone before Dask was given it this time
     alone: bool = False  # nothing else of the suite runs
-    placed: bool = False  # Dask had it at a worker: it may have begun there, unheard
     began: int = 0  # times
     worker: str | None = None  # where it began last
     unplaced_since_s: float | None = None
@@ -255,8 +254,9 @@ class Suite:
         looked_s = time.monotonic()
         while self._left():
             if not self.running:
-                suspect = self.suspects.pop(0)
+                suspect = self.suspects[0]
                 self._submit(suspect.job, suspect.attempt, suspect.deaths, alone=True)
+                del self.suspects[0]  # not before: Ctrl-C may come at any time
             with contextlib.suppress(queue.Empty):
                 kind, what = self._events.get(timeout=_LOOK_EVERY_S)
                 if kind == "done":
@@ -282,7 +282,7 @@ class Suite:
         where = f"{running.job.entry.name}: {message['text']}, on {message['machine']}"
         if message["kind"] == "began":
             deaths = running.deaths + running.began
-            if running.alone and running.began and deaths >= _MOST_DEATHS:
+            if running.alone and deaths >= _MOST_DEATHS:
                 self._drop(message["key"])
                 self._ends_workers(running.job, deaths)
                 return
@@ -397,12 +397,12 @@ class Suite:
         """Have a job done once more, unless it is what ends workers.
 
         Whoever was there when a worker ended is suspected, and the others of that worker lose what
-        they had just made as well: only a job that ends one while nothing else runs is at fault.
+        they had just made as well: only a job that ends some while nothing else runs is at fault.
         """
-        deaths = running.deaths + more_deaths
+        deaths = running.deaths + (more_deaths if running.alone else 0)
         if not more_deaths:
             self._submit(running.job, running.attempt, deaths, alone=running.alone)
-        elif running.alone and deaths >= _MOST_DEATHS:
+        elif deaths >= _MOST_DEATHS:
             self._ends_workers(running.job, deaths)
         else:
             self.suspects.append(replace(running, deaths=deaths))
@@ -507,7 +507,6 @@ class Suite:
         now_s = time.monotonic()
         for key, running in list(self.running.items()):
             if key in placed or running.future.done():
-                running.placed |= key in placed
                 running.unplaced_since_s = None
                 continue
             if running.unplaced_since_s is None:  # it may be on its way to the scheduler
@@ -516,7 +515,7 @@ class Suite:
             needs = self._needs(running.job).keys()
             if any(needs <= resources for resources in found):
                 self._drop(key)
-                self._submit_again(running, max(running.began, int(running.placed)))
+                self._submit_again(running, running.began)
             elif now_s - running.unplaced_since_s > self.patience_s:
                 self._drop(key)
                 lacking = sorted(needs - {self.resource})
