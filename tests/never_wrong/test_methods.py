@@ -370,53 +370,37 @@ class _Sized(ConvBn):
         return side // self.conv.stride[0]
 
 
-class LoopsOverTheFirstBlocks(nn.Module):
-    """nnU-Net's way to foresee how much memory a net takes."""
-
-    def __init__(self) -> None:
+class _Layered(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(_Sized(), nn.Conv2d(4, 4, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
-
-    def size_of_maps(self, side: int) -> int:
-        return sum(block.size_of_map(side) for block in self.blocks[:1])
-
-
-class LoopsOverTheFirstLayers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
+
+class AsksItsFirstBlocks(_Layered):
+    """nnU-Net's way to foresee how much memory a net takes."""
+
+    def size_of_maps(self, side: int) -> int:
+        return sum(block.size_of_map(side) for block in self.layers[:1])
+
+
+class LoopsOverTheFirstLayers(_Layered):
     def features(self, x: Tensor) -> Tensor:
         for layer in self.layers[:1]:
             x = layer(x)
         return x
 
 
-class LoopsOverAFirstBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(ConvBn(), nn.Conv2d(4, 4, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
+class LoopsOverAFirstBlock(_Layered):
     def features(self, x: Tensor) -> Tensor:
         for block in self.layers[:1]:
             x = F.relu(block.conv(x))
         return x
 
 
-class GoesIntoAFirstBlock(LoopsOverTheFirstLayers):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Sequential(*self.layers), nn.ReLU())
-
+class GoesIntoAFirstBlock(_Layered):
     def features(self, x: Tensor) -> Tensor:
         for block in self.layers[:1]:
             x = F.relu(block[0](x))
@@ -424,10 +408,14 @@ class GoesIntoAFirstBlock(LoopsOverTheFirstLayers):
 
 
 def test_a_method_that_loops_over_a_part_of_a_sequence_reaches_its_children() -> None:
-    assert_fuses(trained(LoopsOverTheFirstBlocks(), IMAGE), IMAGE)
-    for class_ in (LoopsOverTheFirstLayers, LoopsOverAFirstBlock, GoesIntoAFirstBlock):
-        model = trained(class_(), IMAGE)
-        assert_skipped(model, IMAGE, because="features", methods=("features",))
+    asking = AsksItsFirstBlocks(_Sized(), nn.Conv2d(4, 4, 1))
+    assert_fuses(trained(asking, IMAGE), IMAGE)
+    for model in (
+        LoopsOverTheFirstLayers(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+        LoopsOverAFirstBlock(ConvBn(), nn.Conv2d(4, 4, 1)),
+        GoesIntoAFirstBlock(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), nn.ReLU()),
+    ):
+        assert_skipped(trained(model, IMAGE), IMAGE, because="features", methods=("features",))
 
 
 def _load(model: nn.Module, path: str) -> None:

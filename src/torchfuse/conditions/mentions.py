@@ -32,7 +32,7 @@ def only_hands_itself_on(function: FunctionType) -> bool:
     tree = syntax_of(function.__code__)
     if tree is None or not tree.args.args:
         return False
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    parents = _parents(tree)
     owner = tree.args.args[0].arg
     calls = [parents[n] for n in parents if isinstance(n, ast.Name) and n.id == owner]
     return all(isinstance(c, ast.Call) and isinstance(parents[c], ast.Expr) for c in calls)
@@ -52,7 +52,7 @@ def mentions_of(function: FunctionType, owner: str | None = None) -> tuple[Menti
             return ()
         owner = tree.args.args[0].arg
     owners = _names_of(owner, tree)
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    parents = _parents(tree)
     called_names = {
         n.func.id
         for n in ast.walk(tree)
@@ -64,6 +64,10 @@ def mentions_of(function: FunctionType, owner: str | None = None) -> tuple[Menti
         if isinstance(node, ast.Name) and node.id in owners and isinstance(node.ctx, ast.Load)
     )
     return tuple(mention for mention in found if mention is not None)
+
+
+def _parents(tree: ast.AST) -> dict[ast.AST, ast.AST]:
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
 
 def _names_of(owner: str, tree: ast.FunctionDef) -> frozenset[str]:
@@ -150,18 +154,18 @@ def _done_with_each(
 
     Else the one method that it calls of them, or anything.
     """
+    item = loop.target
+    if not isinstance(item, ast.Name):
+        return (None,)
     found: set[tuple[str | None, ...]] = set()
     for node, parent in parents.items():
-        if not isinstance(node, ast.Name) or node is loop.target:
-            continue
-        if not isinstance(loop.target, ast.Name) or node.id != loop.target.id:
-            continue
-        used: ast.AST = node
-        reached: tuple[str | None, ...] = ()
-        if isinstance(parent, ast.Attribute):
-            used, reached = parent, (parent.attr,)
-        around = parents[used]
-        found.add(reached if isinstance(around, ast.Call) and around.func is used else (None,))
+        if isinstance(node, ast.Name) and node.id == item.id and node is not item:
+            method = parent if isinstance(parent, ast.Attribute) else None
+            used = method or node
+            call = parents[used]
+            if not (isinstance(call, ast.Call) and call.func is used):
+                return (None,)
+            found.add((method.attr,) if method else ())
     return found.pop() if len(found) == 1 else (None,)
 
 

@@ -187,7 +187,7 @@ class Suite:
             refused=tuple(self.refused.values()),
             command=self.command,
             took_s=self.took_s,
-            unfinished=self._left() > 0,
+            unfinished=bool(self._left()),
         )
 
     # ── jobs ─────────────────────────────────────────────────────────────────────────────────────
@@ -204,11 +204,11 @@ class Suite:
         for part in range(state.wanted_parts):
             self._submit(self._job(state, part=part, parts=state.wanted_parts, known=known))
 
-    def _left(self) -> int:
-        return len(self.running) + len(self.suspects)
+    def _left(self) -> list[_Running]:
+        return [*self.running.values(), *self.suspects]
 
     def _is_running(self, state: _State, device: str | None) -> bool:
-        jobs = (running.job for running in (*self.running.values(), *self.suspects))
+        jobs = (running.job for running in self._left())
         return any(job.entry.name == state.entry.name and job.device == device for job in jobs)
 
     def _job(self, state: _State, **more: Any) -> Job:
@@ -291,7 +291,7 @@ class Suite:
         if message["kind"] == "outran":
             self._end_worker(message["key"], running, message["worker"])
             return
-        self.on_step(f"{self.done} of {self.done + self._left()} jobs; {where}")
+        self.on_step(f"{self.done} of {self.done + len(self._left())} jobs; {where}")
 
     def _end_worker(self, key: str, running: _Running, worker: str) -> None:
         """End the worker of a job that takes too long: nothing less ends one."""
@@ -357,7 +357,7 @@ class Suite:
         what = "the same as before, looked at in" if is_same else f"{job.what}:"
         self.on_line(
             f"{job.entry.name}: {what} {took_s:.1f} s on {outcome.machine} "
-            f"({self.done} of {self.done + self._left()} jobs)"
+            f"({self.done} of {self.done + len(self._left())} jobs)"
         )
         if isinstance(outcome.value, MadeFiles):
             state.parts[job.part] = outcome.value
@@ -419,7 +419,7 @@ class Suite:
         self.running.pop(key).future.cancel()
 
     def _lost(self, reason: str) -> None:
-        for running in (*self.running.values(), *self.suspects):
+        for running in self._left():
             self._failed(running.job, reason)
         self.running.clear()
         self.suspects.clear()
